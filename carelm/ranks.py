@@ -1,0 +1,117 @@
+"""The ranks of a launch: which one this is, how many were asked for, and how they end together. Imports no torch."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+from carelm.recipe import UserError
+
+LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(message: str) -> None:
+    """Prints for people: rank 0 alone, on standard error (standard output carries the result)."""
+    if rank() == 0:
+        print(f"carelm: {message}", file=sys.stderr, flush=True)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs a launched file's `main`; a UserError becomes one line, printed once, and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # A launcher kills the other ranks once one has ended: rank 0 must come first, with the message.
+            time.sleep(10)
+        sys.stdout.flush()
+        # Other threads (a process group that waits for its peers) must not keep a rank that has nothing left to do.
+        os._exit(2)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the command line of `accelerate launch` asked for; None where it left the choice to accelerate."""
+
+    num_processes: int | None
+    deepspeed: bool
+    config_file: Path | None
+    config_file_is_default: bool
+
+
+def find_launch() -> Launch | None:
+    """Reads the launcher's own command line and configuration file; None under another launcher or none at all."""
+    for process in psutil.Process().parents()[:3]:
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if any(Path(word).name in LAUNCHERS for word in words[:4]) or any(w in LAUNCHERS for w in words[:4]):
+            break
+    else:
+        return None
+    options = {}
+    for word, following in zip(words, [*words[1:], ""]):
+        if word.endswith(".py"):  # what follows is the script's
+            break
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            options[name.replace("-", "_")] = value if equals else following
+    default = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "accelerate/default_config.yaml"
+    file = Path(options["config_file"]) if "config_file" in options else default if default.is_file() else None
+    settings = {}
+    if file is not None:
+        try:
+            settings = yaml.safe_load(file.read_text()) or {}
+        except (OSError, yaml.YAMLError):  # accelerate itself will have complained
+            pass
+    asked = options.get("num_processes", settings.get("num_processes"))
+    return Launch(
+        num_processes=int(asked) if asked is not None else None,
+        deepspeed="use_deepspeed" in options or settings.get("distributed_type") == "DEEPSPEED",
+        config_file=file,
+        config_file_is_default=file is not None and "config_file" not in options,
+    )
+
+
+def check_launch() -> Launch | None:
+    """Says which accelerate defaults apply, and raises UserError where fewer ranks are there than were asked for."""
+    launch = find_launch()
+    if launch is None:
+        return None
+    if launch.config_file_is_default:
+        say(f"your accelerate default {launch.config_file} applies; --config_file accelerate_configs/... names another")
+    if launch.num_processes not in (None, world_size()):
+        raise UserError(
+            f"num_processes: {launch.num_processes} ranks were asked for and {world_size()} started. On a CPU accelerate "
+            "starts several ranks only under DeepSpeed: --config_file accelerate_configs/cpu_zero2.yaml"
+        )
+    return launch
+
+
+def leave() -> None:
+    """Ends the process group, without which a gloo run may abort at exit."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

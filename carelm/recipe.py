@@ -1,0 +1,511 @@
+"""The recipe: one flat YAML file that describes one complete run, and every check of it that needs no weights.
+
+A key belongs to CareLM (the dataclass `Recipe`), to TRL's `SFTConfig` or to TRL's `ModelConfig`. The names, types and
+defaults of the last two are read from their source with `ast`, because importing them costs five seconds; their
+values are checked by TRL itself once the run starts. This module imports no torch.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Any, NoReturn
+
+import yaml
+
+PROJECT = Path(__file__).resolve().parent.parent
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+class UserError(Exception):
+    """What a user can mend: one line that names the key, file or row and the fix. Scripts exit with status 2."""
+
+
+def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run. The fields are CareLM's own keys; `training` and `model` hold the keys of SFTConfig and ModelConfig."""
+
+    # method and budget
+    method: str = _key("lora", "What is trained.", ("lora", "full", "prompt_tuning"))
+    precision: str = _key(
+        "auto",
+        "auto: bf16 on GPUs of compute capability 8.0 and newer, fp16 on older ones, fp32 on a CPU.",
+        ("auto", "bf16", "fp16", "fp32"),
+    )
+    global_batch_size: int = _key(
+        16, "Examples in one optimizer step over all ranks; gradient accumulation follows from it."
+    )
+    group_by_length: bool = _key(True, "Batch examples of like length; the groups depend on batch and seed alone.")
+    num_virtual_tokens: int = _key(20, "Length of the trained prompt (method: prompt_tuning).")
+    prompt_tuning_init_text: str | None = _key(None, "Text whose embeddings the trained prompt starts from.")
+    early_stopping_patience: int | None = _key(
+        None, "Stop after this many evaluations in a row without a lower eval loss, and keep the best."
+    )
+    num_sample_answers: int = _key(3, "Validation prompts that are answered at each evaluation, for TensorBoard.")
+    sample_max_new_tokens: int = _key(64, "Longest such answer, in tokens.")
+    # data
+    dataset_name: str = _key("demo/data", "A .jsonl, .json, .csv or .parquet file, a folder, a glob, or a Hub id.")
+    dataset_config: str | None = _key(None, "Configuration of a Hub dataset.")
+    dataset_train_split: str = _key("train", "Name of the split to train on.")
+    dataset_validation_split: str = _key("validation", "Name of the split for the eval loss.")
+    dataset_test_split: str = _key("test", "Name of the split kept for the evaluator.")
+    validation_fraction: float = _key(
+        0.05, "Share of the train split to hold out where the data has no validation split."
+    )
+    test_fraction: float = _key(0.1, "Share of the train split to hold out where the data has no test split.")
+    split_seed: int = _key(42, "Seed of these shares and of max_samples.")
+    max_samples: int | None = _key(None, "Use at most this many training rows, drawn by split_seed.")
+    max_eval_samples: int | None = _key(None, "Use at most this many validation rows, and as many test rows.")
+    row_filter: dict[str, Any] | None = _key(None, "Keep rows by column: {category: [ORDER, REFUND], lang: en}.")
+    system_prompt: str | None = _key(
+        None, "System message of every conversation that has none; {column} is filled in, {{ is a brace."
+    )
+    prompt_template: str | None = _key(None, 'The user message, e.g. "{instruction}".')
+    completion_template: str | None = _key(None, 'The answer, e.g. "{response}".')
+    messages_column: str | None = _key(None, "Column with a list of messages, instead of the two templates.")
+    role_key: str | None = _key(None, "Key of a message's role (default: role, from or speaker).")
+    content_key: str | None = _key(None, "Key of a message's text (default: content, value, utterance or text).")
+    user_roles: list[str] = _key([], "Values of the role that mean the user, where they are unusual.")
+    assistant_roles: list[str] = _key([], "Values of the role that mean the assistant, where they are unusual.")
+    trained_turns: str = _key("last", "Which assistant turns carry loss.", ("last", "all"))
+    category_column: str | None = _key(None, "Column with the category, for scores by category.")
+    id_column: str | None = _key(None, "Column with the row's id (default: file:row).")
+    too_long: str = _key(
+        "drop",
+        "A row that is still over max_length once its old turns are gone: drop it, or cut its prompt and answer.",
+        ("drop", "cut"),
+    )
+    max_empty_share: float = _key(0.1, "Stop when more than this share of the rows has no answer.")
+    keep_test_questions: bool = _key(False, "Leave questions that also stand in validation or test in train.")
+    # the run
+    restart: bool = _key(False, "Begin anew; an earlier run in output_dir is renamed, never deleted.")
+    preview: int = _key(0, "Print this many rendered examples with the trained tokens marked, and exit.")
+
+    name: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training["output_dir"])
+
+    @property
+    def max_length(self) -> int:
+        return self.training["max_length"]
+
+    @property
+    def seed(self) -> int:
+        return self.training.get("seed", 42)
+
+    @property
+    def base(self) -> str:
+        """The base model: a folder as an absolute path, or a Hub id."""
+        return locate(self.model["model_name_or_path"])
+
+    @property
+    def bits(self) -> int | None:
+        """4 or 8 for a quantised base, None for one in the run's precision."""
+        return 4 if self.model.get("load_in_4bit") else 8 if self.model.get("load_in_8bit") else None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run needs nothing from a hub."""
+        return os.path.exists(self.base) and not is_hub_id(self.dataset_name) and not self.training.get("push_to_hub")
+
+    def keys(self) -> dict[str, Any]:
+        """Every key of the run with its value, flat, as `recipe.yaml` holds it; secrets are left out."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "help" in f.metadata}
+        for once in ("restart", "preview"):
+            del own[once]
+        return {**own, **self.model, **{k: v for k, v in self.training.items() if k != "hub_token"}}
+
+
+# Keys that may change when a run goes on: where it runs, how much, what it shows.
+FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "dataloader_", "ddp_", "per_device_", "sample_", "trackio_")
+FREE_KEYS = {
+    "output_dir", "max_steps", "num_train_epochs", "report_to", "run_name", "project", "push_to_hub", "disable_tqdm",
+    "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
+    "early_stopping_patience", "max_empty_share", "torch_empty_cache_steps", "precision", "tf32", "debug",
+    "include_num_input_tokens_seen", "attn_implementation",
+}  # fmt: skip
+
+# Keys of SFTConfig and ModelConfig that CareLM derives or that have no effect here, and what to use instead.
+REFUSED = {
+    "deepspeed": "name an accelerate file that holds it: accelerate launch --config_file accelerate_configs/zero2.yaml",
+    "fsdp": "use DeepSpeed ZeRO-3: accelerate launch --config_file accelerate_configs/zero3.yaml",
+    "fsdp_config": "use DeepSpeed ZeRO-3: accelerate launch --config_file accelerate_configs/zero3.yaml",
+    "gradient_accumulation_steps": "set global_batch_size, the accumulation follows from it",
+    "auto_find_batch_size": "set per_device_train_batch_size, which never changes the curve",
+    **dict.fromkeys(("bf16", "fp16", "dtype", "bf16_full_eval", "fp16_full_eval"), "set precision"),
+    "use_peft": "set method: lora, prompt_tuning or full",
+    "lora_task_type": "CareLM trains causal language models only; leave it out",
+    **dict.fromkeys(
+        ("packing", "packing_strategy", "padding_free", "eval_packing", "train_sampling_strategy", "length_column_name"),
+        "set group_by_length",
+    ),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "set trained_turns"),
+    "truncation_mode": "set too_long",
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "set prompt_template and completion_template"),
+    **dict.fromkeys(("eos_token", "pad_token"), "the chat template decides: set chat_template_path"),
+    "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint; --restart begins anew",
+    "load_best_model_at_end": "set early_stopping_patience, which keeps the best checkpoint",
+    **dict.fromkeys(
+        (
+            "model_init_kwargs", "loss_type", "shuffle_dataset", "dataset_num_proc", "activation_offloading",
+            "router_aux_loss_coef", "dataloader_drop_last", "remove_unused_columns", "label_names", "ignore_data_skip",
+            "average_tokens_across_devices", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
+            "do_train", "do_eval", "do_predict", "local_rank", "accelerator_config", "parallelism_config",
+            "restore_callback_states_from_checkpoint", "eval_accumulation_steps", "prediction_loss_only",
+            "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object",
+            "hub_strategy", "hub_always_push", "use_cache", "logging_first_step", "metric_for_best_model",
+            "greater_is_better", "eval_delay", "activation_checkpointing", "activation_checkpointing_kwargs",
+        ),
+        "it has no effect in CareLM; leave it out",
+    ),
+}  # fmt: skip
+
+# Where CareLM's defaults differ from TRL's: a recipe of four lines should be a good run.
+DEFAULTS = {
+    "model_name_or_path": "demo/base",
+    "use_bnb_nested_quant": True,
+    "lora_target_modules": ["all-linear"],
+    "lora_dropout": 0.0,  # dropout draws other masks on other numbers of ranks: the curve would not be the same
+    "max_length": 1024,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 1,
+    "eval_strategy": "epoch",
+    "eval_on_start": True,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": ["tensorboard"],
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a recipe: its type as annotated, its default as source text, and who owns it."""
+
+    name: str
+    annotation: str
+    default: str
+    help: str
+    owner: str
+    choices: tuple[str, ...] = ()
+
+
+@cache
+def known_keys() -> dict[str, Key]:
+    """Every key by name: CareLM's from the dataclass, the others from the source of transformers and TRL."""
+    keys = {}
+    for package, file, class_name, owner in (
+        ("transformers", "training_args.py", "TrainingArguments", "training"),
+        ("trl", "trainer/base_config.py", "_BaseConfig", "training"),
+        ("trl", "trainer/sft_config.py", "SFTConfig", "training"),
+        ("trl", "trainer/model_config.py", "ModelConfig", "model"),
+    ):
+        source = Path(importlib.util.find_spec(package).origin).parent / file
+        body = next(n.body for n in ast.parse(source.read_text()).body if getattr(n, "name", "") == class_name)
+        for statement in body:
+            if isinstance(statement, ast.AnnAssign) and not statement.target.id.startswith("_"):
+                arguments = {k.arg: k.value for k in getattr(statement.value, "keywords", [])}
+                metadata = arguments.get("metadata", ast.Dict([], []))
+                help_nodes = [v for k, v in zip(metadata.keys, metadata.values) if getattr(k, "value", "") == "help"]
+                try:
+                    help = " ".join(ast.literal_eval(help_nodes[0]).split())
+                except (IndexError, ValueError):  # no help, or one that is computed
+                    help = ""
+                name = statement.target.id
+                default = ast.unparse(arguments["default"]) if "default" in arguments else "None"
+                help = help or (keys[name].help if name in keys else "")
+                keys[name] = Key(name, ast.unparse(statement.annotation), default, help, owner)
+    for f in dataclasses.fields(Recipe):
+        if "help" in f.metadata:
+            annotation = f.type if isinstance(f.type, str) else str(f.type).replace("<class '", "").replace("'>", "")
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            keys[f.name] = Key(f.name, annotation, repr(default), f.metadata["help"], "own", f.metadata["choices"])
+    return keys
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key written twice (PyYAML keeps the last one without a word)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = {}
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise UserError(
+                    f"{self.name}: key '{key_node.value}' stands on line {seen[key_node.value]} and again on line "
+                    f"{key_node.start_mark.line + 1}; remove one"
+                )
+            seen[key_node.value] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(arguments: list[str], usage: str) -> Recipe:
+    """Reads `[--config FILE] [--key value ...]` into a checked recipe; `--help` prints every key and exits.
+
+    Args:
+        arguments: the command line without the script's name.
+        usage: the text above the list of keys in `--help`.
+
+    Raises:
+        UserError: for an unreadable file, and for a key that is unknown, abbreviated, doubled, refused or wrongly typed.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        _print_help(usage)
+    config, given = _split_command_line(arguments)
+    path = Path(locate(config or "recipes/demo.yaml"))
+    values = {}
+    for key, value in _read_yaml(path).items():
+        values[_known(key, str(path))] = _typed(known_keys()[key], value, f"{path}: ")
+    for key, texts in given.items():
+        values[_known(key, "command line")] = _typed(known_keys()[key], _parse_texts(key, texts), "--")
+    values = {**DEFAULTS, **values}
+    values.setdefault("output_dir", f"outputs/{path.stem}")
+    by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
+                ("own", "training", "model")}  # fmt: skip
+    recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=path.stem)
+    _check(recipe)
+    return recipe
+
+
+def locate(name: str) -> str:
+    """A path as the user means it: from the current folder, else from the project's; unchanged where neither has it."""
+    for folder in (Path.cwd(), PROJECT):
+        if (folder / Path(name).expanduser()).exists():
+            return str(folder / Path(name).expanduser())
+    return name
+
+
+def is_hub_id(dataset_name: str) -> bool:
+    """Whether a dataset name that is no file, folder or glob here has the shape of a Hub id (owner/name)."""
+    if any(c in dataset_name for c in "*?[") or os.path.exists(locate(dataset_name)):
+        return False
+    looks_like_path = dataset_name.startswith((".", "/", "~")) or dataset_name.endswith(DATA_SUFFIXES)
+    return not looks_like_path and dataset_name.count("/") <= 1
+
+
+def template_columns(template: str, key: str) -> list[str]:
+    """The columns that a template names, e.g. ["instruction"] for "{instruction}"; raises UserError on a bad one."""
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"{key}: {error}; write {{column}} for a column and {{{{ for a brace") from None
+    return [name for _, name, _, _ in parsed if name is not None]
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the recipe as resolved; `--config` reads it again."""
+    path.write_text(yaml.safe_dump(recipe.keys(), sort_keys=True, allow_unicode=True), encoding="utf-8")
+
+
+def check_identity(recipe: Recipe, path: Path) -> None:
+    """Raises UserError where the run that wrote `path` (its recipe.yaml) is another run than this one."""
+    before, now = {**DEFAULTS, **_read_yaml(path)}, recipe.keys()
+    changed = []
+    for key in sorted(before.keys() | now.keys()):
+        if key in FREE_KEYS or key.startswith(FREE_PREFIXES) or key not in known_keys():
+            continue
+        try:
+            default = ast.literal_eval(known_keys()[key].default)
+        except ValueError:
+            default = None
+        was, is_now = before.get(key, default), now.get(key, default)
+        if was != is_now:
+            changed.append(f"{key} (was {was!r}, is {is_now!r})")
+    if changed:
+        raise UserError(
+            f"output_dir {path.parent} holds another run, made with other values of {', '.join(changed)}: set another "
+            "output_dir, or --restart to begin anew (the old folder is renamed and kept)"
+        )
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of anything that JSON can hold, or of bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _print_help(usage: str) -> NoReturn:
+    """Prints every key with its type and default, CareLM's first, and exits with status 0."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
+    groups = {
+        "own": parser.add_argument_group("CareLM's keys"),
+        "model": parser.add_argument_group("keys of TRL's ModelConfig"),
+        "training": parser.add_argument_group("keys of TRL's SFTConfig and transformers' TrainingArguments"),
+    }
+    for key in known_keys().values():
+        if key.name in REFUSED:
+            continue
+        default = repr(DEFAULTS[key.name]) if key.name in DEFAULTS else key.default
+        choices = f" One of: {', '.join(key.choices)}." if key.choices else ""
+        help = f"{key.help}{choices} ({key.annotation}, default: {default})".replace("%%", "%").replace("%", "%%")
+        groups[key.owner].add_argument(f"--{key.name}", metavar="", help=help)
+    parser.print_help()
+    sys.exit(0)
+
+
+def _split_command_line(arguments: list[str]) -> tuple[str | None, dict[str, list[str]]]:
+    """`--config X --a 1 --b=2 --flag` -> ("X", {"a": ["1"], "b": ["2"], "flag": []})."""
+    given: dict[str, list[str]] = {}
+    name = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            if name in given:
+                raise UserError(f"--{name} stands twice on the command line; remove one")
+            given[name] = [value] if equals else []
+        elif name is None:
+            raise UserError(f"'{argument}' is not a key: write --config {argument} for a recipe, --key value for the rest")
+        else:
+            given[name].append(argument)
+    config = given.pop("config", None)
+    if config is not None and len(config) != 1:
+        raise UserError("--config takes one recipe file")
+    return (config[0] if config else None), given
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_Loader)
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}); see recipes/ for those that come with CareLM") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"recipe {path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} holds no `key: value` lines")
+    return values
+
+
+def _known(key: str, where: str) -> str:
+    """The key, if it is one that a recipe may hold; otherwise an error with the nearest one that is."""
+    if key in REFUSED:
+        raise UserError(f"{where}: key '{key}' is not set in a recipe: {REFUSED[key]}")
+    if key not in known_keys():
+        names = [k for k in known_keys() if k not in REFUSED]
+        starts = [k for k in names if str(key) and k.startswith(str(key))]
+        near = starts[:1] or difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
+        raise UserError(f"{where}: unknown key '{key}'{hint}")
+    return key
+
+
+def _parse_texts(name: str, texts: list[str]) -> Any:
+    """Words of the command line -> a value, by the same rules as YAML; a key without words is a switch."""
+    annotation = known_keys()[name].annotation
+    if not texts:
+        return True
+    if annotation.replace(" | None", "") == "str":
+        return " ".join(texts)
+    try:
+        values = [yaml.safe_load(text) for text in texts]
+    except yaml.YAMLError:
+        values = texts
+    return values if len(values) > 1 else values[0]
+
+
+def _typed(key: Key, value: Any, where: str) -> Any:
+    """The value in the key's type. YAML reads 2e-4 as text, so text that is a number counts as one."""
+    kinds = {kind.strip().split("[")[0] for kind in key.annotation.split("|")}
+    problem = UserError(f"{where}{key.name}: {value!r} is not of type {key.annotation}")
+    if isinstance(value, str) and value.lower() in ("none", "null") and "str" not in kinds:
+        value = None
+    if value is None:
+        if "None" in kinds or key.default == "None":
+            return None
+        raise problem
+    if isinstance(value, bool):
+        if "bool" in kinds or "Literal" in kinds:
+            return value
+        if kinds & {"list"}:
+            return [str(value).lower()]
+        raise problem
+    if "dict" in kinds and isinstance(value, (dict, str)):
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            raise problem from None
+    if "list" in kinds and not isinstance(value, dict):
+        values = value if isinstance(value, list) else [value]
+        return [str(v).lower() if isinstance(v, bool) else v for v in values]
+    if "int" in kinds and isinstance(value, int):
+        return value
+    if "float" in kinds and isinstance(value, (int, float, str)):
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            raise problem from None
+    if kinds & {"str", "SchedulerType", "OptimizerNames"} and isinstance(value, str):
+        if key.choices and value not in key.choices:
+            near = difflib.get_close_matches(value, key.choices, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{where}{key.name}: '{value}' is none of {', '.join(key.choices)}{hint}")
+        return value
+    raise problem
+
+
+def _check(recipe: Recipe) -> None:
+    """What can be wrong between keys, found without torch."""
+    for key in ("global_batch_size", "num_virtual_tokens", "sample_max_new_tokens"):
+        if getattr(recipe, key) < 1:
+            raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1")
+    for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if recipe.training.get(key, 1) is None or recipe.training.get(key, 1) < 1:
+            raise UserError(f"{key}: {recipe.training[key]} is not at least 1")
+    for key in ("max_samples", "max_eval_samples", "early_stopping_patience"):
+        if getattr(recipe, key) is not None and getattr(recipe, key) < 1:
+            raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1; leave it out for no limit")
+    for key in ("validation_fraction", "test_fraction", "max_empty_share"):
+        if not 0 <= getattr(recipe, key) <= 1:
+            raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")
+    if recipe.validation_fraction + recipe.test_fraction >= 1:
+        raise UserError("validation_fraction and test_fraction leave nothing to train on; their sum must be under 1")
+    if recipe.model.get("load_in_4bit") and recipe.model.get("load_in_8bit"):
+        raise UserError("load_in_4bit and load_in_8bit: set only one of them")
+    if recipe.method == "full" and recipe.bits:
+        raise UserError(f"method: full cannot train a {recipe.bits}-bit base; set method: lora, or leave load_in_{recipe.bits}bit out")
+    if recipe.messages_column and (recipe.prompt_template or recipe.completion_template):
+        raise UserError("messages_column and prompt_template/completion_template: set one or the other")
+    if not recipe.messages_column and not (recipe.prompt_template and recipe.completion_template):
+        raise UserError(
+            "the recipe does not say where the conversations are: set prompt_template and completion_template (such as "
+            '"{instruction}" and "{response}"), or messages_column'
+        )
+    for key in ("system_prompt", "prompt_template", "completion_template"):
+        if getattr(recipe, key) is not None:
+            columns = template_columns(getattr(recipe, key), key)
+            if key != "system_prompt" and not columns:
+                raise UserError(f"{key}: {getattr(recipe, key)!r} names no column; write {{column}}")
+    if recipe.early_stopping_patience and recipe.training["eval_strategy"] == "no":
+        raise UserError("early_stopping_patience needs evaluations: set eval_strategy: steps or epoch")
+    if recipe.early_stopping_patience:  # the best checkpoint can only be kept where one is saved at each evaluation
+        recipe.training["save_strategy"] = recipe.training["eval_strategy"]
+        if "eval_steps" in recipe.training:
+            recipe.training["save_steps"] = recipe.training["eval_steps"]
+    base = recipe.model["model_name_or_path"]
+    if base.startswith((".", "/", "~")) and not os.path.isdir(recipe.base):
+        raise UserError(f"model_name_or_path: there is no folder {base}")

@@ -1,0 +1,141 @@
+"""A run's output folder: which run it holds, whether that is finished, and what is written when it is. Imports no torch.
+
+    outputs/NAME/
+        recipe.yaml           the recipe as resolved, from the start
+        data_report.json      what became of the rows
+        checkpoint-N/         see carelm.checkpoints
+        runs/                 TensorBoard
+        adapter_model.safetensors, adapter_config.json (or the model), tokenizer files, generation_config.json
+        README.md             the model card
+        train_metrics.json    written last: the run is finished
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carelm.ranks import Launch, rank, say
+from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recipe
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
+
+
+def find_finished(recipe: Recipe) -> dict[str, Any] | None:
+    """The metrics of this very run where it is finished; None where there is something to do.
+
+    Raises:
+        UserError: where the folder holds another run.
+    """
+    saved = recipe.output_dir / "recipe.yaml"
+    if recipe.restart:
+        return None
+    if not saved.exists():
+        _check_unclaimed(recipe.output_dir)
+        return None
+    check_identity(recipe, saved)
+    try:
+        metrics = json.loads((recipe.output_dir / "train_metrics.json").read_text())
+    except OSError:
+        return None
+    budget = {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")}
+    return metrics if metrics["budget"] == budget else None
+
+
+def _check_unclaimed(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"output_dir: {folder} is a file; set another output_dir")
+    if folder.is_dir() and any(folder.iterdir()):
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
+        raise UserError(f"output_dir: {folder} holds no run of CareLM, but files ({there}); set another output_dir")
+
+
+def check_zero(recipe: Recipe, launch: Launch | None, arguments: "SFTConfig") -> int:
+    """The ZeRO stage that is really on (0 without DeepSpeed).
+
+    Raises:
+        UserError: where DeepSpeed was asked for and is off, or the stage cannot do what the recipe wants.
+    """
+    plugin = arguments.deepspeed_plugin
+    if launch is not None and launch.deepspeed and plugin is None:
+        raise UserError(
+            "distributed_type: DeepSpeed was asked for and is off (accelerate turns it off where ACCELERATE_USE_CPU is set "
+            "by --cpu); use accelerate_configs/cpu_zero2.yaml on a CPU"
+        )
+    stage = plugin.zero_stage if plugin is not None else 0
+    if recipe.model.get("use_dora") and stage == 3:
+        raise UserError("use_dora: DoRA needs whole weights to take their norms, ZeRO-3 shards them; use accelerate_configs/zero2.yaml")
+    return stage
+
+
+def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
+    """Makes the folder ready (rank 0) and returns the checkpoint to go on from, the same one on every rank.
+
+    Raises:
+        UserError: where there are checkpoints and none is whole, or the folder cannot be written.
+    """
+    from carelm import checkpoints
+
+    folder, problem, newest = recipe.output_dir, None, None
+    if rank() == 0:
+        try:
+            if recipe.restart and folder.exists():
+                number = 1
+                while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+                    number += 1
+                folder.rename(aside)
+                say(f"--restart: the earlier run is kept as {aside}")
+            newest = checkpoints.newest_whole(folder) if folder.exists() else None
+            folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, folder / "recipe.yaml")
+            if newest is not None:
+                say(f"going on from {newest}")
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"output_dir: {folder} cannot be written ({error.strerror})"
+    if arguments.world_size > 1:
+        import torch.distributed
+
+        box = [problem, newest]
+        torch.distributed.broadcast_object_list(box, src=0, device=arguments.device)
+        problem, newest = box
+    if problem is not None:
+        raise UserError(problem)
+    return newest
+
+
+def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Writes the data report, the model card and, last, the metrics; pushes to the Hub where the recipe says so."""
+    from carelm import checkpoints, hub
+
+    folder = recipe.output_dir
+    metrics = metrics | {
+        "budget": {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+    }
+    try:
+        checkpoints.write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
+        checkpoints.write_whole(folder / "README.md", hub.model_card(recipe, metrics, report))
+        if recipe.training.get("push_to_hub"):
+            say(f"pushed to {hub.push(recipe)}")
+        checkpoints.write_whole(folder / "train_metrics.json", json.dumps(metrics, indent=1))
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); make room and run again") from None
+    return metrics
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with a + where the working tree differs from it; None outside a git checkout."""
+    git = ["git", "-C", str(PROJECT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if commit.returncode != 0 or not os.path.exists(PROJECT / ".git"):
+        return None
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return commit.stdout.strip() + ("+" if changed else "")

@@ -1,0 +1,87 @@
+"""Fine-tunes a chat model as one recipe says, from a laptop CPU to many GPUs under DeepSpeed.
+
+    accelerate launch train/sft.py
+    accelerate launch train/sft.py --config recipes/bitext_support.yaml --learning_rate 1e-4
+    accelerate launch --config_file accelerate_configs/zero2.yaml train/sft.py --config recipes/bitext_support.yaml
+    python train/sft.py --config recipes/bitext_support.yaml --preview 2
+
+Without --config the recipe is recipes/demo.yaml: offline, on whatever the machine has. Any key of a recipe can be
+overridden as --key value. The same command again goes on from the newest whole checkpoint; a finished run says so and
+changes nothing. The last line on standard output is the run's figures as one JSON object.
+
+exit status: 0 the run is finished, 2 something in the recipe, the data or the launch is to be mended.
+"""
+
+import json
+import os
+import sys
+import time
+
+STARTED = time.time()
+
+from carelm import data, ranks, runs  # noqa: E402
+from carelm.recipe import load_recipe  # noqa: E402
+
+
+def main() -> None:
+    recipe = load_recipe(sys.argv[1:], usage=__doc__)
+    if recipe.is_local:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is needed from a hub, so none is waited for
+    launch = ranks.check_launch()
+    if not recipe.preview and (finished := runs.find_finished(recipe)):
+        ranks.say(f"{recipe.output_dir} holds this run, finished at step {finished['global_step']}; nothing to do")
+        return report(finished)
+
+    chat = data.make_chat(recipe)
+    if recipe.preview:
+        return print(data.preview(recipe, chat, recipe.preview))
+    prepared = data.prepare(recipe, chat)
+    ranks.say("data\n" + data.format_report(prepared.report))
+
+    from carelm import callbacks, models, quiet, trainer  # torch and all that follows
+
+    quiet.silence()
+    precision = models.choose_precision(recipe.precision)
+    arguments = trainer.make_training_args(recipe, prepared, precision)
+    zero_stage = runs.check_zero(recipe, launch, arguments)
+    checkpoint = runs.open_output(recipe, arguments)
+
+    model = models.load_model(recipe, chat, precision, zero_stage)
+    trainable, total = models.count_parameters(model)
+    ranks.say(f"{recipe.method} on {recipe.model['model_name_or_path']} in {precision.name} ({precision.reason}): "
+              f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.4%})")  # fmt: skip
+
+    speed = callbacks.Speed()
+    fingerprint = models.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
+    run = trainer.Trainer(recipe, prepared, chat, fingerprint, model=model, args=arguments,
+                          callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
+    run.started = STARTED
+    run.follow(speed, checkpoint)
+    run.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    run.save_result(recipe.output_dir)
+    metrics = run.metrics() | {
+        "tokens_per_second": round(speed.tokens / speed.step_seconds, 1) if speed.step_seconds else None,
+        "seconds_to_first_step": round(speed.first_step_at - STARTED, 2) if speed.first_step_at else None,
+        "peak_memory_bytes": callbacks.peak_memory_bytes(),
+        "precision": precision.name,
+        "method": recipe.method,
+        "bits": recipe.bits,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "trainable_percent": round(100 * trainable / total, 4),
+        "base_fingerprint": fingerprint,
+    }
+    if ranks.rank() == 0:
+        metrics = runs.finish(recipe, metrics, prepared.report)
+    ranks.leave()
+    report(metrics)
+
+
+def report(metrics: dict) -> None:
+    if ranks.rank() == 0:
+        print(json.dumps(metrics), flush=True)
+
+
+if __name__ == "__main__":
+    ranks.run_main(main)
