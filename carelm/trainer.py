@@ -78,10 +78,18 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
         "remove_unused_columns": False,
         "log_level": values.get("log_level", "error"),
     }
+    if world_size() > 1 and not torch.cuda.is_available():
+        derived["ddp_backend"] = "gloo"  # without it accelerate takes every rank for the only one
     try:
-        return SFTConfig(**{**values, **derived})
+        arguments = SFTConfig(**{**values, **derived})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"recipe {recipe.name}: {' '.join(str(error).split())}") from None
+    if arguments.world_size != world_size():
+        raise UserError(
+            f"num_processes: {world_size()} ranks were started and only {arguments.world_size} found each other; name a "
+            "--config_file from accelerate_configs/"
+        )
+    return arguments
 
 
 class GlobalBatches:
