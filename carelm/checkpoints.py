@@ -240,10 +240,23 @@ def load_state(trainer: "Trainer", folder: Path) -> None:
                 k.removeprefix(f"{name}|"): stored[k] if k.endswith("|step") else stored[k].to(parameter.device)
                 for k in keys
             }
-    scheduler = json.loads((folder / "scheduler.json").read_text())
-    trainer.lr_scheduler.load_state_dict(scheduler)
-    for group, lr in zip(trainer.optimizer.param_groups, scheduler["_last_lr"]):
-        group["lr"] = lr
+    _load_scheduler(trainer, json.loads((folder / "scheduler.json").read_text()))
+
+
+def _load_scheduler(trainer: "Trainer", state: dict[str, Any]) -> None:
+    """All parameter groups share one learning rate, and how many groups there are differs: ZeRO drops empty ones."""
+    groups = trainer.optimizer.param_groups
+    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+    for key in ("base_lrs", "_last_lr"):
+        if key in state:
+            state[key] = state[key][:1] * len(groups)
+    if "lr_lambdas" in state:
+        state["lr_lambdas"] = []  # functions of the step, made anew from the recipe
+    scheduler.load_state_dict(state)
+    if hasattr(scheduler, "lr_lambdas"):  # the run's length may have changed, and the schedule with it
+        state["_last_lr"] = [base * scale(scheduler.last_epoch) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(groups, state["_last_lr"]):
+        group["lr"] = rate
 
 
 def load_weights(trainer: "Trainer", stored: dict[str, torch.Tensor], folder: Path) -> None:
@@ -277,14 +290,14 @@ def _load_deepspeed_optimizer(trainer: "Trainer", stored: dict[str, torch.Tensor
         raise UserError("optim: the checkpoint's optimizer is not Adam; it can only be resumed without DeepSpeed")
     inner = _inner_optimizer(trainer)
     is_torch = type(inner).__module__.startswith("torch.")
-    for group in inner.param_groups:
-        for flat in group["params"]:
-            inner.state[flat] = {
-                "step": torch.tensor(float(steps[0])) if is_torch else int(steps[0]),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
     zero = trainer.model_wrapped.optimizer
+    flats = zero.fp32_partitioned_groups_flat if trainer.zero_stage == 3 else zero.single_partition_of_fp32_groups
+    for flat in flats:
+        inner.state[flat] = {
+            "step": torch.tensor(float(steps[0])) if is_torch else int(steps[0]),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
     for name, parameter in trainable(trainer.model):
