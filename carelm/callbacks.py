@@ -1,5 +1,6 @@
 """What goes on beside the optimizer steps: seeds, the progress bar, speed and memory, TensorBoard, sample answers."""
 
+import importlib.util
 import resource
 import sys
 import time
@@ -79,7 +80,8 @@ class Speed(TrainerCallback):
         figures["host_memory_bytes"] = psutil.Process().memory_info().rss
         if torch.cuda.is_available():
             figures["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
-            figures["gpu_utilisation_percent"] = torch.cuda.utilization()
+            if importlib.util.find_spec("pynvml"):
+                figures["gpu_utilisation_percent"] = torch.cuda.utilization()
         return figures
 
 
@@ -162,7 +164,7 @@ class TensorBoard(TrainerCallback):
 
 
 class SampleAnswers(TrainerCallback):
-    """Answers the same few validation prompts at every evaluation, for TensorBoard and `latest`."""
+    """Answers the same few validation prompts at every evaluation, as TensorBoard text."""
 
     def __init__(self, chat, samples: list[dict[str, Any]], max_new_tokens: int, tensorboard: TensorBoard | None):
         self.chat, self.samples, self.max_new_tokens, self.tensorboard = chat, samples, max_new_tokens, tensorboard
@@ -175,6 +177,7 @@ class SampleAnswers(TrainerCallback):
             model,
             self.chat,
             [sample["prompt"] for sample in self.samples],
+            device=args.device,
             max_new_tokens=self.max_new_tokens,
             synced_gpus=self.synced_gpus,
         )

@@ -78,10 +78,20 @@ class Chat:
         """All examples in tokens, None for those dropped as too long, with counts of what was done to fit the window.
 
         Raises:
-            UserError: where an example has a trained turn without an end-of-turn token.
+            UserError: where the template refuses an example, or a trained turn of it has no end-of-turn token.
         """
+        from jinja2 import TemplateError  # costs a tenth of a second, which --help need not wait
+
         counts: Counter = Counter()
-        pieces = [self._pieces(e.prompt, e.completion) for e in examples]
+        pieces = []
+        for example in examples:
+            try:
+                pieces.append(self._pieces(example.prompt, example.completion))
+            except TemplateError as error:
+                raise UserError(
+                    f"{example.source}: the chat template of {self.tokenizer.name_or_path} refuses this conversation "
+                    f"({error}); mend the row or the system_prompt, or set chat_template_path"
+                ) from None
         ids = iter(self._tokenize([text for example in pieces for text, _ in example]))
         rendered = [self._join(example, [next(ids) for _ in example]) for example in pieces]
         for i, example in enumerate(examples):
@@ -109,7 +119,10 @@ class Chat:
         return pieces
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        # verbose=False: no warning that a text is over the model's window, that is what `_fit` is for
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _join(self, pieces: list[tuple[str, bool]], ids: list[list[int]]) -> Rendered:
         trained = [np.full(len(piece_ids), is_trained) for (_, is_trained), piece_ids in zip(pieces, ids)]
@@ -171,8 +184,10 @@ class Chat:
         rendered = self._render_one(replace(example, prompt=prompt, completion=example.completion))
         if len(rendered.input_ids) > self.max_length:
             counts["answer cut"] += 1
-            rendered = Rendered(rendered.input_ids[: self.max_length].copy(), rendered.trained[: self.max_length].copy())
-            rendered.input_ids[-1], rendered.trained[-1] = self.end_of_turn_id, True
+            end = int(np.flatnonzero(rendered.trained[: self.max_length])[-1]) + 1
+            rendered = Rendered(rendered.input_ids[:end].copy(), rendered.trained[:end].copy())
+            if end == self.max_length:  # else the window ends in a tool's turn, and the answer before it is whole
+                rendered.input_ids[-1] = self.end_of_turn_id
         return rendered
 
     def _check_end_of_turn(self, example: "Example", rendered: Rendered) -> None:

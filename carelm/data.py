@@ -318,13 +318,14 @@ def _from_messages(recipe: Recipe, source: str, messages: Any) -> tuple[list[dic
         turns.pop()
     if not turns:
         raise NoAnswer("no assistant turn")
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    # A greeting that opens the conversation answers nothing: it is prompt.
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
+    if not answers:
+        raise NoAnswer("no turn before the answer")
     split = answers[0] if recipe.trained_turns == "all" else answers[-1]
     for turn in turns[split:]:
         if turn["role"] == "assistant" and not turn["content"].strip() and not turn.get("tool_calls"):
             raise NoAnswer("empty answer")
-    if split == 0:
-        raise NoAnswer("no turn before the answer")
     return turns[:split], turns[split:]
 
 
@@ -406,7 +407,12 @@ def _clean(recipe: Recipe, split: str, rows: list[tuple[str, dict]]) -> tuple[li
             without_answer += 1
             report.first_without_answer = (report.first_without_answer + [source])[:3]
             continue
-        content = json.dumps([example.prompt, example.completion], sort_keys=True)
+        content = json.dumps([example.prompt, example.completion], sort_keys=True, ensure_ascii=False)
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            half = content[error.start].encode("unicode_escape").decode()
+            raise UserError(f"{source}: the text holds {half}, half of a character; mend the row") from None
         if content in seen:
             dropped["duplicate"] += 1
         else:

@@ -7,7 +7,13 @@ from carelm.chat import Chat
 
 @torch.no_grad()
 def generate(
-    model: torch.nn.Module, chat: Chat, prompts: list[list[dict]], *, max_new_tokens: int, synced_gpus: bool = False
+    model: torch.nn.Module,
+    chat: Chat,
+    prompts: list[list[dict]],
+    *,
+    device: torch.device,
+    max_new_tokens: int,
+    synced_gpus: bool = False,
 ) -> list[str]:
     """The model's greedy answers, in the order of the prompts.
 
@@ -15,6 +21,7 @@ def generate(
         model: a causal language model with or without adapter; its mode (train or eval) is restored.
         chat: renders the prompts as in training.
         prompts: lists of messages, each ending before the answer.
+        device: where the model computes (its weights may lie elsewhere, under ZeRO with offload).
         max_new_tokens: longest answer in tokens.
         synced_gpus: True under ZeRO-3, where every rank must take part in every step.
     """
@@ -30,7 +37,6 @@ def generate(
         attention_mask[row, longest - len(prompt_ids) :] = 1
     was_training = model.training
     model.eval()
-    device = next(p.device for p in model.parameters() if p.device.type != "meta")
     output = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
@@ -40,5 +46,4 @@ def generate(
         synced_gpus=synced_gpus,
     )
     model.train(was_training)
-    new = output[:, -(output.shape[1] - longest) :] if output.shape[1] > longest else output[:, :0]
-    return [text.strip() for text in chat.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return [text.strip() for text in chat.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]

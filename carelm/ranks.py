@@ -56,13 +56,14 @@ class Launch:
     deepspeed: bool
     config_file: Path | None
     config_file_is_default: bool
+    threads_were_set: bool
 
 
 def find_launch() -> Launch | None:
     """Reads the launcher's own command line and configuration file; None under another launcher or none at all."""
     for process in psutil.Process().parents()[:3]:
         try:
-            words = process.cmdline()
+            words, environment = process.cmdline(), process.environ()
         except psutil.Error:
             continue
         if any(Path(word).name in LAUNCHERS for word in words[:4]) or any(w in LAUNCHERS for w in words[:4]):
@@ -90,6 +91,7 @@ def find_launch() -> Launch | None:
         deepspeed="use_deepspeed" in options or settings.get("distributed_type") == "DEEPSPEED",
         config_file=file,
         config_file_is_default=file is not None and "config_file" not in options,
+        threads_were_set="OMP_NUM_THREADS" in environment or "num_cpu_threads_per_process" in options,
     )
 
 
@@ -106,6 +108,15 @@ def check_launch() -> Launch | None:
             "starts several ranks only under DeepSpeed: --config_file accelerate_configs/cpu_zero2.yaml"
         )
     return launch
+
+
+def use_all_cores(launch: Launch | None) -> None:
+    """Shares the machine's cores among its ranks; accelerate gives every CPU process one thread unless it is told."""
+    import torch
+
+    if launch is not None and not launch.threads_were_set and not torch.cuda.is_available():
+        cores = psutil.cpu_count(logical=False) or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def leave() -> None:

@@ -275,9 +275,10 @@ def load_recipe(arguments: list[str], usage: str) -> Recipe:
     path = Path(locate(config or "recipes/demo.yaml"))
     values = {}
     for key, value in _read_yaml(path).items():
-        values[_known(key, str(path))] = _typed(known_keys()[key], value, f"{path}: ")
-    for key, texts in given.items():
-        values[_known(key, "command line")] = _typed(known_keys()[key], _parse_texts(key, texts), "--")
+        values[key] = _typed(_known(key, str(path)), value, f"{path}: ")
+    for name, texts in given.items():
+        key = _known(name, "command line")
+        values[name] = _typed(key, _parse_texts(key, texts), "--")
     values = {**DEFAULTS, **values}
     values.setdefault("output_dir", f"outputs/{path.stem}")
     by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
@@ -401,8 +402,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _known(key: str, where: str) -> str:
-    """The key, if it is one that a recipe may hold; otherwise an error with the nearest one that is."""
+def _known(key: str, where: str) -> Key:
+    """The key of this name, if it is one that a recipe may hold; otherwise an error with the nearest one that is."""
     if key in REFUSED:
         raise UserError(f"{where}: key '{key}' is not set in a recipe: {REFUSED[key]}")
     if key not in known_keys():
@@ -411,15 +412,14 @@ def _known(key: str, where: str) -> str:
         near = starts[:1] or difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
         raise UserError(f"{where}: unknown key '{key}'{hint}")
-    return key
+    return known_keys()[key]
 
 
-def _parse_texts(name: str, texts: list[str]) -> Any:
+def _parse_texts(key: Key, texts: list[str]) -> Any:
     """Words of the command line -> a value, by the same rules as YAML; a key without words is a switch."""
-    annotation = known_keys()[name].annotation
     if not texts:
         return True
-    if annotation.replace(" | None", "") == "str":
+    if key.annotation.replace(" | None", "") == "str":
         return " ".join(texts)
     try:
         values = [yaml.safe_load(text) for text in texts]
@@ -441,6 +441,8 @@ def _typed(key: Key, value: Any, where: str) -> Any:
     if isinstance(value, bool):
         if "bool" in kinds or "Literal" in kinds:
             return value
+        if not value and kinds & {"IntervalStrategy", "SaveStrategy"}:  # YAML reads a bare `no` as false
+            return "no"
         if kinds & {"list"}:
             return [str(value).lower()]
         raise problem

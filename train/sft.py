@@ -19,7 +19,7 @@ import time
 
 STARTED = time.time()
 
-from carelm import data, ranks, runs  # noqa: E402
+from carelm import data, quiet, ranks, runs  # noqa: E402
 from carelm.recipe import load_recipe  # noqa: E402
 
 
@@ -38,9 +38,12 @@ def main() -> None:
     prepared = data.prepare(recipe, chat)
     ranks.say("data\n" + data.format_report(prepared.report))
 
-    from carelm import callbacks, models, quiet, trainer  # torch and all that follows
+    import torch
 
-    quiet.silence()
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
+    ranks.use_all_cores(launch)
+    from carelm import callbacks, models, trainer  # three seconds of libraries, after every check that needs none
+
     precision = models.choose_precision(recipe.precision)
     arguments = trainer.make_training_args(recipe, prepared, precision)
     zero_stage = runs.check_zero(recipe, launch, arguments)

@@ -1,0 +1,35 @@
+# make train: fine-tune the embedded example.  make test: every test that this machine can run.
+VENV ?= .venv
+PYTHON ?= python3
+READY := $(VENV)/.ready
+# DeepSpeed compiles a small extension once and looks for ninja on the path.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: train test bench bench-gpu check style
+
+train: $(READY)
+	accelerate launch train/sft.py
+
+test: $(READY)
+	python -m pytest
+
+bench: $(READY)
+	python benchmarks/methods.py
+	python benchmarks/speed.py
+
+bench-gpu: $(READY)
+	python benchmarks/gpu.py
+
+check: $(READY)
+	ruff check .
+	ruff format --check .
+
+style: $(READY)
+	ruff check --fix .
+	ruff format .
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -r requirements.txt
+	touch $(READY)

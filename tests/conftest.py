@@ -1,0 +1,31 @@
+"""What several test files share: the tiny base, the folder with public samples, a cache of its own for each test."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """The tiny pretrained base that comes with the project."""
+    return PROJECT / "demo/base"
+
+
+@pytest.fixture(scope="session")
+def carelm_data() -> Path:
+    """A folder with a folder of real rows per recipe; it is no part of the project."""
+    folder = Path(os.environ.get("CARELM_DATA", PROJECT.parent / "shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"no public samples: CARELM_DATA names no folder ({folder})")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """Prepared data of one test is never read by another, nor by a user's run."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CARELM_CACHE", str(cache))
+    return cache

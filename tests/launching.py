@@ -1,0 +1,80 @@
+"""Starts train/sft.py as a user does, with the real launcher, and reads what it left behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+PROJECT = Path(__file__).resolve().parent.parent
+PROBE = Path(__file__).with_name("probe.py")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread per rank, so that sums come in one order; nothing of this machine's accelerate configuration."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent", **extra}
+
+
+def command(*keys: str, config_file: str | Path | None = None, script: str | Path = "train/sft.py") -> list[str]:
+    """`accelerate launch` with a port of its own; without config_file one process."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = ["--config_file", str(config_file)] if config_file else ["--num_processes", "1"]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", str(port)]
+    return [*launcher, *options, str(script), *map(str, keys)]
+
+
+def launch(*keys: str, config_file=None, script="train/sft.py", check=True, **extra) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*keys, config_file=config_file, script=script),
+        cwd=PROJECT, env=environment(**extra), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def script(*keys: str, **extra) -> subprocess.CompletedProcess:
+    """train/sft.py without a launcher: one process, as for --preview and for errors that come before any weights."""
+    return subprocess.run(
+        [sys.executable, "train/sft.py", *map(str, keys)],
+        cwd=PROJECT, env=environment(**extra), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def zero3_sharding_everything(folder: Path) -> Path:
+    """An accelerate file for two CPU ranks under ZeRO-3 that shards small tensors too."""
+    settings = json.loads((PROJECT / "ds_configs/zero3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "zero3.json").write_text(json.dumps(settings))
+    accelerate = yaml.safe_load((PROJECT / "accelerate_configs/cpu_zero3.yaml").read_text())
+    accelerate["deepspeed_config"]["deepspeed_config_file"] = str(folder / "zero3.json")
+    (folder / "cpu_zero3.yaml").write_text(yaml.safe_dump(accelerate))
+    return folder / "cpu_zero3.yaml"
+
+
+def history(folder: Path) -> list[dict]:
+    """The log history of a run's last checkpoint."""
+    last = max(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    return json.loads((last / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in history(folder) if "loss" in entry}
+
+
+def eval_losses(folder: Path) -> dict[int, float]:
+    return {entry["step"]: entry["eval_loss"] for entry in history(folder) if "eval_loss" in entry}
+
+
+def relative_distance(folder: Path, other: Path) -> float:
+    """|a - b| / |b| over all tensors of two adapters."""
+    from safetensors.torch import load_file
+
+    a, b = (load_file(f / "adapter_model.safetensors") for f in (folder, other))
+    assert a.keys() == b.keys()
+    difference = sum((a[k].double() - b[k].double()).square().sum() for k in a)
+    return float((difference / sum(b[k].double().square().sum() for k in b)).sqrt())

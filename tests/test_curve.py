@@ -1,0 +1,103 @@
+"""The same recipe on every rung: the same curve, the same adapter, and under ZeRO-3 a base that is really sharded."""
+
+import json
+
+import pytest
+import torch
+from launching import PROBE, PROJECT, eval_losses, launch, losses, relative_distance, zero3_sharding_everything
+from safetensors.torch import load_file
+
+TWELVE_STEPS = ("--max_steps", 12, "--eval_steps", 6, "--save_steps", 6, "--num_sample_answers", 0, "--lora_r", 8)
+RUNGS = ("accumulated", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="session")
+def rungs(tmp_path_factory):
+    """Twelve steps of the demo's recipe on one process, with the batch split in four, and on two ranks at each stage."""
+    folder = tmp_path_factory.mktemp("rungs")
+
+    def run(name, *keys, config_file=None, **extra):
+        (folder / f"probe-{name}").mkdir()
+        launch("--output_dir", folder / name, *TWELVE_STEPS, *keys, config_file=config_file, script=PROBE,
+               PROBE=str(folder / f"probe-{name}"), **extra)  # fmt: skip
+
+    run("one")
+    # No evaluation in mid-run here: one that changed the weights or the random draws would show in the losses.
+    run("accumulated", "--per_device_train_batch_size", 4, "--eval_strategy", "no", "--eval_on_start", "false")
+    run("zero1", config_file=PROJECT / "accelerate_configs/cpu_zero1.yaml")
+    run("zero2", config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
+    run("zero3", config_file=zero3_sharding_everything(folder))
+    return folder
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_every_rung_has_the_losses_of_one_process(rungs, rung):
+    one, other = losses(rungs / "one"), losses(rungs / rung)
+    assert len(one) == 12
+    assert other == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_every_rung_ends_with_the_adapter_of_one_process(rungs, rung):
+    assert relative_distance(rungs / rung, rungs / "one") < 1e-4
+
+
+@pytest.mark.parametrize("rung", ["zero1", "zero2", "zero3"])
+def test_the_eval_loss_does_not_depend_on_the_ranks(rungs, rung):
+    assert eval_losses(rungs / rung) == pytest.approx(eval_losses(rungs / "one"), rel=1e-5)
+
+
+def test_the_eval_loss_does_not_depend_on_the_batch(rungs, tmp_path):
+    done = launch("--output_dir", tmp_path / "run", "--max_steps", 1, "--num_sample_answers", 0, "--lora_r", 8,
+                  "--per_device_eval_batch_size", 7)  # fmt: skip
+    before = json.loads(done.stdout.splitlines()[-1])["eval_loss_before"]
+    assert before == pytest.approx(eval_losses(rungs / "one")[0], rel=1e-5)
+
+
+def test_zero3_shards_the_4bit_base(rungs):
+    for rank in (0, 1):
+        held = json.loads((rungs / f"probe-zero3/rank-{rank}.json").read_text())
+        assert held["whole"] > 1_000_000
+        assert held["resident"] <= held["whole"] / 2 + held["persistent"] + 4096, held
+
+
+@pytest.mark.parametrize("rung", ["one", "zero1", "zero2", "zero3"])
+def test_the_adapter_reloads_in_a_new_process_with_the_same_logits(rungs, rung):
+    assert_reloads(rungs / rung, rungs / f"probe-{rung}")
+
+
+def test_prompt_tuning_under_zero3_saves_and_reloads(tmp_path):
+    (tmp_path / "probe").mkdir()
+    done = launch("--output_dir", tmp_path / "run", "--method", "prompt_tuning", "--max_steps", 4, "--eval_steps", 2,
+                  "--save_steps", 2, config_file=zero3_sharding_everything(tmp_path), script=PROBE,
+                  PROBE=str(tmp_path / "probe"))  # fmt: skip
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert metrics["zero_stage"] == 3 and metrics["world_size"] == 2
+    assert metrics["eval_loss"] < metrics["eval_loss_before"]
+    assert_reloads(tmp_path / "run", tmp_path / "probe")
+
+
+def test_bf16_stays_close_on_two_ranks(tmp_path):
+    keys = ("--precision", "bf16", *TWELVE_STEPS)
+    launch("--output_dir", tmp_path / "one", *keys)
+    launch("--output_dir", tmp_path / "two", *keys, config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert relative_distance(tmp_path / "two", tmp_path / "one") < 2e-2
+
+
+def assert_reloads(run, probe):
+    """The saved adapter on a freshly loaded base gives the logits that the training process saw at its end."""
+    from peft import PeftModel
+    from probe import TOKENS
+
+    from carelm.models import Precision, load_base
+    from carelm.recipe import load_recipe
+
+    recipe = load_recipe(["--config", str(run / "recipe.yaml")], usage="")
+    model = PeftModel.from_pretrained(load_base(recipe, Precision("fp32", "test")), run).eval()
+    with torch.no_grad():
+        logits = model(input_ids=TOKENS).logits
+    expected = load_file(probe / "logits.safetensors")["logits"]
+    assert torch.allclose(logits[:, -16:], expected[:, -16:], atol=1e-4)
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.allclose(model(input_ids=TOKENS).logits, expected[:, -16:], atol=1e-2)

@@ -1,0 +1,188 @@
+"""What a user can mend is one clear line, exit status 2, no traceback of ours, and nothing written."""
+
+import json
+import shutil
+
+import pytest
+from launching import PROJECT, launch, script
+
+ROWS = [{"question": f"Where is order {i}?", "answer": f"Order {i} is on its way.", "kind": "order"} for i in range(40)]
+RECIPE = {
+    "model_name_or_path": "demo/base",
+    "prompt_template": "{question}",
+    "completion_template": "{answer}",
+    "max_steps": 2,
+    "global_batch_size": 4,
+}
+
+
+def write(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe_file(folder, **keys):
+    path = folder / "shop.yaml"
+    path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in {**RECIPE, **keys}.items() if v is not None))
+    return path
+
+
+def only_error(done):
+    """The one line of a refusal, without any traceback of ours."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert f'File "{PROJECT}/train' not in done.stderr and f'File "{PROJECT}/carelm' not in done.stderr
+    return lines[0]
+
+
+def refuse(folder, *arguments, **keys):
+    """Runs a recipe that must be refused and returns its one line."""
+    done = script("--config", recipe_file(folder, **keys), "--output_dir", folder / "out", *arguments)
+    assert done.returncode == 2
+    assert done.stdout.strip() == ""
+    assert not (folder / "out").exists()
+    return only_error(done)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return str(write(tmp_path / "rows.jsonl"))
+
+
+def test_unknown_key(tmp_path, rows):
+    assert "unknown key 'lora_rank'; did you mean 'lora_r'?" in refuse(tmp_path, dataset_name=rows, lora_rank=4)
+
+
+def test_missing_file(tmp_path):
+    assert "there is no file, folder or glob" in refuse(tmp_path, dataset_name=str(tmp_path / "rows.jsonl"))
+
+
+def test_missing_recipe(tmp_path):
+    done = script("--config", tmp_path / "none.yaml")
+    assert done.returncode == 2 and "cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_row_that_is_not_json(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n{oops\n")
+    assert "rows.jsonl:2: not JSON" in refuse(tmp_path, dataset_name=str(tmp_path / "rows.jsonl"))
+
+
+def test_missing_column_names_those_that_are_there(tmp_path, rows):
+    line = refuse(tmp_path, dataset_name=rows, completion_template="{response}")
+    assert "completion_template" in line and "no column 'response' (there: answer, kind, question)" in line
+
+
+def test_too_many_rows_without_an_answer(tmp_path):
+    broken = [{**row, "answer": ""} if i < 8 else row for i, row in enumerate(ROWS)]
+    line = refuse(tmp_path, dataset_name=str(write(tmp_path / "rows.jsonl", broken)))
+    assert "8 of 40 rows" in line and "rows.jsonl:1" in line and "max_empty_share" in line
+
+
+def test_every_label_masked(tmp_path, rows):
+    """A template that writes no special token after an answer trains a model that cannot stop."""
+    base = shutil.copytree(PROJECT / "demo/base", tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    line = refuse(tmp_path, dataset_name=rows, model_name_or_path=str(base))
+    assert "chat_template_path" in line and "special token" in line
+
+
+def test_nothing_left_after_filtering(tmp_path, rows):
+    assert "row_filter" in refuse(tmp_path, dataset_name=rows, row_filter={"kind": "refund"})
+
+
+def test_nothing_left_in_the_window(tmp_path, rows):
+    assert "max_length: nothing is left" in refuse(tmp_path, dataset_name=rows, max_length=8)
+
+
+def test_global_batch_that_does_not_divide_by_the_ranks(tmp_path, rows):
+    done = launch("--config", recipe_file(tmp_path, dataset_name=rows, global_batch_size=5), "--output_dir", tmp_path / "out",
+                  config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml", check=False)  # fmt: skip
+    line = only_error(done)
+    assert "global_batch_size: 5 does not divide by 2 ranks; the nearest sizes are 4 or 6" in line
+    assert done.returncode != 0 and not (tmp_path / "out").exists()
+
+
+def test_micro_batch_that_does_not_divide_the_share(tmp_path, rows):
+    line = refuse(tmp_path, dataset_name=rows, global_batch_size=12, per_device_train_batch_size=5)
+    assert "the nearest sizes are 4 and 6" in line
+
+
+def test_ranks_that_are_not_there(tmp_path, rows):
+    """On a CPU accelerate starts one process where two were asked for, without a word."""
+    done = launch("--config", recipe_file(tmp_path, dataset_name=rows), "--output_dir", tmp_path / "out", check=False,
+                  config_file=write_accelerate(tmp_path))  # fmt: skip
+    assert done.returncode != 0 and "error: num_processes: 2 ranks were asked for and 1 started" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def write_accelerate(folder):
+    path = folder / "accelerate.yaml"
+    path.write_text("distributed_type: 'NO'\nnum_machines: 1\nnum_processes: 2\nuse_cpu: true\n")
+    return path
+
+
+@pytest.mark.parametrize("precision, words", [("fp16", "a CPU does not train in fp16")])
+def test_precision_that_the_hardware_lacks(tmp_path, rows, precision, words):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("fp16 is there on a GPU")
+    assert words in refuse(tmp_path, dataset_name=rows, precision=precision)
+
+
+def test_method_and_bits_that_exclude_each_other(tmp_path, rows):
+    assert "method: full cannot train a 4-bit base" in refuse(tmp_path, dataset_name=rows, method="full", load_in_4bit=True)
+
+
+def test_method_that_the_zero_stage_cannot_do(tmp_path, rows):
+    done = launch("--config", recipe_file(tmp_path, dataset_name=rows, use_dora=True), "--output_dir", tmp_path / "out",
+                  config_file=PROJECT / "accelerate_configs/cpu_zero3.yaml", check=False)  # fmt: skip
+    line = only_error(done)
+    assert done.returncode != 0 and "use_dora" in line and "zero2.yaml" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, rows):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    done = script("--config", recipe_file(tmp_path, dataset_name=rows), "--output_dir", tmp_path / "mine")
+    assert done.returncode == 2 and "holds no run of CareLM, but files (thesis.txt)" in done.stderr
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_another_run_in_the_folder_and_restart(tmp_path, rows):
+    recipe = recipe_file(tmp_path, dataset_name=rows)
+    script("--config", recipe, "--output_dir", tmp_path / "out", "--num_sample_answers", 0)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    done = script("--config", recipe, "--output_dir", tmp_path / "out", "--learning_rate", "5e-4")
+    assert done.returncode == 2
+    assert "learning_rate (was 0.0002, is 0.0005)" in done.stderr and "--restart" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
+    done = script("--config", recipe, "--output_dir", tmp_path / "out", "--learning_rate", "5e-4", "--restart")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["global_step"] == 2
+    assert (tmp_path / "out.old-1/train_metrics.json").exists()
+
+
+def test_no_whole_checkpoint(tmp_path, rows):
+    recipe = recipe_file(tmp_path, dataset_name=rows, save_strategy="steps", save_steps=1)
+    script("--config", recipe, "--output_dir", tmp_path / "out", "--num_sample_answers", 0)
+    (tmp_path / "out/train_metrics.json").unlink()
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        with open(checkpoint / "training_state.safetensors", "r+b") as file:
+            file.truncate(100)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    done = script("--config", recipe, "--output_dir", tmp_path / "out")
+    line = only_error(done)
+    assert done.returncode == 2 and "none of the 2 checkpoints" in line and "--restart" in line
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
+
+
+def test_pickled_weights(tmp_path, rows):
+    base = shutil.copytree(PROJECT / "demo/base", tmp_path / "base")
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    assert "model_name_or_path" in refuse(tmp_path, dataset_name=rows, model_name_or_path=str(base))
+
+
+def test_lora_on_modules_that_are_not_there(tmp_path, rows):
+    assert "lora_target_modules" in refuse(tmp_path, dataset_name=rows, lora_target_modules=["query_key_value"])

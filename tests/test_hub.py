@@ -1,0 +1,70 @@
+"""--push_to_hub against a stub of the Hub's client: what is uploaded, what the card says, and that no secret is kept."""
+
+import json
+import types
+
+import huggingface_hub
+import pytest
+
+from carelm import hub, runs
+from carelm.recipe import UserError, load_recipe
+
+METRICS = {
+    "eval_loss_before": 6.1, "eval_loss": 1.25, "train_loss": 1.5, "global_step": 120, "num_train_tokens": 1000,
+    "trainable_parameters": 299_008, "trainable_percent": 7.9, "precision": "fp32", "world_size": 1, "zero_stage": 0,
+    "wall_seconds": 100.0,
+}  # fmt: skip
+REPORT = {"train": {"rows": 10, "used": 9}}
+
+
+class StubApi:
+    calls: list = []
+
+    def __init__(self, token=None):
+        self.calls.append(("token", token))
+
+    def create_repo(self, name, *, private, exist_ok):
+        self.calls.append(("create_repo", name, private))
+        return types.SimpleNamespace(repo_id=f"shop/{name}")
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns, commit_message):
+        self.calls.append(("upload_folder", repo_id, folder_path, ignore_patterns))
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", StubApi)
+    StubApi.calls = []
+    keys = ("--push_to_hub", "--hub_model_id", "care", "--hub_token", "hf_secret", "--output_dir", str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    return load_recipe([*keys], usage="")
+
+
+def test_a_finished_run_is_uploaded_with_its_card_and_without_checkpoints(recipe):
+    runs.finish(recipe, METRICS, REPORT)
+    assert ("token", "hf_secret") in StubApi.calls and ("create_repo", "care", None) in StubApi.calls
+    (_, repo_id, folder, ignored), = [c for c in StubApi.calls if c[0] == "upload_folder"]  # fmt: skip
+    assert repo_id == "shop/care" and folder == recipe.output_dir
+    assert "checkpoint-*" in ignored and "runs/*" in ignored
+    card = (recipe.output_dir / "README.md").read_text()
+    for words in ("demo/data", "lora on a 4-bit base", "| eval loss | 1.25 |", "| eval loss before | 6.1 |", "9 of 10"):
+        assert words in card
+
+
+def test_the_token_is_in_no_file(recipe):
+    runs.finish(recipe, METRICS, REPORT)
+    from carelm.recipe import save_recipe
+
+    save_recipe(recipe, recipe.output_dir / "recipe.yaml")
+    for file in recipe.output_dir.rglob("*"):
+        assert b"hf_secret" not in file.read_bytes(), file
+
+
+def test_a_refusal_of_the_hub_is_one_line_and_the_run_stays_saved(recipe, monkeypatch):
+    def refuse(self, *args, **keys):
+        raise OSError("401 Unauthorized\nmore")
+
+    monkeypatch.setattr(StubApi, "create_repo", refuse)
+    with pytest.raises(UserError, match="the Hub refused care .401 Unauthorized"):
+        runs.finish(recipe, METRICS, REPORT)
+    assert json.loads((recipe.output_dir / "data_report.json").read_text()) == REPORT

@@ -1,0 +1,87 @@
+"""Parameter counts, precision and the guards around weights; no training."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from carelm import models
+from carelm.recipe import UserError, load_recipe
+
+LLAMA3_8B = LlamaConfig(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8,
+)  # fmt: skip
+TINYLLAMA = LlamaConfig(
+    vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+    num_key_value_heads=4,
+)  # fmt: skip
+QV = ("--lora_target_modules", "q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    "config, keys, trainable, total, percent",
+    [
+        (LLAMA3_8B, ("--lora_r", "16"), 41_943_040, 8_072_204_288, "0.52"),
+        (TINYLLAMA, ("--lora_r", "8", *QV), 1_126_400, 1_101_174_784, "0.1023"),
+        (TINYLLAMA, ("--lora_r", "4", *QV), 563_200, 1_100_611_584, "0.0512"),
+        (TINYLLAMA, ("--method", "prompt_tuning", "--num_virtual_tokens", "10"), 20_480, 1_100_068_864, "0.0019"),
+        (TINYLLAMA, ("--method", "prompt_tuning", "--num_virtual_tokens", "20"), 40_960, 1_100_089_344, "0.0037"),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(config, keys, trainable, total, percent):
+    recipe = load_recipe(["--config", "recipes/demo.yaml", *keys], usage="")
+    with torch.device("meta"):
+        model = models.add_adapter(AutoModelForCausalLM.from_config(config), recipe)
+    assert models.count_parameters(model) == (trainable, total)
+    digits = len(percent.split(".")[1])
+    assert f"{100 * trainable / total:.{digits}f}" == percent
+
+
+def test_a_4bit_base_counts_like_the_whole_one(base):
+    recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
+    quantised = models.load_base(recipe, models.Precision("fp32", "test"))
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    assert models.count_parameters(quantised)[1] == sum(p.numel() for p in whole.parameters())
+
+
+def test_no_4bit_layer_is_repacked_on_a_cpu(base):
+    from bitsandbytes.nn import Linear4bit
+
+    recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
+    model = models.load_base(recipe, models.Precision("fp32", "test"))
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert layers and not any(m.support_avx512bf16_for_cpu for m in layers)
+
+
+@pytest.mark.parametrize(
+    "capability, requested, chosen", [((7, 5), "auto", "fp16"), ((8, 0), "auto", "bf16"), ((9, 0), "auto", "bf16"),
+                                      ((7, 5), "fp32", "fp32"), ((9, 0), "fp16", "fp16")]
+)  # fmt: skip
+def test_precision_follows_the_compute_capability(monkeypatch, capability, requested, chosen):
+    """A T4 (7.5) says that it supports bf16, and emulates it."""
+    pretend_gpu(monkeypatch, capability)
+    precision = models.choose_precision(requested)
+    assert precision.name == chosen and precision.reason
+
+
+def test_bf16_on_a_t4_is_refused(monkeypatch):
+    pretend_gpu(monkeypatch, (7, 5))
+    with pytest.raises(UserError, match="compute capability 8.0"):
+        models.choose_precision("bf16")
+
+
+def pretend_gpu(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+
+def test_the_fingerprint_of_a_base_changes_with_its_weights(base, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(base, tmp_path / "base")
+    assert models.base_fingerprint(str(copy)) == models.base_fingerprint(str(base))
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (copy / "model.safetensors").write_bytes(bytes(weights))
+    assert models.base_fingerprint(str(copy)) != models.base_fingerprint(str(base))

@@ -1,0 +1,273 @@
+"""A recipe is checked key by key before anything is loaded, and its file describes the run completely."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import PROJECT
+
+from carelm.recipe import REFUSED, UserError, check_identity, known_keys, load_recipe, save_recipe
+
+RECIPES = sorted((PROJECT / "recipes").glob("*.yaml"))
+SMALL = {
+    "model_name_or_path": "demo/base",
+    "dataset_name": "rows.jsonl",
+    "prompt_template": "{question}",
+    "completion_template": "{answer}",
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads a small recipe with the keys given, and the words of a command line."""
+
+    def load(*words: str, **keys):
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(SMALL | keys), encoding="utf-8")
+        return load_recipe(["--config", str(path), *words], usage="")
+
+    return load
+
+
+def message_of(load, *words, **keys) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*words, **keys)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Recipes that come with the project
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_loads_and_its_header_says_how_to_start_it(path):
+    recipe = load_recipe(["--config", str(path)], usage="")
+    assert recipe.name == path.stem
+    assert str(recipe.output_dir) == f"outputs/{path.stem}"
+    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(line.startswith("# Command: accelerate launch train/sft.py") for line in header)
+
+
+def test_no_recipe_named_means_the_demo():
+    assert load_recipe([], usage="").name == "demo"
+
+
+# Keys
+
+
+def test_an_unknown_key_names_the_nearest_one(load):
+    message = message_of(load, learning_rte=1e-3)
+    assert "small.yaml" in message and "'learning_rte'" in message and "'learning_rate'" in message
+    assert "'learning_rate'" in message_of(load, "--learning_rte", "1e-3")
+
+
+def test_an_abbreviated_key_is_refused_and_the_whole_one_named(load):
+    assert "'learning_rate'" in message_of(load, "--learning", "1e-3")
+    assert "'max_length'" in message_of(load, max_len=128)
+
+
+def test_a_key_twice_in_the_file_names_both_lines(load, tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("max_length: 128\nseed: 1\nmax_length: 256\n")
+    with pytest.raises(UserError, match=r"twice\.yaml.*'max_length'.*line 1.*line 3"):
+        load_recipe(["--config", str(path)], usage="")
+
+
+def test_a_key_twice_on_the_command_line_is_refused(load):
+    assert "--seed stands twice" in message_of(load, "--seed", "1", "--seed", "2")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_steps", 10.7),
+        ("max_steps", "ten"),
+        ("max_steps", None),
+        ("learning_rate", "fast"),
+        ("global_batch_size", 2.5),
+        ("global_batch_size", "16 "),
+        ("load_in_4bit", "perhaps"),
+        ("row_filter", "category"),
+        ("trained_turns", "some"),
+        ("seed", True),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_the_key_and_the_value(load, key, value):
+    message = message_of(load, **{key: value})
+    assert key in message and str(value) in message
+
+
+def test_a_choice_that_is_none_names_the_nearest_one(load):
+    assert "did you mean 'prompt_tuning'" in message_of(load, method="prompt_tunning")
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_a_refused_key_says_what_to_do_instead(load, key):
+    assert REFUSED[key] in message_of(load, f"--{key}", "1")
+
+
+def test_keys_that_a_refusal_recommends_are_known():
+    for words in ("global_batch_size", "precision", "group_by_length", "trained_turns", "too_long", "chat_template_path"):
+        assert any(words in reason for reason in REFUSED.values())
+        assert words in known_keys()
+
+
+def test_a_number_written_as_2e_4_is_a_number(load, tmp_path):
+    path = tmp_path / "number.yaml"
+    path.write_text(yaml.safe_dump(SMALL) + "learning_rate: 2e-4\n")
+    assert load_recipe(["--config", str(path)], usage="").training["learning_rate"] == 2e-4
+    assert load("--learning_rate", "2e-4").training["learning_rate"] == 2e-4
+
+
+def test_the_command_line_overrides_the_file(load):
+    recipe = load("--max_length", "64", "--split_seed=7", "--restart", max_length=128, split_seed=1)
+    assert (recipe.max_length, recipe.split_seed, recipe.restart) == (64, 7, True)
+
+
+def test_lists_and_dicts_can_be_given_on_the_command_line(load):
+    recipe = load(
+        *("--lora_target_modules", "q_proj", "v_proj"),
+        *("--user_roles", "true"),
+        *("--row_filter", '{"category": ["ORDER", "REFUND"], "lang": "en"}'),
+    )
+    assert recipe.model["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert recipe.user_roles == ["true"]
+    assert recipe.row_filter == {"category": ["ORDER", "REFUND"], "lang": "en"}
+
+
+def test_text_on_the_command_line_stays_text(load):
+    recipe = load("--system_prompt", "2024: yes", "--dataset_name", "1")
+    assert (recipe.system_prompt, recipe.dataset_name) == ("2024: yes", "1")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"prompt_template": None}, "prompt_template"),
+        ({"messages_column": "messages"}, "messages_column"),
+        ({"prompt_template": "no column"}, "prompt_template"),
+        ({"prompt_template": "{question"}, "prompt_template"),
+        ({"global_batch_size": 0}, "global_batch_size"),
+        ({"max_samples": 0}, "max_samples"),
+        ({"validation_fraction": 1.5}, "validation_fraction"),
+        ({"validation_fraction": 0.5, "test_fraction": 0.5}, "validation_fraction"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit"),
+        ({"load_in_4bit": True, "method": "full"}, "method"),
+        ({"model_name_or_path": "./not_there"}, "model_name_or_path"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_named(load, keys, named):
+    assert named in message_of(load, **keys)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "", "\xff"])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_recipe(["--config", str(path)], usage="")
+
+
+def test_a_recipe_that_is_not_there_is_named(load):
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        load_recipe(["--config", "nowhere.yaml"], usage="")
+
+
+# Speed
+
+
+def test_help_lists_every_own_key_and_starts_without_torch():
+    shown = subprocess.run([sys.executable, "train/sft.py", "--help"], cwd=PROJECT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    for key in known_keys().values():
+        if key.owner == "own":
+            assert f"--{key.name}" in shown.stdout and (not key.help or key.help.split()[0] in shown.stdout)
+    for key in ("learning_rate", "lora_r", "max_length"):
+        assert f"--{key}" in shown.stdout
+    assert "--deepspeed" not in shown.stdout
+
+
+def test_what_checks_a_recipe_and_its_data_imports_no_torch():
+    code = "import sys, carelm.recipe, carelm.data, carelm.chat, carelm.ranks, carelm.runs; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert shown.stdout.strip() == "False", shown.stderr
+
+
+def test_the_types_of_others_keys_are_those_of_the_installed_classes():
+    assert known_keys()["learning_rate"].annotation == "float"
+    assert known_keys()["lora_r"].owner == "model"
+    assert known_keys()["max_length"].owner == "training"
+    assert known_keys()["max_steps"].annotation == "int"
+
+
+# The saved recipe and the run's identity
+
+
+def test_a_saved_recipe_reloads_to_the_same_run(load, tmp_path):
+    first = load("--output_dir", "out", learning_rate="2e-4", row_filter={"lang": "en"}, system_prompt="Grüße: {question}")
+    save_recipe(first, tmp_path / "recipe.yaml")
+    again = load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage="")
+    assert again.keys() == first.keys()
+    check_identity(again, tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_reloads_to_the_same_run(path, tmp_path):
+    first = load_recipe(["--config", str(path)], usage="")
+    save_recipe(first, tmp_path / "recipe.yaml")
+    assert load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage="").keys() == first.keys()
+
+
+def test_the_saved_recipe_holds_no_token_and_nothing_that_is_meant_once(load, tmp_path):
+    recipe = load("--hub_token", "hf_secret", "--restart", "--preview", "2")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert "hf_secret" not in text and "hub_token" not in text
+    assert "restart" not in text and "preview" not in text
+    assert "hf_secret" not in json.dumps(recipe.keys())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"learning_rate": 1e-3},
+        {"global_batch_size": 8},
+        {"dataset_name": "other.jsonl"},
+        {"seed": 1},
+        {"lora_r": 4},
+        {"max_length": 77},
+        {"weight_decay": 0.1},
+        {"system_prompt": "Be brief."},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_folder_with_another_run_is_refused_and_the_key_named(load, tmp_path, changed):
+    save_recipe(load(), tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match=next(iter(changed))) as caught:
+        check_identity(load(**changed), tmp_path / "recipe.yaml")
+    assert "--restart" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_steps": 5},
+        {"num_train_epochs": 3},
+        {"logging_steps": 5},
+        {"per_device_train_batch_size": 2},
+        {"output_dir": "elsewhere"},
+        {"save_steps": 5},
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_run_may_go_on_elsewhere_longer_and_in_other_micro_batches(load, tmp_path, changed):
+    save_recipe(load(), tmp_path / "recipe.yaml")
+    check_identity(load(**changed), tmp_path / "recipe.yaml")
+
+
+def test_a_key_written_with_its_default_is_the_same_run(load, tmp_path):
+    save_recipe(load(), tmp_path / "recipe.yaml")
+    check_identity(load(weight_decay=0.0, lora_r=16, learning_rate="2e-4"), tmp_path / "recipe.yaml")
