@@ -497,14 +497,18 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
     folder = home / key
     if ranks.local_rank() == 0 and not (folder / "report.json").exists():
         aside = home / f"{key}.{os.getpid()}.partial"
-        aside.mkdir(parents=True)
         try:
+            aside.mkdir(parents=True)
             _write(recipe, chat, aside)
             try:
                 aside.rename(folder)
             except OSError:  # another run prepared the same data in the meantime
                 if not (folder / "report.json").exists():
                     raise
+        except OSError as error:
+            raise UserError(
+                f"CARELM_CACHE: {home} cannot be written ({error.strerror or error}); set it to another folder"
+            ) from None
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     launcher = os.getppid()

@@ -236,6 +236,7 @@ class Trainer(transformers.Trainer):
         self.base_fingerprint = base_fingerprint
         self.started = time.time()
         self.wall_seconds_before = 0.0
+        self.stopped_early = False
         super().__init__(
             model=model,
             args=args,
@@ -386,6 +387,9 @@ class Trainer(transformers.Trainer):
                 f"many, this launch has {self.args.world_size}"
             )
         self.wall_seconds_before = mark["wall_seconds"]
+        state = transformers.TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        control = state.stateful_callbacks["TrainerControl"]["args"]
+        self.stopped_early = control["should_training_stop"] and state.global_step < state.max_steps
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         native = resume_from_checkpoint if self.keeps_native_state else None
@@ -393,6 +397,13 @@ class Trainer(transformers.Trainer):
         if resume_from_checkpoint is not None and native is None:
             checkpoints.load_state(self, Path(resume_from_checkpoint))
         return prepared
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """One epoch, or none where the checkpoint is the run's last one: transformers would take one step more."""
+        if self.state.global_step >= self.state.max_steps or self.stopped_early:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Weights and optimizer are loaded together, once both are there (_prepare_for_training)."""

@@ -1,4 +1,4 @@
-"""Rows of any usual file become the same examples, text stays as it is, and whatever is left out is counted and named."""
+"""Rows of any usual file become the same examples, text stays as it is, and what is left out is counted and named."""
 
 import csv
 import io
@@ -179,7 +179,7 @@ def chat(*turns, role="role", content="content", names=("user", "assistant")):
     return [{role: names.get(r, r), content: text} for r, text in turns]
 
 
-TURNS = (("user", "Hi\r\n{{Name}}"), ("assistant", "Hello."), ("user", "Size 38?"), ("assistant", "Größe 38, yes."))
+TURNS = (("user", "Hi\r\n{{Name}}"), ("assistant", "Hello."), ("user", "Size 38?"), ("assistant", " Größe 38, yes.\n "))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,12 @@ def test_tool_calls_with_null_content_are_answers(tmp_path, make, tokenizer):
     assert [m["role"] for m in prompt] == ["system", "user"] and prompt[0]["content"] == "Use the tools."
     assert completion[0]["content"] == ""
     assert completion[0]["tool_calls"][0]["function"] == {"name": "find_order", "arguments": {"order": "7", "ü": 1}}
-    assert completion[1] == {"role": "tool", "content": '{"status": "sent"}', "name": "find_order", "tool_call_id": "c1"}
+    assert completion[1] == {
+        "role": "tool",
+        "content": '{"status": "sent"}',
+        "name": "find_order",
+        "tool_call_id": "c1",
+    }
     ids, trained = prepare(recipe).train[0]
     assert tokenizer.decode(ids[trained]) == (
         '{"name": "find_order", "arguments": {"order": "7", "ü": 1}}<|eot_id|>It is on its way.<|eot_id|>'
@@ -467,7 +472,8 @@ def test_the_report_counts_what_a_person_counts(tmp_path, make, tokenizer):
     report = prepare(recipe).report["train"]
     texts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}], tokenize=False
+            [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}],
+            tokenize=False,
         )
         for row in rows[:4]
     ]
@@ -500,18 +506,27 @@ def test_a_changed_row_key_or_template_gives_another_fingerprint(tmp_path, make,
     seen = {prepare(make(path)).fingerprint, prepare(make(path, system_prompt="Be kind.")).fingerprint}
     write_jsonl(path, [*pairs(19), {"question": "Question 19?", "answer": "Changed."}])
     seen.add(prepare(make(path)).fingerprint)
-    template, tokenizer.chat_template = tokenizer.chat_template, tokenizer.chat_template.replace("'\\n\\n'", "'\\n'")
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("<|end_header_id|>\\n\\n", "<|end_header_id|>\\n")
     try:
+        assert tokenizer.chat_template != template
         seen.add(prepare(make(path)).fingerprint)
     finally:
         tokenizer.chat_template = template
-    assert len(seen) == 4 or (template == tokenizer.chat_template.replace("'\\n'", "'\\n\\n'") and len(seen) >= 3)
+    assert len(seen) == 4
 
 
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path, make, own_cache):
     with pytest.raises(UserError):
         prepare(make(write_jsonl(tmp_path / "rows.jsonl", [{"question": "a", "answer": ""}])))
     assert list(own_cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, make, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(3))
+    monkeypatch.setenv("CARELM_CACHE", str(path / "cache"))
+    with pytest.raises(UserError, match="CARELM_CACHE"):
+        prepare(make(path))
 
 
 def _prepare_as_second_rank(recipe, chat, queue):

@@ -109,7 +109,14 @@ def test_a_refused_key_says_what_to_do_instead(load, key):
 
 
 def test_keys_that_a_refusal_recommends_are_known():
-    for words in ("global_batch_size", "precision", "group_by_length", "trained_turns", "too_long", "chat_template_path"):
+    for words in (
+        "global_batch_size",
+        "precision",
+        "group_by_length",
+        "trained_turns",
+        "too_long",
+        "chat_template_path",
+    ):
         assert any(words in reason for reason in REFUSED.values())
         assert words in known_keys()
 
@@ -190,7 +197,9 @@ def test_help_lists_every_own_key_and_starts_without_torch():
 
 
 def test_what_checks_a_recipe_and_its_data_imports_no_torch():
-    code = "import sys, carelm.recipe, carelm.data, carelm.chat, carelm.ranks, carelm.runs; print('torch' in sys.modules)"
+    code = (
+        "import sys, carelm.recipe, carelm.data, carelm.chat, carelm.ranks, carelm.runs; print('torch' in sys.modules)"
+    )
     shown = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert shown.stdout.strip() == "False", shown.stderr
 
@@ -206,7 +215,9 @@ def test_the_types_of_others_keys_are_those_of_the_installed_classes():
 
 
 def test_a_saved_recipe_reloads_to_the_same_run(load, tmp_path):
-    first = load("--output_dir", "out", learning_rate="2e-4", row_filter={"lang": "en"}, system_prompt="Grüße: {question}")
+    first = load(
+        "--output_dir", "out", learning_rate="2e-4", row_filter={"lang": "en"}, system_prompt="Grüße: {question}"
+    )
     save_recipe(first, tmp_path / "recipe.yaml")
     again = load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage="")
     assert again.keys() == first.keys()

@@ -17,6 +17,10 @@ STEPS = ("--max_steps", 12, "--eval_steps", 4, "--save_steps", 4, "--save_total_
 KEYS = (*STEPS, "--lora_dropout", 0.1)  # a resumed run must draw what the unbroken one drew
 
 
+KEYS_EARLY = ("--max_steps", 40, "--eval_steps", 2, "--learning_rate", 0.3, "--early_stopping_patience", 2,
+              "--save_total_limit", 1, "--num_sample_answers", 0)  # fmt: skip
+
+
 def snapshot(folder):
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
 
@@ -88,15 +92,21 @@ def test_a_run_of_two_ranks_goes_on_on_one(runs, tmp_path):
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path):
-    done = launch("--output_dir", tmp_path / "run", "--max_steps", 40, "--eval_steps", 2, "--learning_rate", 0.3,
-                  "--early_stopping_patience", 2, "--save_total_limit", 1, "--num_sample_answers", 0)  # fmt: skip
+    done = launch("--output_dir", tmp_path / "run", *KEYS_EARLY)
     metrics = json.loads(done.stdout.splitlines()[-1])
     evaluations = {e["step"]: e["eval_loss"] for e in history(tmp_path / "run") if "eval_loss" in e and e["step"]}
     best = min(evaluations, key=evaluations.get)
     assert metrics["global_step"] == best + 4 < 40
     assert metrics["eval_loss"] == evaluations[best]
     assert relative_distance(tmp_path / "run", tmp_path / f"run/checkpoint-{best}") == 0
-    assert "early" in json.dumps(json.loads((tmp_path / f"run/checkpoint-{best}/trainer_state.json").read_text())).lower()
+    # Killed between its last checkpoint and its figures, it must not train on.
+    (tmp_path / "run/train_metrics.json").unlink()
+    done = launch("--output_dir", tmp_path / "run", *KEYS_EARLY)
+    again = json.loads(done.stdout.splitlines()[-1])
+    assert {k: again[k] for k in ("global_step", "eval_loss", "train_loss")} == {
+        k: metrics[k] for k in ("global_step", "eval_loss", "train_loss")
+    }
+    assert relative_distance(tmp_path / "run", tmp_path / f"run/checkpoint-{best}") == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
