@@ -101,7 +101,12 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="train", unit="step", file=sys.stderr, dynamic_ncols=True
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="train",
+                unit="step",
+                file=sys.stderr,
+                dynamic_ncols=True,
             )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -192,7 +197,9 @@ def make_callbacks(recipe, prepared, chat, speed: Speed) -> list[TrainerCallback
     """The callbacks of a run, in the order in which they act."""
     from transformers import EarlyStoppingCallback
 
-    tensorboard = TensorBoard(recipe.output_dir / "runs", speed) if "tensorboard" in recipe.training["report_to"] else None
+    tensorboard = (
+        TensorBoard(recipe.output_dir / "runs", speed) if "tensorboard" in recipe.training["report_to"] else None
+    )
     callbacks = [StepSeed(), speed, ProgressBar(), Evaluations(prepared.validation is not None)]
     if tensorboard is not None:
         callbacks.append(tensorboard)

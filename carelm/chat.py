@@ -41,7 +41,12 @@ class Chat:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", *, trained_turns: str = "last", max_length: int, too_long: str = "drop"
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        trained_turns: str = "last",
+        max_length: int,
+        too_long: str = "drop",
     ):
         if not tokenizer.chat_template:
             raise UserError(
@@ -167,7 +172,10 @@ class Chat:
         prompt = [dict(m) for m in example.prompt]
         longest = max(range(len(prompt)), key=lambda i: len(prompt[i]["content"] or ""))
         text = prompt[longest]["content"] or ""
-        fits, too_many = -1, len(text) + 1  # characters of the longest message: the most that fits, the least that does not
+        fits, too_many = (
+            -1,
+            len(text) + 1,
+        )  # characters of the longest message: the most that fits, the least that does not
         while too_many - fits > 1:
             keep = (fits + too_many) // 2
             prompt[longest]["content"] = text[:keep]

@@ -254,7 +254,9 @@ def _load_scheduler(trainer: "Trainer", state: dict[str, Any]) -> None:
         state["lr_lambdas"] = []  # functions of the step, made anew from the recipe
     scheduler.load_state_dict(state)
     if hasattr(scheduler, "lr_lambdas"):  # the run's length may have changed, and the schedule with it
-        state["_last_lr"] = [base * scale(scheduler.last_epoch) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        state["_last_lr"] = [
+            base * scale(scheduler.last_epoch) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas)
+        ]
     for group, rate in zip(groups, state["_last_lr"]):
         group["lr"] = rate
 

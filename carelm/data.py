@@ -27,6 +27,10 @@ from carelm.recipe import DATA_SUFFIXES, Recipe, UserError, fingerprint, is_hub_
 
 SPLITS = ("train", "validation", "test")
 ROLE_KEYS = ("role", "from", "speaker")
+NOT_ABOUT_DATA = {
+    "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
+    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens",
+}  # fmt: skip
 CONTENT_KEYS = ("content", "value", "utterance", "text")
 ROLES = {
     **dict.fromkeys(("user", "human", "customer", "client", "patient"), "user"),
@@ -49,7 +53,9 @@ class Example:
     @property
     def question(self) -> str:
         """All that the user says: what must not stand in both train and test."""
-        return json.dumps([m["content"] for m in self.prompt + self.completion if m["role"] == "user"], ensure_ascii=False)
+        return json.dumps(
+            [m["content"] for m in self.prompt + self.completion if m["role"] == "user"], ensure_ascii=False
+        )
 
 
 @dataclass
@@ -140,7 +146,9 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             rows = json.load(file)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not JSON ({error.msg} on line {error.lineno}); one object a line is .jsonl") from None
+            raise UserError(
+                f"{path}: not JSON ({error.msg} on line {error.lineno}); one object a line is .jsonl"
+            ) from None
     if isinstance(rows, dict):
         rows = next((value for value in rows.values() if isinstance(value, list)), None)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -213,7 +221,9 @@ def _load_hub(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
         ) from None
     names = (recipe.dataset_train_split, recipe.dataset_validation_split, recipe.dataset_test_split)
     if names[0] not in loaded:
-        raise UserError(f"dataset_train_split: {recipe.dataset_name} has no split '{names[0]}' (there: {', '.join(loaded)})")
+        raise UserError(
+            f"dataset_train_split: {recipe.dataset_name} has no split '{names[0]}' (there: {', '.join(loaded)})"
+        )
     return {
         split: [(f"{name}:{i}", row) for i, row in enumerate(loaded[name], 1)]
         for split, name in zip(SPLITS, names)
@@ -310,9 +320,13 @@ def _from_messages(recipe: Recipe, source: str, messages: Any) -> tuple[list[dic
         try:
             messages = json.loads(messages)
         except json.JSONDecodeError:
-            raise UserError(f"{source}: column '{recipe.messages_column}' is text and no JSON list of messages") from None
+            raise UserError(
+                f"{source}: column '{recipe.messages_column}' is text and no JSON list of messages"
+            ) from None
     if messages is not None and not isinstance(messages, (list, tuple)):
-        raise UserError(f"{source}: column '{recipe.messages_column}' holds a {type(messages).__name__}, no list of messages")
+        raise UserError(
+            f"{source}: column '{recipe.messages_column}' holds a {type(messages).__name__}, no list of messages"
+        )
     turns = [_to_turn(recipe, source, message) for message in messages or []]
     while turns and turns[-1]["role"] != "assistant":  # a question that nobody answered
         turns.pop()
@@ -385,7 +399,11 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
         examples[split], reports[split] = _clean(recipe, split, rows)
     _cut_splits(recipe, examples, reports)
     _keep_apart(recipe, examples, reports)
-    for split, limit in (("train", recipe.max_samples), ("validation", recipe.max_eval_samples), ("test", recipe.max_eval_samples)):
+    for split, limit in (
+        ("train", recipe.max_samples),
+        ("validation", recipe.max_eval_samples),
+        ("test", recipe.max_eval_samples),
+    ):
         if split in examples and limit is not None and limit < len(examples[split]):
             reports[split].dropped["beyond max_samples"] = len(examples[split]) - limit
             chosen = sorted(random.Random(recipe.split_seed).sample(range(len(examples[split])), limit))
@@ -528,9 +546,11 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
 
 def _fingerprint(recipe: Recipe, chat: Chat) -> str:
     """Of the rows, the keys that shape them, the tokenizer with its template, and this code."""
-    keys = {k: v for k, v in recipe.keys().items() if k in Recipe.__dataclass_fields__}
+    keys = {k: v for k, v in recipe.keys().items() if k in Recipe.__dataclass_fields__ and k not in NOT_ABOUT_DATA}
     parts: list[Any] = [__version__, keys, chat.max_length, chat.tokenizer.chat_template]
-    parts.append(chat.tokenizer.backend_tokenizer.to_str().encode() if chat.tokenizer.is_fast else chat.tokenizer.get_vocab())
+    parts.append(
+        chat.tokenizer.backend_tokenizer.to_str().encode() if chat.tokenizer.is_fast else chat.tokenizer.get_vocab()
+    )
     parts += [Path(__file__).read_bytes(), Path(__file__).with_name("chat.py").read_bytes()]
     if is_hub_id(recipe.dataset_name):
         parts.append([recipe.dataset_name, time.time() // 86400])  # a Hub dataset is looked at again every day

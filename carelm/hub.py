@@ -71,5 +71,7 @@ def push(recipe: Recipe) -> str:
             commit_message=f"{recipe.name}, fine-tuned with CareLM",
         )
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"push_to_hub: the Hub refused {name} ({str(error).splitlines()[0]}); the run itself is saved") from None
+        raise UserError(
+            f"push_to_hub: the Hub refused {name} ({str(error).splitlines()[0]}); the run itself is saved"
+        ) from None
     return str(address)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
 from trl import ModelConfig
 
 from carelm.chat import Chat
+from carelm.ranks import say
 from carelm.recipe import Recipe, UserError
 
 if TYPE_CHECKING:
@@ -52,6 +53,35 @@ def choose_precision(requested: str) -> Precision:
     if requested != "auto":
         return Precision(requested, "asked for")
     return Precision("bf16" if has_bf16 else "fp16", card)
+
+
+def check_base(recipe: Recipe) -> None:
+    """What can be wrong with base and adapter, found on the meta device, before any weights and any output.
+
+    Raises:
+        UserError: where there is no such base, only pickled weights, or none of the adapter's target modules.
+    """
+    folder, trust = Path(recipe.base), recipe.training.get("trust_remote_code", False)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model_name_or_path: {folder} holds no .safetensors weights; pickled ones are not loaded: convert them with "
+            "save_pretrained()"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            recipe.base, revision=recipe.model.get("model_revision", "main"), trust_remote_code=trust
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
+    if recipe.method == "lora":
+        with torch.device("meta"):
+            add_adapter(model, recipe)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and recipe.max_length > positions:
+        say(f"max_length {recipe.max_length} is beyond the {positions} positions that the base was trained on")
 
 
 def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:

@@ -137,7 +137,18 @@ class Recipe:
 
 
 # Keys that may change when a run goes on: where it runs, how much, what it shows.
-FREE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "dataloader_", "ddp_", "per_device_", "sample_", "trackio_")
+FREE_PREFIXES = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "hub_",
+    "dataloader_",
+    "ddp_",
+    "per_device_",
+    "sample_",
+    "trackio_",
+)
 FREE_KEYS = {
     "output_dir", "max_steps", "num_train_epochs", "report_to", "run_name", "project", "push_to_hub", "disable_tqdm",
     "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
@@ -379,7 +390,9 @@ def _split_command_line(arguments: list[str]) -> tuple[str | None, dict[str, lis
                 raise UserError(f"--{name} stands twice on the command line; remove one")
             given[name] = [value] if equals else []
         elif name is None:
-            raise UserError(f"'{argument}' is not a key: write --config {argument} for a recipe, --key value for the rest")
+            raise UserError(
+                f"'{argument}' is not a key: write --config {argument} for a recipe, --key value for the rest"
+            )
         else:
             given[name].append(argument)
     config = given.pop("config", None)
@@ -393,7 +406,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             values = yaml.load(file, Loader=_Loader)
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read ({error.strerror}); see recipes/ for those that come with CareLM") from None
+        raise UserError(
+            f"recipe {path} cannot be read ({error.strerror}); see recipes/ for those that come with CareLM"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         raise UserError(f"recipe {path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
@@ -489,7 +504,9 @@ def _check(recipe: Recipe) -> None:
     if recipe.model.get("load_in_4bit") and recipe.model.get("load_in_8bit"):
         raise UserError("load_in_4bit and load_in_8bit: set only one of them")
     if recipe.method == "full" and recipe.bits:
-        raise UserError(f"method: full cannot train a {recipe.bits}-bit base; set method: lora, or leave load_in_{recipe.bits}bit out")
+        raise UserError(
+            f"method: full cannot train a {recipe.bits}-bit base; set method: lora, or leave load_in_{recipe.bits}bit out"
+        )
     if recipe.messages_column and (recipe.prompt_template or recipe.completion_template):
         raise UserError("messages_column and prompt_template/completion_template: set one or the other")
     if not recipe.messages_column and not (recipe.prompt_template and recipe.completion_template):

@@ -1,13 +1,13 @@
 """A run's output folder: which run it holds, whether that is finished, and what is written when it is. Imports no torch.
 
-    outputs/NAME/
-        recipe.yaml           the recipe as resolved, from the start
-        data_report.json      what became of the rows
-        checkpoint-N/         see carelm.checkpoints
-        runs/                 TensorBoard
-        adapter_model.safetensors, adapter_config.json (or the model), tokenizer files, generation_config.json
-        README.md             the model card
-        train_metrics.json    written last: the run is finished
+outputs/NAME/
+    recipe.yaml           the recipe as resolved, from the start
+    data_report.json      what became of the rows
+    checkpoint-N/         see carelm.checkpoints
+    runs/                 TensorBoard
+    adapter_model.safetensors, adapter_config.json (or the model), tokenizer files, generation_config.json
+    README.md             the model card
+    train_metrics.json    written last: the run is finished
 """
 
 import importlib.metadata
@@ -69,7 +69,9 @@ def check_zero(recipe: Recipe, launch: Launch | None, arguments: "SFTConfig") ->
         )
     stage = plugin.zero_stage if plugin is not None else 0
     if recipe.model.get("use_dora") and stage == 3:
-        raise UserError("use_dora: DoRA needs whole weights to take their norms, ZeRO-3 shards them; use accelerate_configs/zero2.yaml")
+        raise UserError(
+            "use_dora: DoRA needs whole weights to take their norms, ZeRO-3 shards them; use accelerate_configs/zero2.yaml"
+        )
     return stage
 
 

@@ -413,7 +413,9 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        say(f"the best eval loss, {self.state.best_metric:.4f}, was at step {self.state.best_global_step}: its weights are kept")
+        say(
+            f"the best eval loss, {self.state.best_metric:.4f}, was at step {self.state.best_global_step}: its weights are kept"
+        )
         if self.keeps_native_state:
             super()._load_best_model()
         else:

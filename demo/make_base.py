@@ -204,9 +204,7 @@ def draw_unused_rows(model: LlamaForCausalLM, unused: list[int]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train tokenizer and base and save both."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent / "base")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--vocabulary", type=int, default=2048)

@@ -41,9 +41,7 @@ LAST_NAMES = (
 ).split()
 SYLLABLES = "ba bel bro cal da del do fa fen ga go ha hil jo ka kel lo lun ma mer mo na nim no pa pel ra ro sa sel ta tor".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday".split()
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = ("January February March April May June July August September October November December").split()
 CITIES = "Aldmouth Birchfield Corran Dunmore Eastness Fernley Greywick Hollin Kelby Northsea Oakham Ravensund".split()
 MOODS = {"neutral": 34, "angry": 18, "worried": 16, "happy": 12, "hurried": 10, "confused": 10}
 
@@ -99,7 +97,9 @@ DEVICES = [
     Product("Pulsekeeper pressure monitor", "64.00", "plastic with a soft cuff", "wipe it", 13, "five years", "home checks"),
     Product("Fairday thermometer", "18.90", "plastic with a soft tip", "clean the tip", 13, "two years", "fever"),
 ]  # fmt: skip
-SIZED = [product for product in GOODS if re.search("jacket|bag|mat|towel|socks|apron|boots|blanket|umbrella", product.name)]
+SIZED = [
+    product for product in GOODS if re.search("jacket|bag|mat|towel|socks|apron|boots|blanket|umbrella", product.name)
+]
 EVERYTHING = GOODS + REMEDIES + DEVICES
 
 
@@ -425,7 +425,10 @@ REMARKS = {
 }  # fmt: skip
 OPENERS = {
     "neutral": ("Thank you for your message{comma_name}.", "Hello{comma_name}."),
-    "angry": ("I am very sorry about this{comma_name}.", "I understand that you are upset{comma_name}, and I am sorry."),
+    "angry": (
+        "I am very sorry about this{comma_name}.",
+        "I understand that you are upset{comma_name}, and I am sorry.",
+    ),
     "worried": ("I understand your worry{comma_name}.", "It is good that you ask{comma_name}."),
     "happy": ("How nice to hear from you{comma_name}!", "Thank you for your kind words{comma_name}!"),
     "hurried": ("",),
@@ -617,7 +620,10 @@ class Writer:
 def _lower_choice(core: str) -> str:
     """Lower the first letters of a leading choice, all but those of the word I."""
     head, _, tail = core.partition(")")
-    sides = [side if side.startswith(("I ", "I'")) or side == "I" else side[:1].lower() + side[1:] for side in head[1:].split("|")]
+    sides = [
+        side if side.startswith(("I ", "I'")) or side == "I" else side[:1].lower() + side[1:]
+        for side in head[1:].split("|")
+    ]
     return f"({'|'.join(sides)}){tail}"
 
 
@@ -653,7 +659,14 @@ ARTICLES = {
     "health checks": ("Flu vaccinations are given on Tuesday and Thursday from 14 to 18.", "A vaccination costs 25 euros and is booked under My Health.", "Please bring the health card and the vaccination book.", "With a fever, it is better to wait.", "Blood pressure is checked free of charge in ten minutes, without an appointment.", "An appointment can be moved or cancelled under My Health up to one day before."),
     "the shop": ("The shop is open from Monday to Saturday, from 9 to 19.", "The pharmacy corner closes at 18.", "On Sunday everything is closed.", "The shop stands at 4 Quay Street, next to the old harbour.", "The car park is behind the shop on Mill Lane, and the first two hours are free.", "Each further hour costs two euros.", "Bikes stand in front of the shop.", "The care team can be called on 0555 0142 from 9 to 18.", "Letters to care@harbourandpine.example are answered within one working day.", "The shop manager reads every complaint."),
 }  # fmt: skip
-ARTICLE_HEADS = ("About {topic}", "Notes on {topic}", "{topic}: what to know", "How we handle {topic}", "A short guide to {topic}", "Staff handbook, {topic}")
+ARTICLE_HEADS = (
+    "About {topic}",
+    "Notes on {topic}",
+    "{topic}: what to know",
+    "How we handle {topic}",
+    "A short guide to {topic}",
+    "Staff handbook, {topic}",
+)
 ARTICLE_GLUE = (
     "(Please note:|Remember:|One more thing:)", "(It is simple:|In short:|As a rule:)", "", "", "", "", "", "", "(Here|At Harbour & Pine) the rule is clear.", "(New|Our) staff should (know|learn) this by heart.",
     "This has been so since the (first year|spring|old days).", "(It saves time for everybody.|It makes life easier.|Customers like that.)", "{name} wrote this page on {date}.", "(Many|Some) people do not know this.",
@@ -737,7 +750,14 @@ def document(rng: random.Random) -> str:
         head = rng.choice(("", "{product}\n", "{product}, {price} euros\n", "From aisle {aisle}: "))
     elif kind == "case":
         lines = rng.sample(CASE_LINES, rng.randrange(5, 11))
-        head = rng.choice(("", "Case note, order {order}, {name}\n", "On {date}, {name} wrote to us about order {order}. ", "Report by {name2}: "))
+        head = rng.choice(
+            (
+                "",
+                "Case note, order {order}, {name}\n",
+                "On {date}, {name} wrote to us about order {order}. ",
+                "Report by {name2}: ",
+            )
+        )
     else:
         pool = STORY_LINES if kind == "story" else NOTICE_LINES
         lines = rng.sample(pool, rng.randrange(4, 9))

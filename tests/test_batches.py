@@ -13,12 +13,16 @@ def deal(micro, ranks, epoch=0, lengths=LENGTHS, size=16, seed=3, **keys):
     """For each optimizer step the set of examples that all ranks take together."""
     sides = []
     for rank in range(ranks):
-        batches = GlobalBatches(lengths, global_batch_size=size, micro_batch_size=micro, rank=rank, ranks=ranks, seed=seed, **keys)
+        batches = GlobalBatches(
+            lengths, global_batch_size=size, micro_batch_size=micro, rank=rank, ranks=ranks, seed=seed, **keys
+        )
         batches.set_epoch(epoch)
         flat = list(batches)
         assert len(flat) == len(batches)
         sides.append([flat[i : i + batches.accumulation] for i in range(0, len(flat), batches.accumulation)])
-    return [sorted(i for side in sides for part in side[step] for i in part if i != BLANK) for step in range(len(sides[0]))]
+    return [
+        sorted(i for side in sides for part in side[step] for i in part if i != BLANK) for step in range(len(sides[0]))
+    ]
 
 
 @pytest.mark.parametrize("micro, ranks", [(8, 1), (4, 1), (1, 1), (8, 2), (4, 2), (2, 4), (1, 16)])
@@ -38,7 +42,9 @@ def test_every_epoch_and_seed_has_its_own_order():
 
 def test_grouping_leaves_next_to_no_padding():
     def carried(group):
-        batches = GlobalBatches(LENGTHS, global_batch_size=8, micro_batch_size=8, rank=0, ranks=1, group_by_length=group)
+        batches = GlobalBatches(
+            LENGTHS, global_batch_size=8, micro_batch_size=8, rank=0, ranks=1, group_by_length=group
+        )
         return sum(len(b) * LENGTHS[b].max() for b in batches) / LENGTHS.sum()
 
     assert carried(group=True) < 1.05 < 1.5 < carried(group=False)
@@ -64,7 +70,9 @@ def test_tokens_until_a_step_are_counted_over_epochs():
     assert batches.tokens_until(batches.steps_per_epoch + 1) == LENGTHS.sum() + LENGTHS[deal(16, 1, epoch=1)[0]].sum()
 
 
-@pytest.mark.parametrize("total, micro, ranks, message", [(10, 8, 4, "8 or 12"), (3, 8, 4, "are 4"), (12, 5, 1, "4 and 6")])
+@pytest.mark.parametrize(
+    "total, micro, ranks, message", [(10, 8, 4, "8 or 12"), (3, 8, 4, "are 4"), (12, 5, 1, "4 and 6")]
+)
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(total, micro, ranks, message):
     recipe = load_recipe(["--global_batch_size", str(total), "--per_device_train_batch_size", str(micro)], usage="")
     with pytest.raises(UserError, match=message):

@@ -81,7 +81,9 @@ def test_too_many_rows_without_an_answer(tmp_path):
 def test_every_label_masked(tmp_path, rows):
     """A template that writes no special token after an answer trains a model that cannot stop."""
     base = shutil.copytree(PROJECT / "demo/base", tmp_path / "base")
-    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
     line = refuse(tmp_path, dataset_name=rows, model_name_or_path=str(base))
     assert "chat_template_path" in line and "special token" in line
 
@@ -131,7 +133,9 @@ def test_precision_that_the_hardware_lacks(tmp_path, rows, precision, words):
 
 
 def test_method_and_bits_that_exclude_each_other(tmp_path, rows):
-    assert "method: full cannot train a 4-bit base" in refuse(tmp_path, dataset_name=rows, method="full", load_in_4bit=True)
+    assert "method: full cannot train a 4-bit base" in refuse(
+        tmp_path, dataset_name=rows, method="full", load_in_4bit=True
+    )
 
 
 def test_method_that_the_zero_stage_cannot_do(tmp_path, rows):

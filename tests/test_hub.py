@@ -6,7 +6,7 @@ import types
 import huggingface_hub
 import pytest
 
-from carelm import hub, runs
+from carelm import runs
 from carelm.recipe import UserError, load_recipe
 
 METRICS = {
@@ -35,7 +35,15 @@ class StubApi:
 def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", StubApi)
     StubApi.calls = []
-    keys = ("--push_to_hub", "--hub_model_id", "care", "--hub_token", "hf_secret", "--output_dir", str(tmp_path / "out"))
+    keys = (
+        "--push_to_hub",
+        "--hub_model_id",
+        "care",
+        "--hub_token",
+        "hf_secret",
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
     (tmp_path / "out").mkdir()
     return load_recipe([*keys], usage="")
 

@@ -66,6 +66,7 @@ def test_an_unknown_key_names_the_nearest_one(load):
 def test_an_abbreviated_key_is_refused_and_the_whole_one_named(load):
     assert "'learning_rate'" in message_of(load, "--learning", "1e-3")
     assert "'max_length'" in message_of(load, max_len=128)
+    assert "'early_stopping_patience'" in message_of(load, "--early", "3")
 
 
 def test_a_key_twice_in_the_file_names_both_lines(load, tmp_path):

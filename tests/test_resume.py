@@ -61,7 +61,13 @@ def check_tensorboard(run):
     events = EventAccumulator(str(run / "runs"), size_guidance={"tensors": 0, "scalars": 0})
     events.Reload()
     tags = events.Tags()
-    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "system/tokens_per_second", "system/host_memory_bytes"):
+    for tag in (
+        "train/loss",
+        "train/learning_rate",
+        "train/grad_norm",
+        "system/tokens_per_second",
+        "system/host_memory_bytes",
+    ):
         assert [e.step for e in events.Scalars(tag)] == list(range(1, 13)), tag
     assert [e.step for e in events.Scalars("eval/loss")] == [0, 4, 8, 12]
     texts = [tag for tag in tags["tensors"] if tag.startswith("answers/")]

@@ -47,6 +47,7 @@ def main() -> None:
     precision = models.choose_precision(recipe.precision)
     arguments = trainer.make_training_args(recipe, prepared, precision)
     zero_stage = runs.check_zero(recipe, launch, arguments)
+    models.check_base(recipe)
     checkpoint = runs.open_output(recipe, arguments)
 
     model = models.load_model(recipe, chat, precision, zero_stage)

@@ -1,0 +1,104 @@
+"""Runs a training script that uses transformers' Trainer, and writes down from the outside when each step ended.
+
+    accelerate launch benchmarks/timed.py --times FILE train/sft.py --config recipes/demo.yaml
+    accelerate launch benchmarks/timed.py --times FILE .../trl/scripts/sft.py --model_name_or_path demo/base ...
+
+The script is not changed: a callback is added to those that every Trainer has. Rank 0 writes JSON lines: one per step
+(`step`, `time`, `world_size`, `peak_memory_bytes`), one per logged loss (`step`, `loss`), and a last one with the
+dtypes that were there at the end of training.
+"""
+
+import argparse
+import json
+import resource
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.trainer
+from transformers import TrainerCallback
+
+
+class StepTimes(TrainerCallback):
+    """Appends a line to `file` at the end of each step, at each logged loss and at the end of training."""
+
+    file: Path
+
+    def write(self, state, line: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        line = {"step": state.global_step, "time": time.time(), "world_size": args.world_size}
+        self.write(state, line | peak_memory())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.write(state, {"step": state.global_step, "loss": logs["loss"]})
+
+    def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.write(state, {"dtypes": dtypes(model, optimizer)})
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of the device (allocated to tensors, and reserved), or on a CPU of this process."""
+    if not torch.cuda.is_available():
+        return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def dtypes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:
+    """Which dtypes there are among weights, buffers, quantised weights once dequantised, and optimizer state."""
+    found: dict[str, set[torch.dtype]] = {
+        "trainable": {p.dtype for p in model.parameters() if p.requires_grad},
+        "frozen": {p.dtype for p in model.parameters() if not p.requires_grad},
+        "buffers": {b.dtype for b in model.buffers()},
+        "quantized": set(),
+        "optimizer": set(),
+    }
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            found["quantized"] |= {state.dtype, getattr(module, "compute_dtype", None)}
+    while getattr(optimizer, "optimizer", None) is not None:  # accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    for values in optimizer.state.values():
+        found["optimizer"] |= {v.dtype for v in values.values() if isinstance(v, torch.Tensor)}
+    return {where: sorted(str(d).removeprefix("torch.") for d in kinds if d) for where, kinds in found.items()}
+
+
+def read_times(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, float], dict[str, list[str]]]:
+    """(step -> line, step -> loss, dtypes) of a file that this script wrote; empty where there is none."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    steps = {line["step"]: line for line in lines if "time" in line}
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return steps, losses, next((line["dtypes"] for line in lines if "dtypes" in line), {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=Path, required=True, help="file to append the JSON lines to")
+    parser.add_argument("--memory_gib", type=float, help="device memory that torch may use at most")
+    parser.add_argument("script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    if options.memory_gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gib * 2**30 / total))
+    StepTimes.file = options.times
+    transformers.trainer.DEFAULT_CALLBACKS.append(StepTimes)
+    sys.argv = [options.script, *options.arguments]
+    runpy.run_path(options.script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
