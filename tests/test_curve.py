@@ -13,7 +13,7 @@ RUNGS = ("accumulated", "zero1", "zero2", "zero3")
 
 @pytest.fixture(scope="session")
 def rungs(tmp_path_factory):
-    """Twelve steps of the demo's recipe on one process, with the batch split in four, and on two ranks at each stage."""
+    """Twelve steps of the demo's recipe on one process, with the batch split in two, and on two ranks at each stage."""
     folder = tmp_path_factory.mktemp("rungs")
 
     def run(name, *keys, config_file=None, **extra):

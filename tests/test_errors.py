@@ -133,7 +133,7 @@ def test_precision_that_the_hardware_lacks(tmp_path, rows, precision, words):
 
 
 def test_method_and_bits_that_exclude_each_other(tmp_path, rows):
-    assert "method: full cannot train a 4-bit base" in refuse(
+    assert "method: full cannot train a base held in 4 bits" in refuse(
         tmp_path, dataset_name=rows, method="full", load_in_4bit=True
     )
 
