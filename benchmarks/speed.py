@@ -4,8 +4,8 @@
     python benchmarks/speed.py --steps 4 --rounds 1 --no_write
 
 Rows of bitext_support (in the folder that CARELM_DATA names), QLoRA r=8 in fp32 on the CPU, 8 examples a step, cut at
-512 tokens. The base is a Llama shape of 27 M random weights with 16,384 outputs; its tokenizer is trained on these
-rows, which have some 7,500 distinct pieces, so that nearly every word is one token.
+512 tokens. The base is a Llama shape of 27 M random weights; its tokenizer of 16,384 entries is trained on all training
+rows under that folder.
 
     carelm         train/sft.py
     trl            trl/scripts/sft.py, what `trl sft` launches
@@ -81,13 +81,21 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
     return list({row["instruction"]: row for row in rows}.values())
 
 
-def write_inputs(rows: list[dict[str, str]], chosen: list[dict[str, str]], folder: Path) -> dict[str, Any]:
+def read_texts(data: Path) -> Iterator[str]:
+    """Every text column of every training row under the folder, for the tokenizer."""
+    for file in sorted(data.glob("*/train.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            yield from (value for value in json.loads(line).values() if isinstance(value, str))
+
+
+def write_inputs(data: Path, chosen: list[dict[str, str]], folder: Path) -> dict[str, Any]:
     """Writes the base, and the chosen rows in the shape that each of the three reads; returns what describes them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO_BASE)
-    texts = (row[column] for row in rows for column in ("instruction", "response"))
-    tokenizer = tokenizer.train_new_from_iterator(texts, SHAPES["llama_27m"]["vocab_size"], show_progress=False)
+    tokenizer = tokenizer.train_new_from_iterator(
+        read_texts(data), SHAPES["llama_27m"]["vocab_size"], show_progress=False
+    )
     tokenizer.model_max_length = MAX_LENGTH
     tokenizer.save_pretrained(folder / "tokenizer")
     parameters = write_random_base("llama_27m", folder / "base", folder / "tokenizer")
@@ -249,12 +257,11 @@ def main() -> None:
     data = Path(os.environ.get("CARELM_DATA", PROJECT.parent / "shared/data"))
     if not (data / "bitext_support/train.jsonl").is_file():
         sys.exit(f"CARELM_DATA: {data} has no bitext_support/train.jsonl; set it to a folder that has")
-    rows = read_rows(data)
-    chosen = random.Random(42).sample(rows, options.steps // 2 * BATCH_SIZE)
+    chosen = random.Random(42).sample(read_rows(data), options.steps // 2 * BATCH_SIZE)
     machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="carelm-speed-") as name:
         folder = Path(name)
-        inputs = write_inputs(rows, chosen, folder)
+        inputs = write_inputs(data, chosen, folder)
         say(f"{inputs}")
         short = time_short_commands(folder)
         runs = []

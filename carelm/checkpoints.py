@@ -3,7 +3,7 @@
     checkpoint-120/
         complete.json               the completion mark, written last: step, and the size of every file
         trainer_state.json          step, position, history, best (transformers' TrainerState)
-        scheduler.json              the learning-rate schedule's state
+        scheduler.json, scaler.json the learning-rate schedule's state, and fp16's loss scale
         training_state.safetensors  lora, prompt_tuning: per trainable parameter NAME, in fp32:
                                     NAME|weight, NAME|exp_avg, NAME|exp_avg_sq, NAME|step ...
         adapter_model.safetensors   the same weights as PEFT loads them, with adapter_config.json
@@ -108,6 +108,7 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
             partial.mkdir(parents=True)
             trainer.state.save_to_json(str(partial / "trainer_state.json"))
             (partial / "scheduler.json").write_text(json.dumps(trainer.lr_scheduler.state_dict()))
+            (partial / "scaler.json").write_text(json.dumps(_scaler_state(trainer)))
             if state is not None:
                 save_file(state, partial / STATE)
             save_weights(trainer.model, state, weights, partial)
@@ -241,6 +242,7 @@ def load_state(trainer: "Trainer", folder: Path) -> None:
                 for k in keys
             }
     _load_scheduler(trainer, json.loads((folder / "scheduler.json").read_text()))
+    _load_scaler(trainer, json.loads((folder / "scaler.json").read_text()))
 
 
 def _load_scheduler(trainer: "Trainer", state: dict[str, Any]) -> None:
@@ -259,6 +261,23 @@ def _load_scheduler(trainer: "Trainer", state: dict[str, Any]) -> None:
         ]
     for group, rate in zip(groups, state["_last_lr"]):
         group["lr"] = rate
+
+
+def _scaler_state(trainer: "Trainer") -> dict[str, float]:
+    """fp16's loss scale and its counters: of torch's GradScaler, or of DeepSpeed's loss scaler; else empty."""
+    if trainer.accelerator.scaler is not None:
+        return trainer.accelerator.scaler.state_dict()
+    scaler = getattr(trainer.model_wrapped.optimizer, "loss_scaler", None) if trainer.is_deepspeed_enabled else None
+    return {key: value for key, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
+
+
+def _load_scaler(trainer: "Trainer", state: dict[str, float]) -> None:
+    """A scale that another kind of scaler wrote is left out: it finds its own within a few steps."""
+    if trainer.accelerator.scaler is not None:
+        if "scale" in state:
+            trainer.accelerator.scaler.load_state_dict(state)
+    elif trainer.is_deepspeed_enabled and "cur_scale" in state:
+        vars(trainer.model_wrapped.optimizer.loss_scaler).update(state)
 
 
 def load_weights(trainer: "Trainer", stored: dict[str, torch.Tensor], folder: Path) -> None:

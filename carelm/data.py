@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import sys
 import time
 from collections import Counter
@@ -514,7 +515,7 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
     key = _fingerprint(recipe, chat)
     folder = home / key
     if ranks.local_rank() == 0 and not (folder / "report.json").exists():
-        aside = home / f"{key}.{os.getpid()}.partial"
+        aside = home / f"{key}.{socket.gethostname()}-{os.getpid()}.partial"
         try:
             aside.mkdir(parents=True)
             _write(recipe, chat, aside)

@@ -1,5 +1,6 @@
 """The ranks of a launch: which one this is, how many were asked for, and how they end together. Imports no torch."""
 
+import errno
 import os
 import sys
 import time
@@ -34,10 +35,16 @@ def say(message: str) -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a launched file's `main`; a UserError becomes one line, printed once, and exit status 2."""
+    """Runs a launched file's `main`; a UserError or a full disk becomes one line, printed once, and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            error = (
+                f"output_dir: the disk is full ({error}); the newest whole checkpoint stays; make room and run again"
+            )
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

@@ -505,10 +505,13 @@ def _check(recipe: Recipe) -> None:
         raise UserError("load_in_4bit and load_in_8bit: set only one of them")
     if recipe.method == "full" and recipe.bits:
         raise UserError(
-            f"method: full cannot train a base held in {recipe.bits} bits; set method: lora, or leave load_in_{recipe.bits}bit out"
+            f"method: full cannot train a base held in {recipe.bits} bits; set method: lora, or leave out "
+            f"load_in_{recipe.bits}bit"
         )
     if recipe.messages_column and (recipe.prompt_template or recipe.completion_template):
-        raise UserError(f"messages_column and prompt_template: set one or the other (recipe {recipe.name} and command line)")
+        raise UserError(
+            f"messages_column and prompt_template: set one or the other (recipe {recipe.name} and command line)"
+        )
     if not recipe.messages_column and not (recipe.prompt_template and recipe.completion_template):
         raise UserError(
             "the recipe does not say where the conversations are: set prompt_template and completion_template (such as "

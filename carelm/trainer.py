@@ -6,6 +6,7 @@ so that the curve is the same on every rung.
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,10 +81,15 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
     }
     if world_size() > 1 and not torch.cuda.is_available():
         derived["ddp_backend"] = "gloo"  # without it accelerate takes every rank for the only one
+    if precision.name == "bf16" and not torch.cuda.is_available():
+        # transformers wants use_cpu for bf16 on a CPU, with which accelerate would not start DeepSpeed.
+        derived["bf16"] = False
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     try:
         arguments = SFTConfig(**{**values, **derived})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"recipe {recipe.name}: {' '.join(str(error).split())}") from None
+    arguments.bf16 = precision.name == "bf16"
     if arguments.world_size != world_size():
         raise UserError(
             f"num_processes: {world_size()} ranks were started and only {arguments.world_size} found each other; name a "

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import yaml
 
+from carelm.checkpoints import find_checkpoints
+
 PROJECT = Path(__file__).resolve().parent.parent
 PROBE = Path(__file__).with_name("probe.py")
+TWELVE_STEPS = ("--max_steps", 12, "--eval_steps", 6, "--save_steps", 6, "--num_sample_answers", 0, "--lora_r", 8,
+                "--max_eval_samples", 60)  # fmt: skip
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -58,7 +62,7 @@ def zero3_sharding_everything(folder: Path) -> Path:
 
 def history(folder: Path) -> list[dict]:
     """The log history of a run's last checkpoint."""
-    last = max(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    last = find_checkpoints(folder)[-1]
     return json.loads((last / "trainer_state.json").read_text())["log_history"]
 
 

@@ -14,7 +14,6 @@ import torch
 import transformers.trainer
 from safetensors.torch import save_file
 
-FOLDER = Path(os.environ["PROBE"])
 TOKENS = torch.arange(40, 72).reshape(2, 16)
 
 
@@ -27,14 +26,14 @@ class Probe(transformers.TrainerCallback):
             "whole": sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in base),
             "persistent": sum(p.ds_numel * p.element_size() for p in base if getattr(p, "ds_persist", False)),
         }
-        (FOLDER / f"rank-{args.process_index}.json").write_text(json.dumps(held))
+        (Path(os.environ["PROBE"]) / f"rank-{args.process_index}.json").write_text(json.dumps(held))
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         model.eval()
         with torch.no_grad():
             logits = model(input_ids=TOKENS).logits.float().contiguous()
         if args.process_index == 0:
-            save_file({"logits": logits}, FOLDER / "logits.safetensors")
+            save_file({"logits": logits}, Path(os.environ["PROBE"]) / "logits.safetensors")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,27 @@ import subprocess
 import time
 
 import pytest
-from launching import PROJECT, command, environment, history, launch, losses, relative_distance
+from launching import (
+    PROJECT,
+    TWELVE_STEPS,
+    command,
+    environment,
+    history,
+    launch,
+    losses,
+    relative_distance,
+    zero3_sharding_everything,
+)
 from safetensors.torch import load_file
 
 ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
-STEPS = ("--max_steps", 12, "--eval_steps", 4, "--save_steps", 4, "--save_total_limit", 9, "--num_sample_answers", 1,
-         "--sample_max_new_tokens", 8)  # fmt: skip
-KEYS = (*STEPS, "--lora_dropout", 0.1)  # a resumed run must draw what the unbroken one drew
+# Dropout is on: a resumed run must draw what the unbroken one drew.
+KEYS = ("--max_steps", 12, "--eval_steps", 4, "--save_steps", 4, "--save_total_limit", 9, "--num_sample_answers", 1,
+        "--sample_max_new_tokens", 8, "--max_eval_samples", 60, "--lora_dropout", 0.1)  # fmt: skip
 
 
 KEYS_EARLY = ("--max_steps", 40, "--eval_steps", 2, "--learning_rate", 0.3, "--early_stopping_patience", 2,
-              "--save_total_limit", 1, "--num_sample_answers", 0)  # fmt: skip
+              "--save_total_limit", 1, "--num_sample_answers", 0, "--max_eval_samples", 60)  # fmt: skip
 
 
 def snapshot(folder):
@@ -82,19 +92,28 @@ def check_finished_run_changes_nothing(run):
     assert snapshot(run) == before
 
 
-def test_a_run_of_two_ranks_goes_on_on_one(runs, tmp_path):
-    launch("--output_dir", tmp_path / "two", *STEPS, config_file=ZERO2)
-    shutil.copytree(tmp_path / "two", tmp_path / "one")
-    for gone in ("checkpoint-12", "checkpoint-8"):
-        shutil.rmtree(tmp_path / "one" / gone)
-    (tmp_path / "one/train_metrics.json").unlink()
-    (tmp_path / "one/checkpoint-8").mkdir()  # a torn one: it must be named, skipped and kept
-    done = launch("--output_dir", tmp_path / "one", *STEPS)
-    assert "checkpoint-8 is not whole (it has no complete.json); it is skipped and kept" in done.stderr
+def test_a_run_of_two_ranks_goes_on_on_one(rungs, tmp_path):
+    run = shutil.copytree(rungs / "zero2", tmp_path / "run")
+    (run / "train_metrics.json").unlink()
+    (run / "checkpoint-12/complete.json").unlink()  # a torn one: it must be named, skipped and kept
+    done = launch("--output_dir", run, *TWELVE_STEPS)
+    assert "checkpoint-12 is not whole (it has no complete.json); it is skipped and kept" in done.stderr
+    assert f"going on from {run / 'checkpoint-6'}" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 1
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
-    assert relative_distance(tmp_path / "one", tmp_path / "two") < 1e-4
-    assert list((tmp_path / "one").glob("checkpoint-8.torn-*"))
+    assert losses(run) == pytest.approx(losses(rungs / "zero2"), rel=1e-5)
+    assert relative_distance(run, rungs / "zero2") < 1e-4
+    assert list(run.glob("checkpoint-12.torn-*"))
+
+
+def test_a_run_of_one_process_goes_on_on_two_ranks_under_zero3(rungs, tmp_path):
+    run = shutil.copytree(rungs / "one", tmp_path / "run")
+    (run / "train_metrics.json").unlink()
+    shutil.rmtree(run / "checkpoint-12")
+    done = launch("--output_dir", run, *TWELVE_STEPS, config_file=zero3_sharding_everything(tmp_path))
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert (metrics["world_size"], metrics["zero_stage"]) == (2, 3)
+    assert losses(run) == pytest.approx(losses(rungs / "one"), rel=1e-5)
+    assert relative_distance(run, rungs / "one") < 1e-4
 
 
 def test_early_stopping_keeps_the_best_weights(tmp_path):

@@ -45,9 +45,9 @@ def main() -> None:
     from carelm import callbacks, models, trainer  # three seconds of libraries, after every check that needs none
 
     precision = models.choose_precision(recipe.precision)
+    models.check_base(recipe)
     arguments = trainer.make_training_args(recipe, prepared, precision)
     zero_stage = runs.check_zero(recipe, launch, arguments)
-    models.check_base(recipe)
     checkpoint = runs.open_output(recipe, arguments)
 
     model = models.load_model(recipe, chat, precision, zero_stage)
