@@ -1,6 +1,5 @@
 """What goes on beside the optimizer steps: seeds, the progress bar, speed and memory, TensorBoard, sample answers."""
 
-import importlib.util
 import resource
 import sys
 import time
@@ -49,12 +48,19 @@ class Speed(TrainerCallback):
 
     def __init__(self):
         self.step_seconds, self.tokens, self.first_step_at = 0.0, 0, None
+        self.reads_utilisation = False
         self.batches = None  # the trainer's GlobalBatches, set once there is a trainer
         self._began = self._tokens_before = 0
         self._window = (0.0, 0)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._plan_epoch, self._plan = None, []
+        if torch.cuda.is_available():
+            try:
+                torch.cuda.utilization()
+                self.reads_utilisation = True
+            except Exception as error:  # NVML's own errors: a slice of a GPU, or a container, may not have it
+                ranks.say(f"GPU utilisation cannot be read here ({error})")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.perf_counter()
@@ -80,7 +86,7 @@ class Speed(TrainerCallback):
         figures["host_memory_bytes"] = psutil.Process().memory_info().rss
         if torch.cuda.is_available():
             figures["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
-            if importlib.util.find_spec("pynvml"):
+            if self.reads_utilisation:
                 figures["gpu_utilisation_percent"] = torch.cuda.utilization()
         return figures
 
@@ -89,7 +95,8 @@ def peak_memory_bytes() -> int:
     """Peak of the device's memory (allocated by torch), or on a CPU of the process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class ProgressBar(TrainerCallback):
@@ -143,7 +150,7 @@ class TensorBoard(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             # Steps after the checkpoint that a killed run had already written are purged by TensorBoard's readers.
-            purge = state.global_step + 1 if state.global_step else None
+            purge = state.global_step + 1 if state.global_step else 0
             self.writer = SummaryWriter(str(self.folder), purge_step=purge)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -5,6 +5,7 @@ piece is tokenised by itself, so that the ids of a prompt are the same in traini
 of the text up to and including the assistant's header.
 """
 
+import datetime
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from carelm.data import Example
+
+
+# Templates that print today's date (Llama 3.1 and later) would make other tokens of the same rows tomorrow. This is the
+# day that Llama's own template falls back to.
+DAY = datetime.date(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,9 @@ class Chat:
 
     def text(self, messages: list[dict[str, Any]], *, for_answer: bool = False) -> str:
         """The text of a conversation; with `for_answer` up to and including the assistant's header."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=for_answer, strftime_now=DAY.strftime
+        )
 
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids that ask for the next assistant turn; the same ids that stand before it in training."""

@@ -4,10 +4,10 @@
         complete.json               the completion mark, written last: step, and the size of every file
         trainer_state.json          step, position, history, best (transformers' TrainerState)
         scheduler.json, scaler.json the learning-rate schedule's state, and fp16's loss scale
-        training_state.safetensors  lora, prompt_tuning: per trainable parameter NAME, in fp32:
-                                    NAME|weight, NAME|exp_avg, NAME|exp_avg_sq, NAME|step ...
-        adapter_model.safetensors   the same weights as PEFT loads them, with adapter_config.json
-        global_step120/             full under DeepSpeed: DeepSpeed's own files, for the same number of ranks
+        training_state.safetensors  per trainable parameter NAME: NAME|weight in fp32, and the optimizer's state as it
+                                    holds it: NAME|exp_avg, NAME|exp_avg_sq, NAME|step ...
+        adapter_model.safetensors   the same weights as PEFT loads them, with adapter_config.json (full: the model)
+        global_step120/             full under DeepSpeed, instead of training_state: DeepSpeed's own files
 
 A checkpoint is written as checkpoint-120.partial and renamed once its mark is there, so that a folder called
 checkpoint-N is whole unless something outside tore it; the mark's sizes tell. Random states are not held: every step
@@ -27,13 +27,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from carelm.ranks import say
-from carelm.recipe import UserError
+from carelm.recipe import UserError, write_whole
 
 if TYPE_CHECKING:
     from carelm.trainer import Trainer
 
 MARK = "complete.json"
 STATE = "training_state.safetensors"
+DEEPSPEED_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def step_of(folder: Path) -> int:
@@ -116,7 +117,12 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
             failure = str(error)
     failure = trainer.share(failure)
     if failure is None and trainer.keeps_native_state:
-        trainer.model_wrapped.save_checkpoint(str(partial))
+        try:
+            trainer.model_wrapped.save_checkpoint(str(partial))
+        except (OSError, RuntimeError) as error:  # the other ranks wait in DeepSpeed's barrier: this one ends the job
+            raise UserError(
+                f"output_dir: {folder.name} could not be saved ({error}); make room and run again"
+            ) from None
         trainer.accelerator.wait_for_everyone()
     if failure is None and trainer.is_world_process_zero():
         try:
@@ -154,16 +160,6 @@ def save_weights(model: torch.nn.Module, state: dict | None, weights: dict | Non
     config = copy.copy(config)
     config.inference_mode = True
     config.save_pretrained(str(folder))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that under its name there is all of it or nothing."""
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
 
 
 def remove_old(output_dir: Path, keep: int | None, best_step: int | None) -> None:
@@ -238,15 +234,27 @@ def load_state(trainer: "Trainer", folder: Path) -> None:
         for name, parameter in trainable(trainer.model):
             keys = [k for k in stored if k.startswith(f"{name}|") and not k.endswith("|weight")]
             optimizer.state[parameter] = {
-                k.removeprefix(f"{name}|"): stored[k] if k.endswith("|step") else stored[k].to(parameter.device)
+                k.removeprefix(f"{name}|"): stored[k].to(
+                    _step_device(optimizer, parameter) if k.endswith("|step") else parameter.device
+                )
                 for k in keys
             }
-    _load_scheduler(trainer, json.loads((folder / "scheduler.json").read_text()))
+    load_schedule(trainer, folder)
     _load_scaler(trainer, json.loads((folder / "scaler.json").read_text()))
 
 
-def _load_scheduler(trainer: "Trainer", state: dict[str, Any]) -> None:
-    """All parameter groups share one learning rate, and how many groups there are differs: ZeRO drops empty ones."""
+def _step_device(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.device:
+    """Torch's fused Adam wants its step count beside the parameter, the others on the CPU (Optimizer.load_state_dict)."""
+    beside = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return parameter.device if beside else torch.device("cpu")
+
+
+def load_schedule(trainer: "Trainer", folder: Path) -> None:
+    """Puts the learning rate where it was.
+
+    All parameter groups share one rate, and how many groups there are differs: ZeRO drops empty ones.
+    """
+    state = json.loads((folder / "scheduler.json").read_text())
     groups = trainer.optimizer.param_groups
     scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
     for key in ("base_lrs", "_last_lr"):
@@ -267,8 +275,8 @@ def _scaler_state(trainer: "Trainer") -> dict[str, float]:
     """fp16's loss scale and its counters: of torch's GradScaler, or of DeepSpeed's loss scaler; else empty."""
     if trainer.accelerator.scaler is not None:
         return trainer.accelerator.scaler.state_dict()
-    scaler = getattr(trainer.model_wrapped.optimizer, "loss_scaler", None) if trainer.is_deepspeed_enabled else None
-    return {key: value for key, value in vars(scaler).items() if isinstance(value, int | float)} if scaler else {}
+    scaler = _dynamic_loss_scaler(trainer)
+    return {key: getattr(scaler, key) for key in DEEPSPEED_SCALE} if scaler is not None else {}
 
 
 def _load_scaler(trainer: "Trainer", state: dict[str, float]) -> None:
@@ -276,8 +284,14 @@ def _load_scaler(trainer: "Trainer", state: dict[str, float]) -> None:
     if trainer.accelerator.scaler is not None:
         if "scale" in state:
             trainer.accelerator.scaler.load_state_dict(state)
-    elif trainer.is_deepspeed_enabled and "cur_scale" in state:
-        vars(trainer.model_wrapped.optimizer.loss_scaler).update(state)
+    elif (scaler := _dynamic_loss_scaler(trainer)) is not None and "cur_scale" in state:
+        vars(scaler).update(state)
+
+
+def _dynamic_loss_scaler(trainer: "Trainer") -> Any:
+    """DeepSpeed's fp16 loss scaler; None without DeepSpeed and in other precisions."""
+    scaler = getattr(trainer.model_wrapped.optimizer, "loss_scaler", None) if trainer.is_deepspeed_enabled else None
+    return scaler if getattr(scaler, "dynamic", False) else None
 
 
 def load_weights(trainer: "Trainer", stored: dict[str, torch.Tensor], folder: Path) -> None:
@@ -315,7 +329,7 @@ def _load_deepspeed_optimizer(trainer: "Trainer", stored: dict[str, torch.Tensor
     flats = zero.fp32_partitioned_groups_flat if trainer.zero_stage == 3 else zero.single_partition_of_fp32_groups
     for flat in flats:
         inner.state[flat] = {
-            "step": torch.tensor(float(steps[0])) if is_torch else int(steps[0]),
+            "step": torch.tensor(float(steps[0]), device=_step_device(inner, flat)) if is_torch else int(steps[0]),
             "exp_avg": torch.zeros_like(flat),
             "exp_avg_sq": torch.zeros_like(flat),
         }

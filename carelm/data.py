@@ -7,6 +7,7 @@ that takes. The prepared splits are memory-mapped arrays, named by a fingerprint
 import csv
 import glob
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from carelm import __version__, ranks
 from carelm.chat import Chat, Rendered
@@ -554,7 +556,8 @@ def _fingerprint(recipe: Recipe, chat: Chat) -> str:
     )
     parts += [Path(__file__).read_bytes(), Path(__file__).with_name("chat.py").read_bytes()]
     if is_hub_id(recipe.dataset_name):
-        parts.append([recipe.dataset_name, time.time() // 86400])  # a Hub dataset is looked at again every day
+        # A Hub dataset is looked at again every day; the launcher's day, so that all ranks have one.
+        parts.append([recipe.dataset_name, psutil.Process(os.getppid()).create_time() // 86400])
     else:
         for split, files in find_files(recipe).items():
             parts.append(split)
@@ -568,12 +571,16 @@ def _fingerprint(recipe: Recipe, chat: Chat) -> str:
 
 def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
     examples, reports = make_examples(recipe)
-    prepared, content = [], []
+    prepared, content, samples = [], [], []
     for split in ("train", "validation"):
         if not examples.get(split):
             continue
         rendered, counts = chat.render(examples[split])
         kept = [r for r in rendered if r is not None]
+        if split == "validation":
+            fitting = (e for e, r in zip(examples[split], rendered) if r is not None)
+            fitting = (e for e in fitting if len(chat.prompt_ids(e.prompt)) <= chat.max_length)
+            samples = [{"prompt": e.prompt, "completion": e.completion} for e in itertools.islice(fitting, 32)]
         _describe(reports[split], kept, counts)
         if not kept:
             raise UserError(f"max_length: nothing is left of the {split} split ({_counts(reports[split].dropped)})")
@@ -588,7 +595,6 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
         prepared.append(split)
     if "test" in reports:
         reports["test"].used = len(examples["test"])
-    samples = [{"prompt": e.prompt, "completion": e.completion} for e in examples.get("validation", [])[:32]]
     about = {
         "prepared": prepared,
         "samples": samples,

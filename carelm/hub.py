@@ -58,7 +58,7 @@ def push(recipe: Recipe) -> str:
         UserError: where the Hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     api = HfApi(token=recipe.training.get("hub_token"))
     name = recipe.training.get("hub_model_id") or recipe.output_dir.name
@@ -70,7 +70,7 @@ def push(recipe: Recipe) -> str:
             ignore_patterns=["checkpoint-*", "runs/*", "*.partial"],
             commit_message=f"{recipe.name}, fine-tuned with CareLM",
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise UserError(
             f"push_to_hub: the Hub refused {name} ({str(error).splitlines()[0]}); the run itself is saved"
         ) from None

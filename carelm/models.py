@@ -173,9 +173,14 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> 
     # fp32 masters itself. Elsewhere trainable weights are fp32 (https://github.com/huggingface/transformers/issues/23165).
     fp32_weights = not (zero_stage == 3 and recipe.bits is None)
     try:
-        return get_peft_model(model, adapter_config(recipe), autocast_adapter_dtype=fp32_weights)
-    except ValueError as error:
-        raise UserError(f"lora_target_modules: {str(error).strip().splitlines()[0]}") from None
+        model = get_peft_model(model, adapter_config(recipe), autocast_adapter_dtype=fp32_weights)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"method {recipe.method}, lora_target_modules: {str(error).strip().splitlines()[0]}") from None
+    if fp32_weights:
+        for parameter in model.parameters():  # PEFT leaves lora_modules_to_save in the base's dtype
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model
 
 
 def load_model(recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0) -> "PreTrainedModel | PeftModel":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from tqdm import tqdm
 
 from carelm.recipe import UserError
 
@@ -45,11 +46,14 @@ def run_main(main: Callable[[], None]) -> None:
             error = (
                 f"output_dir: the disk is full ({error}); the newest whole checkpoint stays; make room and run again"
             )
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # the message begins a line of its own
         if rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             # A launcher kills the other ranks once one has ended: rank 0 must come first, with the message.
             time.sleep(10)
+            print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         # Other threads (a process group that waits for its peers) must not keep a rank that has nothing left to do.
         os._exit(2)
@@ -123,6 +127,8 @@ def use_all_cores(launch: Launch | None) -> None:
 
     if launch is not None and not launch.threads_were_set and not torch.cuda.is_available():
         cores = psutil.cpu_count(logical=False) or 1
+        if hasattr(os, "sched_getaffinity"):  # a container or a batch job may have been given fewer
+            cores = min(cores, len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 

@@ -151,8 +151,8 @@ FREE_PREFIXES = (
 )
 FREE_KEYS = {
     "output_dir", "max_steps", "num_train_epochs", "report_to", "run_name", "project", "push_to_hub", "disable_tqdm",
-    "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
-    "early_stopping_patience", "max_empty_share", "torch_empty_cache_steps", "precision", "tf32", "debug",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
+    "max_empty_share", "torch_empty_cache_steps", "precision", "tf32", "debug",
     "include_num_input_tokens_seen", "attn_implementation",
 }  # fmt: skip
 
@@ -175,6 +175,7 @@ REFUSED = {
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "set prompt_template and completion_template"),
     **dict.fromkeys(("eos_token", "pad_token"), "the chat template decides: set chat_template_path"),
     "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint; --restart begins anew",
+    "use_cpu": "hide the GPUs: CUDA_VISIBLE_DEVICES= accelerate launch ...",
     "load_best_model_at_end": "set early_stopping_patience, which keeps the best checkpoint",
     **dict.fromkeys(
         (
@@ -184,6 +185,8 @@ REFUSED = {
             "do_train", "do_eval", "do_predict", "local_rank", "accelerator_config", "parallelism_config",
             "restore_callback_states_from_checkpoint", "eval_accumulation_steps", "prediction_loss_only",
             "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object",
+            "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+            "dataloader_in_order", "hub_revision", "log_level_replica",
             "hub_strategy", "hub_always_push", "use_cache", "logging_first_step", "metric_for_best_model",
             "greater_is_better", "eval_delay", "activation_checkpointing", "activation_checkpointing_kwargs",
         ),
@@ -202,6 +205,7 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,
     "logging_steps": 1,
+    "logging_nan_inf_filter": False,
     "eval_strategy": "epoch",
     "eval_on_start": True,
     "save_strategy": "epoch",
@@ -325,8 +329,20 @@ def template_columns(template: str, key: str) -> list[str]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the recipe as resolved; `--config` reads it again."""
-    path.write_text(yaml.safe_dump(recipe.keys(), sort_keys=True, allow_unicode=True), encoding="utf-8")
+    """Writes the recipe as resolved, where it is not there yet as it is; `--config` reads it again."""
+    text = yaml.safe_dump(recipe.keys(), sort_keys=True, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that under its name there is all of it or nothing."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def check_identity(recipe: Recipe, path: Path) -> None:
@@ -348,6 +364,30 @@ def check_identity(recipe: Recipe, path: Path) -> None:
             f"output_dir {path.parent} holds another run, made with other values of {', '.join(changed)}: set another "
             "output_dir, or --restart to begin anew (the old folder is renamed and kept)"
         )
+
+
+def micro_batch_size(recipe: Recipe, ranks: int) -> int:
+    """Examples that one rank takes in one forward: `per_device_train_batch_size`, or less where its share is less.
+
+    Raises:
+        UserError: where the global batch does not divide, with the nearest sizes that do.
+    """
+    total, asked = recipe.global_batch_size, recipe.training.get("per_device_train_batch_size", 8)
+    if total % ranks:
+        below, above = total // ranks * ranks, -(-total // ranks) * ranks
+        sizes = f"{below} or {above}" if below else str(above)
+        raise UserError(f"global_batch_size: {total} does not divide by {ranks} ranks; the nearest sizes are {sizes}")
+    share = total // ranks
+    if asked >= share:
+        return share
+    if share % asked:
+        divisors = [d for d in range(1, share + 1) if share % d == 0]
+        below, above = max(d for d in divisors if d < asked), min(d for d in divisors if d > asked)
+        raise UserError(
+            f"per_device_train_batch_size: {asked} does not divide each rank's share of {share} (global_batch_size {total} "
+            f"over {ranks} ranks); the nearest sizes are {below} and {above}"
+        )
+    return asked
 
 
 def fingerprint(*parts: Any) -> str:
@@ -525,9 +565,11 @@ def _check(recipe: Recipe) -> None:
     if recipe.early_stopping_patience and recipe.training["eval_strategy"] == "no":
         raise UserError("early_stopping_patience needs evaluations: set eval_strategy: steps or epoch")
     if recipe.early_stopping_patience:  # the best checkpoint can only be kept where one is saved at each evaluation
-        recipe.training["save_strategy"] = recipe.training["eval_strategy"]
-        if "eval_steps" in recipe.training:
-            recipe.training["save_steps"] = recipe.training["eval_steps"]
+        every = recipe.training.get("eval_steps") or recipe.training["logging_steps"]
+        follow = {"save_strategy": recipe.training["eval_strategy"]}
+        if recipe.training["eval_strategy"] == "steps":
+            follow |= {"eval_steps": every, "save_steps": every}
+        recipe.training.update(follow)
     base = recipe.model["model_name_or_path"]
     if base.startswith((".", "/", "~")) and not os.path.isdir(recipe.base):
         raise UserError(f"model_name_or_path: there is no folder {base}")

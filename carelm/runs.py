@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carelm.ranks import Launch, rank, say
-from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recipe
+from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recipe, write_whole
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -33,10 +33,9 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         UserError: where the folder holds another run.
     """
     saved = recipe.output_dir / "recipe.yaml"
-    if recipe.restart:
-        return None
     if not saved.exists():
         _check_unclaimed(recipe.output_dir)
+    if not saved.exists() or recipe.restart:
         return None
     check_identity(recipe, saved)
     try:
@@ -68,6 +67,10 @@ def check_zero(recipe: Recipe, launch: Launch | None, arguments: "SFTConfig") ->
             "by --cpu); use accelerate_configs/cpu_zero2.yaml on a CPU"
         )
     stage = plugin.zero_stage if plugin is not None else 0
+    if plugin is not None and recipe.method != "full" and arguments.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(
+            f"optim: {arguments.optim.value} is not kept by DeepSpeed's checkpoints here; set optim: adamw_torch"
+        )
     if recipe.model.get("use_dora") and stage == 3:
         raise UserError(
             "use_dora: DoRA needs whole weights to take their norms, ZeRO-3 shards them; use accelerate_configs/zero2.yaml"
@@ -88,7 +91,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
         try:
             if recipe.restart and folder.exists():
                 number = 1
-                while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+                while (aside := folder.resolve().with_name(f"{folder.resolve().name}.old-{number}")).exists():
                     number += 1
                 folder.rename(aside)
                 say(f"--restart: the earlier run is kept as {aside}")
@@ -114,7 +117,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
 
 def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """Writes the data report, the model card and, last, the metrics; pushes to the Hub where the recipe says so."""
-    from carelm import checkpoints, hub
+    from carelm import hub
 
     folder = recipe.output_dir
     metrics = metrics | {
@@ -123,11 +126,11 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
         "git_commit": git_commit(),
     }
     try:
-        checkpoints.write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
-        checkpoints.write_whole(folder / "README.md", hub.model_card(recipe, metrics, report))
+        write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
+        write_whole(folder / "README.md", hub.model_card(recipe, metrics, report))
         if recipe.training.get("push_to_hub"):
             say(f"pushed to {hub.push(recipe)}")
-        checkpoints.write_whole(folder / "train_metrics.json", json.dumps(metrics, indent=1))
+        write_whole(folder / "train_metrics.json", json.dumps(metrics, indent=1))
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); make room and run again") from None
     return metrics

@@ -25,34 +25,10 @@ from carelm.chat import Chat
 from carelm.data import Prepared, PreparedSplit
 from carelm.models import Precision
 from carelm.ranks import say, world_size
-from carelm.recipe import Recipe, UserError
+from carelm.recipe import Recipe, UserError, micro_batch_size
 
 BLANK = -1  # stands for an example with nothing to learn, where a rank would have none
 LENGTH_POOL = 50  # batches of like length are cut from pools of this many global batches
-
-
-def micro_batch_size(recipe: Recipe, ranks: int) -> int:
-    """Examples that one rank takes in one forward: `per_device_train_batch_size`, or less where its share is less.
-
-    Raises:
-        UserError: where the global batch does not divide, with the nearest sizes that do.
-    """
-    total, asked = recipe.global_batch_size, recipe.training.get("per_device_train_batch_size", 8)
-    if total % ranks:
-        below, above = total // ranks * ranks, -(-total // ranks) * ranks
-        sizes = f"{below} or {above}" if below else str(above)
-        raise UserError(f"global_batch_size: {total} does not divide by {ranks} ranks; the nearest sizes are {sizes}")
-    share = total // ranks
-    if asked >= share:
-        return share
-    if share % asked:
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        below, above = max(d for d in divisors if d < asked), min(d for d in divisors if d > asked)
-        raise UserError(
-            f"per_device_train_batch_size: {asked} does not divide each rank's share of {share} (global_batch_size {total} "
-            f"over {ranks} ranks); the nearest sizes are {below} and {above}"
-        )
-    return asked
 
 
 def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision) -> SFTConfig:
@@ -77,7 +53,9 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
         "disable_tqdm": True,  # carelm.callbacks draws the bar
         "restore_callback_states_from_checkpoint": True,
         "remove_unused_columns": False,
-        "log_level": values.get("log_level", "error"),
+        "log_level_replica": "error",
+        "save_total_limit": None,  # carelm.checkpoints removes old ones; transformers would take the newest as well
+        "ddp_find_unused_parameters": values.get("ddp_find_unused_parameters", False),
     }
     if world_size() > 1 and not torch.cuda.is_available():
         derived["ddp_backend"] = "gloo"  # without it accelerate takes every rank for the only one
@@ -90,6 +68,9 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"recipe {recipe.name}: {' '.join(str(error).split())}") from None
     arguments.bf16 = precision.name == "bf16"
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else nn.DataParallel, and a loss times the number of GPUs
+        say("one process uses one of the visible GPUs; accelerate_configs/multi_gpu.yaml or zero2.yaml use more")
     if arguments.world_size != world_size():
         raise UserError(
             f"num_processes: {world_size()} ranks were started and only {arguments.world_size} found each other; name a "
@@ -353,6 +334,11 @@ class Trainer(transformers.Trainer):
             f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item(),
             f"{metric_key_prefix}_runtime": round(time.time() - started, 3),
         }
+        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
+            raise UserError(
+                f"learning_rate: the eval loss is {metrics[f'{metric_key_prefix}_loss']} at step {self.state.global_step}, "
+                "the run has diverged; lower learning_rate, or set max_grad_norm, and --restart"
+            )
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -376,7 +362,8 @@ class Trainer(transformers.Trainer):
         }
         checkpoints.save(self, folder, about)
         if self.is_world_process_zero():
-            checkpoints.remove_old(self.recipe.output_dir, self.args.save_total_limit, self.state.best_global_step)
+            keep = self.recipe.training["save_total_limit"]
+            checkpoints.remove_old(self.recipe.output_dir, keep, self.state.best_global_step)
 
     def check_checkpoint(self, folder: Path) -> None:
         """Raises UserError where a checkpoint belongs to other data, another base or, for `full`, other ranks."""
@@ -387,10 +374,11 @@ class Trainer(transformers.Trainer):
         ):
             if mark[key] != now:
                 raise UserError(f"{what} are not those of {folder}; --restart begins anew, the old folder is kept")
-        if self.keeps_native_state and mark["world_size"] != self.args.world_size:
+        was, now = (mark["world_size"], mark["zero_stage"]), (self.args.world_size, self.zero_stage)
+        if self.recipe.method == "full" and was != now and (was[1] or now[1]):
             raise UserError(
-                f"{folder} was written by {mark['world_size']} ranks; a full fine-tune under DeepSpeed goes on with as "
-                f"many, this launch has {self.args.world_size}"
+                f"num_processes: {folder} was written by {was[0]} ranks at ZeRO stage {was[1]}, this launch has {now[0]} at "
+                f"{now[1]}; a full fine-tune under DeepSpeed goes on only as it was"
             )
         self.wall_seconds_before = mark["wall_seconds"]
         state = transformers.TrainerState.load_from_json(str(folder / "trainer_state.json"))
@@ -410,6 +398,11 @@ class Trainer(transformers.Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        """What DeepSpeed keeps itself it has loaded by now; the schedule is ours."""
+        if checkpoint is not None:
+            checkpoints.load_schedule(self, Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Weights and optimizer are loaded together, once both are there (_prepare_for_training)."""

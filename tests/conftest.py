@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from launching import PROBE, TWELVE_STEPS, launch, zero3_sharding_everything
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -30,23 +29,3 @@ def own_cache(tmp_path_factory, monkeypatch) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("CARELM_CACHE", str(cache))
     return cache
-
-
-@pytest.fixture(scope="session")
-def rungs(tmp_path_factory) -> Path:
-    """Twelve steps of the demo's recipe on one process, with the batch split in two, and on two ranks at each stage."""
-    folder = tmp_path_factory.mktemp("rungs")
-
-    def run(name, *keys, config_file=None):
-        (folder / f"probe-{name}").mkdir()
-        launch("--output_dir", folder / name, *TWELVE_STEPS, *keys, config_file=config_file, script=PROBE,
-               PROBE=str(folder / f"probe-{name}"))  # fmt: skip
-
-    run("one")
-    # No evaluation in mid-run here: one that changed the weights or the random draws would show in the losses.
-    run("accumulated", "--per_device_train_batch_size", 4, "--eval_strategy", "no", "--eval_on_start", "false",
-        "--per_device_eval_batch_size", 7)  # fmt: skip
-    run("zero1", config_file=PROJECT / "accelerate_configs/cpu_zero1.yaml")
-    run("zero2", config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
-    run("zero3", config_file=zero3_sharding_everything(folder))
-    return folder

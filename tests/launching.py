@@ -14,12 +14,12 @@ from carelm.checkpoints import find_checkpoints
 PROJECT = Path(__file__).resolve().parent.parent
 PROBE = Path(__file__).with_name("probe.py")
 TWELVE_STEPS = ("--max_steps", 12, "--eval_steps", 6, "--save_steps", 6, "--num_sample_answers", 0, "--lora_r", 8,
-                "--max_eval_samples", 60)  # fmt: skip
+                "--max_eval_samples", 24)  # fmt: skip
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread per rank, so that sums come in one order; nothing of this machine's accelerate configuration."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent", **extra}
+    """One thread per rank, so that sums come in one order; no GPU, and no accelerate configuration of this machine."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
 def command(*keys: str, config_file: str | Path | None = None, script: str | Path = "train/sft.py") -> list[str]:

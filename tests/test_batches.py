@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from carelm.recipe import UserError, load_recipe
-from carelm.trainer import BLANK, GlobalBatches, micro_batch_size
+from carelm.recipe import UserError, load_recipe, micro_batch_size
+from carelm.trainer import BLANK, GlobalBatches
 
 LENGTHS = np.random.default_rng(0).integers(5, 400, 1003)
 

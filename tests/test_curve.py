@@ -1,6 +1,7 @@
 """The same recipe on every rung: the same curve, the same adapter, and under ZeRO-3 a base that is really sharded."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,26 @@ from launching import (
 from safetensors.torch import load_file
 
 RUNGS = ("accumulated", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def rungs(tmp_path_factory):
+    """Twelve steps of the demo's recipe on one process, with the batch split in two, and on two ranks at each stage."""
+    folder = tmp_path_factory.mktemp("rungs")
+
+    def run(name, *keys, config_file=None):
+        (folder / f"probe-{name}").mkdir()
+        launch("--output_dir", folder / name, *TWELVE_STEPS, *keys, config_file=config_file, script=PROBE,
+               PROBE=str(folder / f"probe-{name}"))  # fmt: skip
+
+    run("one")
+    # No evaluation in mid-run here: one that changed the weights or the random draws would show in the losses.
+    run("accumulated", "--per_device_train_batch_size", 4, "--eval_strategy", "no", "--eval_on_start", "false",
+        "--per_device_eval_batch_size", 7)  # fmt: skip
+    run("zero1", config_file=PROJECT / "accelerate_configs/cpu_zero1.yaml")
+    run("zero2", config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
+    run("zero3", config_file=zero3_sharding_everything(folder))
+    return folder
 
 
 @pytest.mark.parametrize("rung", RUNGS)
@@ -51,6 +72,30 @@ def test_zero3_shards_the_4bit_base(rungs):
 @pytest.mark.parametrize("rung", ["one", "zero1", "zero2", "zero3"])
 def test_the_adapter_reloads_in_a_new_process_with_the_same_logits(rungs, rung):
     assert_reloads(rungs / rung, rungs / f"probe-{rung}")
+
+
+def test_a_run_of_two_ranks_goes_on_on_one(rungs, tmp_path):
+    run = shutil.copytree(rungs / "zero2", tmp_path / "run")
+    (run / "train_metrics.json").unlink()
+    (run / "checkpoint-12/complete.json").unlink()  # a torn one: it must be named, skipped and kept
+    done = launch("--output_dir", run, *TWELVE_STEPS)
+    assert "checkpoint-12 is not whole (it has no complete.json); it is skipped and kept" in done.stderr
+    assert f"going on from {run / 'checkpoint-6'}" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 1
+    assert losses(run) == pytest.approx(losses(rungs / "zero2"), rel=1e-5)
+    assert relative_distance(run, rungs / "zero2") < 1e-4
+    assert list(run.glob("checkpoint-12.torn-*"))
+
+
+def test_a_run_of_one_process_goes_on_on_two_ranks_under_zero3(rungs, tmp_path):
+    run = shutil.copytree(rungs / "one", tmp_path / "run")
+    (run / "train_metrics.json").unlink()
+    shutil.rmtree(run / "checkpoint-12")
+    done = launch("--output_dir", run, *TWELVE_STEPS, config_file=zero3_sharding_everything(tmp_path))
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert (metrics["world_size"], metrics["zero_stage"]) == (2, 3)
+    assert losses(run) == pytest.approx(losses(rungs / "one"), rel=1e-5)
+    assert relative_distance(run, rungs / "one") < 1e-4
 
 
 def test_prompt_tuning_under_zero3_saves_and_reloads(tmp_path):

@@ -20,7 +20,7 @@ import time
 STARTED = time.time()
 
 from carelm import data, quiet, ranks, runs  # noqa: E402
-from carelm.recipe import load_recipe  # noqa: E402
+from carelm.recipe import load_recipe, micro_batch_size  # noqa: E402
 
 
 def main() -> None:
@@ -28,6 +28,7 @@ def main() -> None:
     if recipe.is_local:
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is needed from a hub, so none is waited for
     launch = ranks.check_launch()
+    micro_batch_size(recipe, ranks.world_size())  # is refused here where it does not divide
     if not recipe.preview and (finished := runs.find_finished(recipe)):
         ranks.say(f"{recipe.output_dir} holds this run, finished at step {finished['global_step']}; nothing to do")
         return report(finished)
@@ -76,10 +77,9 @@ def main() -> None:
         "trainable_percent": round(100 * trainable / total, 4),
         "base_fingerprint": fingerprint,
     }
-    if ranks.rank() == 0:
-        metrics = runs.finish(recipe, metrics, prepared.report)
     ranks.leave()
-    report(metrics)
+    if ranks.rank() == 0:
+        report(runs.finish(recipe, metrics, prepared.report))
 
 
 def report(metrics: dict) -> None:
