@@ -22,21 +22,22 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": "", **extra}
 
 
-def command(*keys: str, config_file: str | Path | None = None, script: str | Path = "train/sft.py") -> list[str]:
-    """`accelerate launch` with a port of its own; without config_file one process."""
+def command(*keys, config_file=None, num_processes=None, script="train/sft.py") -> list[str]:
+    """`accelerate launch` with a port of its own; as many ranks as config_file says, or one."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    options = ["--config_file", str(config_file)] if config_file else ["--num_processes", "1"]
+    options = ["--config_file", str(config_file)] if config_file else []
+    if num_processes or not config_file:
+        options += ["--num_processes", str(num_processes or 1)]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", str(port)]
     return [*launcher, *options, str(script), *map(str, keys)]
 
 
-def launch(*keys: str, config_file=None, script="train/sft.py", check=True, **extra) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(*keys, config_file=config_file, script=script),
-        cwd=PROJECT, env=environment(**extra), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def launch(*keys, config_file=None, num_processes=None, script="train/sft.py", check=True, **extra):
+    """Runs it to its end; `extra` are environment variables."""
+    words = command(*keys, config_file=config_file, num_processes=num_processes, script=script)
+    done = subprocess.run(words, cwd=PROJECT, env=environment(**extra), capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
 

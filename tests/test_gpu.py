@@ -7,6 +7,7 @@ end the dtype of every tensor that there is.
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,26 @@ def test_bf16_qlora_trains_on_one_gpu(tmp_path, accelerate_file, zero_stage):
     losses, _, metrics = launch(tmp_path, accelerate_file, "--precision", "bf16")
     assert (metrics["precision"], metrics["zero_stage"], metrics["world_size"]) == ("bf16", zero_stage, 1)
     assert_falling(losses, metrics)
+
+
+@pytest.mark.parametrize("accelerate_file", ["gpu", "zero2"])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path, accelerate_file, precision):
+    """torch's fused Adam keeps its step count on the GPU, fp16 has a loss scale: both must come back."""
+    import launching
+
+    keys = (
+        "--output_dir", tmp_path / "run", *launching.TWELVE_STEPS, "--precision", precision,
+    )  # fmt: skip
+    config_file = PROJECT / f"accelerate_configs/{accelerate_file}.yaml"
+    one = {"config_file": config_file, "num_processes": 1, "CUDA_VISIBLE_DEVICES": "0"}
+    launching.launch(*keys, **one)
+    whole = launching.losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint-12")
+    (tmp_path / "run/train_metrics.json").unlink()
+    done = launching.launch(*keys, **one)
+    assert f"going on from {tmp_path / 'run' / 'checkpoint-6'}" in done.stderr
+    assert launching.losses(tmp_path / "run") == pytest.approx(whole, rel=1e-2 if precision == "fp16" else 1e-3)
 
 
 def test_an_8b_shape_trains_at_length_1024_in_fp16_within_14_5_gib(tmp_path):
