@@ -71,9 +71,10 @@ def check_zero(recipe: Recipe, launch: Launch | None, arguments: "SFTConfig") ->
         raise UserError(
             f"optim: {arguments.optim.value} is not kept by DeepSpeed's checkpoints here; set optim: adamw_torch"
         )
-    if recipe.model.get("use_dora") and stage == 3:
+    if recipe.model.get("use_dora") and stage == 3 and recipe.bits:
         raise UserError(
-            "use_dora: DoRA needs whole weights to take their norms, ZeRO-3 shards them; use accelerate_configs/zero2.yaml"
+            f"use_dora: under ZeRO-3 DoRA cannot take the norms of a base in {recipe.bits} bits; leave out "
+            f"load_in_{recipe.bits}bit, or use accelerate_configs/zero2.yaml"
         )
     return stage
 
