@@ -6,6 +6,7 @@ of the text up to and including the assistant's header.
 """
 
 import datetime
+import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,28 @@ from carelm.recipe import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from carelm.data import Example
-
 
 # Templates that print today's date (Llama 3.1 and later) would make other tokens of the same rows tomorrow. This is the
 # day that Llama's own template falls back to.
 DAY = datetime.date(2024, 7, 26)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: what is asked (`prompt`) and what is to be learnt (`completion`), as lists of messages."""
+
+    prompt: list[dict[str, Any]]
+    completion: list[dict[str, Any]]
+    id: str
+    category: str | None
+    source: str  # file:row, for messages to people
+
+    @property
+    def question(self) -> str:
+        """All that the user says: what must not stand in both train and test."""
+        return json.dumps(
+            [m["content"] for m in self.prompt + self.completion if m["role"] == "user"], ensure_ascii=False
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ class Chat:
         """The ids that ask for the next assistant turn; the same ids that stand before it in training."""
         return self._tokenize([self.text(messages, for_answer=True)])[0]
 
-    def render(self, examples: list["Example"]) -> tuple[list[Rendered | None], Counter]:
+    def render(self, examples: list[Example]) -> tuple[list[Rendered | None], Counter]:
         """All examples in tokens, None for those dropped as too long, with counts of what was done to fit the window.
 
         Raises:
@@ -141,11 +158,11 @@ class Chat:
         trained = [np.full(len(piece_ids), is_trained) for (_, is_trained), piece_ids in zip(pieces, ids)]
         return Rendered(np.concatenate([np.asarray(i, np.int32) for i in ids]), np.concatenate(trained))
 
-    def _render_one(self, example: "Example") -> Rendered:
+    def _render_one(self, example: Example) -> Rendered:
         pieces = self._pieces(example.prompt, example.completion)
         return self._join(pieces, self._tokenize([text for text, _ in pieces]))
 
-    def _fit(self, example: "Example", counts: Counter) -> Rendered | None:
+    def _fit(self, example: Example, counts: Counter) -> Rendered | None:
         """Old turns go first; what is still too long is dropped or cut."""
         shorter = example
         while (rest := self._without_oldest_turns(shorter)) is not None:
@@ -159,7 +176,7 @@ class Chat:
             return None
         return self._cut(shorter, counts)
 
-    def _without_oldest_turns(self, example: "Example") -> "Example | None":
+    def _without_oldest_turns(self, example: Example) -> Example | None:
         """The example less everything from its first user turn up to the next one; None where nothing can go."""
         messages = example.prompt + example.completion
         users = [i for i, m in enumerate(messages) if m["role"] == "user"]
@@ -171,7 +188,7 @@ class Chat:
         split = first_answer if self.trained_turns == "all" else len(kept) - 1
         return replace(example, prompt=kept[:split], completion=kept[split:])
 
-    def _cut(self, example: "Example", counts: Counter) -> Rendered | None:
+    def _cut(self, example: Example, counts: Counter) -> Rendered | None:
         """Cuts the longest message of the prompt down to what the answer leaves (half the window at least), then the
         answer, whose last token becomes the end of turn."""
         rendered = self._render_one(example)
@@ -206,7 +223,7 @@ class Chat:
                 rendered.input_ids[-1] = self.end_of_turn_id
         return rendered
 
-    def _check_end_of_turn(self, example: "Example", rendered: Rendered) -> None:
+    def _check_end_of_turn(self, example: Example, rendered: Rendered) -> None:
         """Every trained stretch must hold the end-of-turn token."""
         edges = np.flatnonzero(np.diff(np.concatenate([[False], rendered.trained, [False]]).astype(np.int8)))
         stretches = list(zip(edges[::2], edges[1::2]))

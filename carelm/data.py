@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from carelm import __version__, ranks
-from carelm.chat import Chat, Rendered
+from carelm.chat import Chat, Example, Rendered
 from carelm.recipe import DATA_SUFFIXES, Recipe, UserError, fingerprint, is_hub_id, locate, template_columns
 
 SPLITS = ("train", "validation", "test")
@@ -41,24 +41,6 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
     "system": "system",
 }
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation: what is asked (`prompt`) and what is to be learnt (`completion`), as lists of messages."""
-
-    prompt: list[dict[str, Any]]
-    completion: list[dict[str, Any]]
-    id: str
-    category: str | None
-    source: str  # file:row, for messages to people
-
-    @property
-    def question(self) -> str:
-        """All that the user says: what must not stand in both train and test."""
-        return json.dumps(
-            [m["content"] for m in self.prompt + self.completion if m["role"] == "user"], ensure_ascii=False
-        )
 
 
 @dataclass

@@ -139,8 +139,9 @@ def test_method_and_bits_that_exclude_each_other(tmp_path, rows):
 
 
 def test_method_that_the_zero_stage_cannot_do(tmp_path, rows):
-    done = launch("--config", recipe_file(tmp_path, dataset_name=rows, use_dora=True, load_in_4bit=True), "--output_dir", tmp_path / "out",
-                  config_file=PROJECT / "accelerate_configs/cpu_zero3.yaml", check=False)  # fmt: skip
+    recipe = recipe_file(tmp_path, dataset_name=rows, use_dora=True, load_in_4bit=True)
+    done = launch("--config", recipe, "--output_dir", tmp_path / "out", check=False,
+                  config_file=PROJECT / "accelerate_configs/cpu_zero3.yaml")  # fmt: skip
     line = only_error(done)
     assert done.returncode != 0 and "use_dora" in line and "zero2.yaml" in line
     assert not (tmp_path / "out").exists()

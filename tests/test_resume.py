@@ -20,9 +20,10 @@ from launching import (
 from safetensors.torch import load_file
 
 ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
-# Dropout is on: a resumed run must draw what the unbroken one drew.
+# Dropout is on: a resumed run must draw what the unbroken one drew. An epoch is seven steps, the last of two examples, so
+# that it goes on within the second.
 KEYS = ("--max_steps", 12, "--eval_steps", 4, "--save_steps", 4, "--save_total_limit", 9, "--num_sample_answers", 1,
-        "--sample_max_new_tokens", 8, "--max_eval_samples", 24, "--lora_dropout", 0.1)  # fmt: skip
+        "--sample_max_new_tokens", 8, "--max_eval_samples", 24, "--max_samples", 50, "--lora_dropout", 0.1)  # fmt: skip
 
 
 KEYS_EARLY = ("--max_steps", 40, "--eval_steps", 2, "--learning_rate", 0.3, "--early_stopping_patience", 2,
