@@ -536,6 +536,23 @@ def _check(recipe: Recipe) -> None:
     for key in ("max_samples", "max_eval_samples", "early_stopping_patience"):
         if getattr(recipe, key) is not None and getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1; leave it out for no limit")
+    given = {**recipe.model, **recipe.training}
+    for key in (
+        "learning_rate",
+        "lora_r",
+        "lora_alpha",
+        "num_train_epochs",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+    ):
+        if given.get(key) is not None and given[key] <= 0:
+            raise UserError(f"{key}: {given[key]} is not above 0")
+    for key in ("warmup_steps", "weight_decay", "max_grad_norm", "lora_dropout"):
+        if given.get(key) is not None and given[key] < 0:
+            raise UserError(f"{key}: {given[key]} is below 0")
+    if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:
+        raise UserError(f"max_steps: {given['max_steps']} is not at least 1; leave it out to train num_train_epochs")
     for key in ("validation_fraction", "test_fraction", "max_empty_share"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")

@@ -43,7 +43,7 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
     except OSError:
         return None
     budget = {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")}
-    return metrics if metrics["budget"] == budget else None
+    return metrics if metrics.get("budget") == budget else None
 
 
 def _check_unclaimed(folder: Path) -> None:

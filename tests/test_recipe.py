@@ -100,6 +100,15 @@ def test_a_value_of_the_wrong_type_names_the_key_and_the_value(load, key, value)
     assert key in message and str(value) in message
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [("learning_rate", "-1"), ("lora_r", "0"), ("max_steps", "0"), ("num_train_epochs", "0"), ("eval_steps", "0")],
+)
+def test_a_number_that_makes_no_run_is_named(load, key, value):
+    with pytest.raises(UserError, match=f"{key}: {value}"):
+        load(f"--{key}", value)
+
+
 def test_a_choice_that_is_none_names_the_nearest_one(load):
     assert "did you mean 'prompt_tuning'" in message_of(load, method="prompt_tunning")
 

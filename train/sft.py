@@ -35,7 +35,7 @@ def main() -> None:
 
     chat = data.make_chat(recipe)
     if recipe.preview:
-        return print(data.preview(recipe, chat, recipe.preview))
+        return print(data.preview(recipe, chat, recipe.preview)) if ranks.rank() == 0 else None
     prepared = data.prepare(recipe, chat)
     ranks.say("data\n" + data.format_report(prepared.report))
 
