@@ -145,7 +145,11 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
-            for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+            reader = csv.DictReader(file, strict=True)
+            for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+                if reader.fieldnames and len(reader.fieldnames) == 1 and separator in reader.fieldnames[0]:
+                    raise UserError(f"{path}: the columns seem to be separated by {called}; save the file with commas")
+            for number, row in enumerate(reader, 1):
                 if None in row:
                     raise UserError(f"{path}:{number}: more fields than the header has; quote fields that hold commas")
                 yield number, row

@@ -194,6 +194,10 @@ REFUSED = {
     ),
 }  # fmt: skip
 
+LAUNCHER_KEYS = (
+    "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
+)  # fmt: skip
+
 # Where CareLM's defaults differ from TRL's: a recipe of four lines should be a good run.
 DEFAULTS = {
     "model_name_or_path": "demo/base",
@@ -257,6 +261,18 @@ def known_keys() -> dict[str, Key]:
             default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
             keys[f.name] = Key(f.name, annotation, repr(default), f.metadata["help"], "own", f.metadata["choices"])
     return keys
+
+
+@cache
+def enum_values(name: str) -> tuple[str, ...]:
+    """The values of one of transformers' string enums (SchedulerType, OptimizerNames ...), read from its source."""
+    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    for file in ("trainer_utils.py", "training_args.py"):
+        for node in ast.parse((folder / file).read_text()).body:
+            if getattr(node, "name", "") == name:
+                assigned = (statement for statement in node.body if isinstance(statement, ast.Assign))
+                return tuple(s.value.value for s in assigned if isinstance(s.value, ast.Constant))
+    return ()
 
 
 class _Loader(yaml.SafeLoader):
@@ -461,6 +477,8 @@ def _known(key: str, where: str) -> Key:
     """The key of this name, if it is one that a recipe may hold; otherwise an error with the nearest one that is."""
     if key in REFUSED:
         raise UserError(f"{where}: key '{key}' is not set in a recipe: {REFUSED[key]}")
+    if key in LAUNCHER_KEYS:
+        raise UserError(f"{where}: '{key}' belongs to the launcher: accelerate launch --{key} ... train/sft.py ...")
     if key not in known_keys():
         names = [k for k in known_keys() if k not in REFUSED]
         starts = [k for k in names if str(key) and k.startswith(str(key))]
@@ -517,10 +535,11 @@ def _typed(key: Key, value: Any, where: str) -> Any:
         except ValueError:
             raise problem from None
     if kinds & {"str", "SchedulerType", "OptimizerNames"} and isinstance(value, str):
-        if key.choices and value not in key.choices:
-            near = difflib.get_close_matches(value, key.choices, n=1)
+        choices = key.choices or tuple(v for kind in kinds - {"str", "None"} for v in enum_values(kind))
+        if choices and value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UserError(f"{where}{key.name}: '{value}' is none of {', '.join(key.choices)}{hint}")
+            raise UserError(f"{where}{key.name}: '{value}' is none of {', '.join(choices)}{hint}")
         return value
     raise problem
 
@@ -590,3 +609,10 @@ def _check(recipe: Recipe) -> None:
     base = recipe.model["model_name_or_path"]
     if base.startswith((".", "/", "~")) and not os.path.isdir(recipe.base):
         raise UserError(f"model_name_or_path: there is no folder {base}")
+    beside = Path(locate(str(Path(base).parent)))
+    if base.count("/") == 1 and not os.path.exists(recipe.base) and beside.is_dir():  # a Hub id, or a folder misspelt
+        near = difflib.get_close_matches(Path(base).name, [p.name for p in beside.iterdir()], n=1)
+        if near:
+            raise UserError(
+                f"model_name_or_path: there is no folder {base}; did you mean {Path(base).parent / near[0]}?"
+            )

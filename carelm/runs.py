@@ -37,6 +37,9 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         _check_unclaimed(recipe.output_dir)
     if not saved.exists() or recipe.restart:
         return None
+    if {p.name for p in recipe.output_dir.iterdir()} <= {"recipe.yaml", "runs"}:
+        say(f"{recipe.output_dir} holds a run that ended before its first checkpoint; it begins anew")
+        return None
     check_identity(recipe, saved)
     try:
         metrics = json.loads((recipe.output_dir / "train_metrics.json").read_text())

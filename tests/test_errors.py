@@ -155,6 +155,15 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, rows):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_that_never_saved_does_not_block_its_folder(tmp_path, rows):
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out/recipe.yaml").write_text("learning_rate: 7.0\n")
+    done = script("--config", recipe_file(tmp_path, dataset_name=rows), "--output_dir", tmp_path / "out", "--max_steps", 1,
+                  "--num_sample_answers", 0)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ended before its first checkpoint; it begins anew" in done.stderr
+
+
 def test_another_run_in_the_folder_and_restart(tmp_path, rows):
     recipe = recipe_file(tmp_path, dataset_name=rows)
     script("--config", recipe, "--output_dir", tmp_path / "out", "--num_sample_answers", 0)

@@ -109,6 +109,26 @@ def test_a_number_that_makes_no_run_is_named(load, key, value):
         load(f"--{key}", value)
 
 
+@pytest.mark.parametrize(
+    "key, value, near",
+    [
+        ("lr_scheduler_type", "cosin", "cosine"),
+        ("eval_strategy", "stesp", "steps"),
+        ("optim", "adamw_tortch", "adamw_torch"),
+    ],
+)
+def test_a_value_of_an_enum_is_checked_without_torch(load, key, value, near):
+    assert f"did you mean '{near}'?" in message_of(load, f"--{key}", value)
+
+
+def test_a_key_of_the_launcher_is_sent_there(load):
+    assert "belongs to the launcher" in message_of(load, "--num_processes", "2")
+
+
+def test_a_misspelt_base_folder_is_not_looked_for_on_the_hub(load):
+    assert "did you mean demo/base?" in message_of(load, model_name_or_path="demo/bsae")
+
+
 def test_a_choice_that_is_none_names_the_nearest_one(load):
     assert "did you mean 'prompt_tuning'" in message_of(load, method="prompt_tunning")
 

@@ -79,7 +79,9 @@ def main() -> None:
     }
     ranks.leave()
     if ranks.rank() == 0:
-        report(runs.finish(recipe, metrics, prepared.report))
+        metrics = runs.finish(recipe, metrics, prepared.report)
+        ranks.say(f"finished: {recipe.output_dir}, eval loss {metrics['eval_loss_before']} -> {metrics['eval_loss']}")
+        report(metrics)
 
 
 def report(metrics: dict) -> None:
