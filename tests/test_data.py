@@ -95,15 +95,15 @@ def write_formats(folder):
     write_jsonl(folder / "one/train.jsonl", rows)
 
 
-@pytest.mark.parametrize(
-    "name", ["rows.jsonl", "rows.json", "nested.json", "rows.csv", "rows.parquet", "parts", "parts/*.jsonl", "one"]
-)
 def test_a_csv_file_with_semicolons_is_told_so(tmp_path):
     (tmp_path / "rows.csv").write_text("question;reply\na;b\n", encoding="utf-8-sig")
     with pytest.raises(UserError, match="separated by semicolons"):
         list(data.read_rows(tmp_path / "rows.csv"))
 
 
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.json", "nested.json", "rows.csv", "rows.parquet", "parts", "parts/*.jsonl", "one"]
+)
 def test_every_format_folder_and_glob_gives_the_same_text_to_the_byte(tmp_path, make, name):
     write_formats(tmp_path)
     expected = [
