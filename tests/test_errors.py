@@ -155,41 +155,50 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, rows):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_that_never_saved_does_not_block_its_folder(tmp_path, rows):
-    (tmp_path / "out/runs").mkdir(parents=True)
-    (tmp_path / "out/recipe.yaml").write_text("learning_rate: 7.0\n")
-    done = script("--config", recipe_file(tmp_path, dataset_name=rows), "--output_dir", tmp_path / "out", "--max_steps", 1,
-                  "--num_sample_answers", 0)  # fmt: skip
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of two steps, in a folder whose earlier run had ended before it saved anything."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "out/runs").mkdir(parents=True)
+    (folder / "out/recipe.yaml").write_text("learning_rate: 7.0\n")
+    rows = str(write(folder / "rows.jsonl"))
+    recipe = recipe_file(folder, dataset_name=rows, save_strategy="steps", save_steps=1, num_sample_answers=0)
+    done = script("--config", recipe, "--output_dir", folder / "out", CARELM_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_that_never_saved_does_not_block_its_folder(finished):
+    _, done = finished
     assert "ended before its first checkpoint; it begins anew" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["global_step"] == 2
 
 
-def test_another_run_in_the_folder_and_restart(tmp_path, rows):
-    recipe = recipe_file(tmp_path, dataset_name=rows)
-    script("--config", recipe, "--output_dir", tmp_path / "out", "--num_sample_answers", 0)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    done = script("--config", recipe, "--output_dir", tmp_path / "out", "--learning_rate", "5e-4")
+def test_another_run_in_the_folder_and_restart(finished, tmp_path):
+    recipe = finished[0] / "shop.yaml"
+    out = shutil.copytree(finished[0] / "out", tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    done = script("--config", recipe, "--output_dir", out, "--learning_rate", "5e-4")
     assert done.returncode == 2
     assert "learning_rate (was 0.0002, is 0.0005)" in done.stderr and "--restart" in done.stderr
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
-    done = script("--config", recipe, "--output_dir", tmp_path / "out", "--learning_rate", "5e-4", "--restart")
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+    done = script("--config", recipe, "--output_dir", out, "--learning_rate", "5e-4", "--restart")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["global_step"] == 2
     assert (tmp_path / "out.old-1/train_metrics.json").exists()
 
 
-def test_no_whole_checkpoint(tmp_path, rows):
-    recipe = recipe_file(tmp_path, dataset_name=rows, save_strategy="steps", save_steps=1)
-    script("--config", recipe, "--output_dir", tmp_path / "out", "--num_sample_answers", 0)
-    (tmp_path / "out/train_metrics.json").unlink()
-    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+def test_no_whole_checkpoint(finished, tmp_path):
+    out = shutil.copytree(finished[0] / "out", tmp_path / "out")
+    (out / "train_metrics.json").unlink()
+    for checkpoint in out.glob("checkpoint-*"):
         with open(checkpoint / "training_state.safetensors", "r+b") as file:
             file.truncate(100)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    done = script("--config", recipe, "--output_dir", tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    done = script("--config", finished[0] / "shop.yaml", "--output_dir", out)
     line = only_error(done)
     assert done.returncode == 2 and "none of the 2 checkpoints" in line and "--restart" in line
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
 def test_pickled_weights(tmp_path, rows):
