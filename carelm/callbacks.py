@@ -38,7 +38,7 @@ class Evaluations(TrainerCallback):
 
 
 class Speed(TrainerCallback):
-    """Times the optimizer steps of this process (evaluations and saves are not in it) and watches memory.
+    """Times the optimizer steps of this process (fetching batches, evaluations and saves are not in it) and watches memory.
 
     Attributes:
         step_seconds: sum over this process's steps.

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from carelm.ranks import say
+from carelm.ranks import say, share
 from carelm.recipe import UserError, write_whole
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
             save_weights(trainer.model, state, weights, partial)
         except (OSError, SafetensorError) as error:
             failure = str(error)
-    failure = trainer.share(failure)
+    failure = share(failure, trainer.args.device)
     if failure is None and trainer.keeps_native_state:
         try:
             trainer.model_wrapped.save_checkpoint(str(partial))
@@ -133,7 +133,7 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
             partial.rename(folder)
         except OSError as error:
             failure = str(error)
-    failure = trainer.share(failure)
+    failure = share(failure, trainer.args.device)
     if failure is not None:
         if trainer.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
@@ -218,14 +218,19 @@ def _inner_optimizer(trainer: "Trainer") -> torch.optim.Optimizer:
     return optimizer
 
 
+def read_state(folder: Path, suffix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a consolidated state whose keys end with `suffix`, on the CPU."""
+    with safe_open(folder / STATE, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.endswith(suffix)}
+
+
 def load_state(trainer: "Trainer", folder: Path) -> None:
     """Puts a consolidated state into model and optimizer, whatever wrote it and on however many ranks.
 
     Raises:
         UserError: where the checkpoint's parameters or optimizer are not this run's.
     """
-    with safe_open(folder / STATE, "pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}
+    stored = read_state(folder)
     load_weights(trainer, stored, folder)
     if trainer.is_deepspeed_enabled:
         _load_deepspeed_optimizer(trainer, stored)

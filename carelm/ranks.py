@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import yaml
 from tqdm import tqdm
 
 from carelm.recipe import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
 
@@ -130,6 +134,17 @@ def use_all_cores(launch: Launch | None) -> None:
         if hasattr(os, "sched_getaffinity"):  # a container or a batch job may have been given fewer
             cores = min(cores, len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def share(value: Any, device: "torch.device") -> Any:
+    """Rank 0's value on every rank; every rank calls it, once the process group is there."""
+    if world_size() == 1:
+        return value
+    import torch.distributed
+
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=device)
+    return box[0]
 
 
 def leave() -> None:

@@ -17,7 +17,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carelm.ranks import Launch, rank, say
+from carelm.ranks import Launch, rank, say, share
 from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recipe, write_whole
 
 if TYPE_CHECKING:
@@ -108,12 +108,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
             problem = str(error)
         except OSError as error:
             problem = f"output_dir: {folder} cannot be written ({error.strerror})"
-    if arguments.world_size > 1:
-        import torch.distributed
-
-        box = [problem, newest]
-        torch.distributed.broadcast_object_list(box, src=0, device=arguments.device)
-        problem, newest = box
+    problem, newest = share((problem, newest), arguments.device)
     if problem is not None:
         raise UserError(problem)
     return newest

@@ -24,7 +24,7 @@ from carelm.callbacks import SampleAnswers, Speed
 from carelm.chat import Chat
 from carelm.data import Prepared, PreparedSplit
 from carelm.models import Precision
-from carelm.ranks import say, world_size
+from carelm.ranks import say, share, world_size
 from carelm.recipe import Recipe, UserError, micro_batch_size
 
 BLANK = -1  # stands for an example with nothing to learn, where a rank would have none
@@ -272,14 +272,6 @@ class Trainer(transformers.Trainer):
         """Of the whole run, earlier parts of it included."""
         return self.wall_seconds_before + time.time() - self.started
 
-    def share(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
-        if self.args.world_size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, device=self.args.device)
-        return box[0]
-
     # Batches and loss
 
     def get_train_dataloader(self) -> DataLoader:
@@ -418,9 +410,7 @@ class Trainer(transformers.Trainer):
         if self.keeps_native_state:
             super()._load_best_model()
         else:
-            with checkpoints.safe_open(best / checkpoints.STATE, "pt") as file:
-                stored = {key: file.get_tensor(key) for key in file.keys() if key.endswith("|weight")}
-            checkpoints.load_weights(self, stored, best)
+            checkpoints.load_weights(self, checkpoints.read_state(best, "|weight"), best)
 
     def save_result(self, folder: Path) -> None:
         """The trained weights, tokenizer and chat template, and the generation settings; every rank calls it."""
@@ -434,7 +424,7 @@ class Trainer(transformers.Trainer):
                 self.model.generation_config.save_pretrained(folder)
             except (OSError, checkpoints.SafetensorError) as error:
                 failure = str(error)
-        failure = self.share(failure)
+        failure = share(failure, self.args.device)
         if failure is not None:
             raise UserError(f"output_dir: the result could not be saved ({failure}); make room and run again")
 

@@ -43,7 +43,7 @@ def main() -> None:
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_all_cores(launch)
-    from carelm import callbacks, models, trainer  # three seconds of libraries, after every check that needs none
+    from carelm import callbacks, models, trainer  # libraries that take seconds, after every check without them
 
     precision = models.choose_precision(recipe.precision)
     models.check_base(recipe)
