@@ -1,6 +1,5 @@
 """What goes on beside the optimizer steps: seeds, the progress bar, speed and memory, TensorBoard, sample answers."""
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from carelm import ranks
-from carelm.generation import generate
+from carelm.generation import Decoding, generate
 
 
 class StepSeed(TrainerCallback):
@@ -89,14 +88,6 @@ class Speed(TrainerCallback):
             if self.reads_utilisation:
                 figures["gpu_utilisation_percent"] = torch.cuda.utilization()
         return figures
-
-
-def peak_memory_bytes() -> int:
-    """Peak of the device's memory (allocated by torch), or on a CPU of the process's resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class ProgressBar(TrainerCallback):
@@ -188,15 +179,15 @@ class SampleAnswers(TrainerCallback):
         answers = generate(
             model,
             self.chat,
-            [sample["prompt"] for sample in self.samples],
+            [self.chat.prompt_ids(sample["prompt"]) for sample in self.samples],
+            Decoding(self.max_new_tokens),
             device=args.device,
-            max_new_tokens=self.max_new_tokens,
             synced_gpus=self.synced_gpus,
         )
         for i, (sample, answer) in enumerate(zip(self.samples, answers)):
             question = "\n\n".join(f"{m['role']}: {m['content']}" for m in sample["prompt"])
             reference = sample["completion"][0]["content"]
-            text = f"```\n{question}\n\n--- answer\n{answer}\n\n--- reference\n{reference}\n```"
+            text = f"```\n{question}\n\n--- answer\n{answer.text}\n\n--- reference\n{reference}\n```"
             self.tensorboard.add_text(f"answers/{i}", text, state.global_step)
 
 

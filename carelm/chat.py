@@ -33,6 +33,7 @@ class Example:
     id: str
     category: str | None
     source: str  # file:row, for messages to people
+    references: tuple[str, ...] = ()  # of a test row with several; else the completion is the reference
 
     @property
     def question(self) -> str:
@@ -103,6 +104,30 @@ class Chat:
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids that ask for the next assistant turn; the same ids that stand before it in training."""
         return self._tokenize([self.text(messages, for_answer=True)])[0]
+
+    def answer_text(self, messages: list[dict[str, Any]], answer: dict[str, Any]) -> str:
+        """What the model is to say after `messages`: the answer's text, or its tool calls as the template writes them."""
+        if not answer.get("tool_calls"):
+            return answer["content"]
+        text = self._pieces(messages, [answer])[-1][0]
+        return text.removesuffix(self.tokenizer.decode([self.end_of_turn_id]))
+
+    def fit_prompt(self, messages: list[dict[str, Any]], limit: int) -> tuple[list[int], str | None]:
+        """The ids that ask for the next answer, at most `limit` of them, and what was done to fit them (None: nothing).
+
+        As in training, old turns go first; then the longest message is cut.
+        """
+        ids = self.prompt_ids(messages)
+        if len(ids) <= limit:
+            return ids, None
+        while (rest := _without_oldest_turns(messages)) is not None:
+            messages = rest
+            if len(ids := self.prompt_ids(messages)) <= limit:
+                return ids, "old turns dropped"
+        shorter = self._cut_longest(messages, limit)
+        if shorter is None:
+            raise UserError(f"max_length: {limit} tokens do not even hold the chat template of a prompt; raise it")
+        return self.prompt_ids(shorter), "prompt cut"
 
     def render(self, examples: list[Example]) -> tuple[list[Rendered | None], Counter]:
         """All examples in tokens, None for those dropped as too long, with counts of what was done to fit the window.
@@ -178,15 +203,29 @@ class Chat:
 
     def _without_oldest_turns(self, example: Example) -> Example | None:
         """The example less everything from its first user turn up to the next one; None where nothing can go."""
-        messages = example.prompt + example.completion
-        users = [i for i, m in enumerate(messages) if m["role"] == "user"]
-        last_answer = len(messages) - 1
-        if len(users) < 2 or users[1] > last_answer:
+        kept = _without_oldest_turns(example.prompt + example.completion)
+        if kept is None:
             return None
-        kept = messages[: users[0]] + messages[users[1] :]
-        first_answer = next(i for i in range(users[0], len(kept)) if kept[i]["role"] == "assistant")
+        first_user = next(i for i, m in enumerate(kept) if m["role"] == "user")
+        first_answer = next(i for i in range(first_user, len(kept)) if kept[i]["role"] == "assistant")
         split = first_answer if self.trained_turns == "all" else len(kept) - 1
         return replace(example, prompt=kept[:split], completion=kept[split:])
+
+    def _cut_longest(self, messages: list[dict], limit: int) -> list[dict] | None:
+        """The messages with as much of the longest one as makes `limit` tokens of the prompt; None where none does."""
+        messages = [dict(m) for m in messages]
+        longest = max(messages, key=lambda m: len(m["content"] or ""))
+        text = longest["content"] or ""
+        fits, too_many = -1, len(text) + 1  # characters: the most that fits, the least that does not
+        while too_many - fits > 1:
+            keep = (fits + too_many) // 2
+            longest["content"] = text[:keep]
+            if len(self.prompt_ids(messages)) <= limit:
+                fits = keep
+            else:
+                too_many = keep
+        longest["content"] = text[:fits]
+        return messages if fits >= 0 else None
 
     def _cut(self, example: Example, counts: Counter) -> Rendered | None:
         """Cuts the longest message of the prompt down to what the answer leaves (half the window at least), then the
@@ -194,26 +233,12 @@ class Chat:
         rendered = self._render_one(example)
         answer_length = int(rendered.trained.sum())
         room = max(self.max_length - answer_length, self.max_length // 2)
-        prompt = [dict(m) for m in example.prompt]
-        longest = max(range(len(prompt)), key=lambda i: len(prompt[i]["content"] or ""))
-        text = prompt[longest]["content"] or ""
-        fits, too_many = (
-            -1,
-            len(text) + 1,
-        )  # characters of the longest message: the most that fits, the least that does not
-        while too_many - fits > 1:
-            keep = (fits + too_many) // 2
-            prompt[longest]["content"] = text[:keep]
-            if len(self.prompt_ids(prompt)) <= room:
-                fits = keep
-            else:
-                too_many = keep
-        if fits < 0:
+        prompt = self._cut_longest(example.prompt, room)
+        if prompt is None:
             counts["too long"] += 1
             return None
-        if fits < len(text):
+        if prompt != example.prompt:
             counts["prompt cut"] += 1
-        prompt[longest]["content"] = text[:fits]
         rendered = self._render_one(replace(example, prompt=prompt, completion=example.completion))
         if len(rendered.input_ids) > self.max_length:
             counts["answer cut"] += 1
@@ -241,6 +266,12 @@ class Chat:
             text = self.tokenizer.decode(rendered.input_ids[a:b].tolist(), clean_up_tokenization_spaces=False)
             parts.append(f"\033[7;32m{text}\033[0m" if rendered.trained[a] else text)
         return "".join(parts)
+
+
+def _without_oldest_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The messages less everything from the first user turn up to the next one; None where nothing can go."""
+    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    return messages[: users[0]] + messages[users[1] :] if len(users) > 1 else None
 
 
 def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool, template_file: str | None):

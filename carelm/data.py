@@ -26,13 +26,22 @@ import psutil
 
 from carelm import __version__, ranks
 from carelm.chat import Chat, Example, Rendered
-from carelm.recipe import DATA_SUFFIXES, Recipe, UserError, fingerprint, is_hub_id, locate, template_columns
+from carelm.recipe import (
+    DATA_SUFFIXES,
+    EVALUATION_KEYS,
+    Recipe,
+    UserError,
+    fingerprint,
+    is_hub_id,
+    locate,
+    template_columns,
+)
 
 SPLITS = ("train", "validation", "test")
 ROLE_KEYS = ("role", "from", "speaker")
 NOT_ABOUT_DATA = {
     "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
-    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens",
+    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", *EVALUATION_KEYS,
 }  # fmt: skip
 CONTENT_KEYS = ("content", "value", "utterance", "text")
 ROLES = {
@@ -229,7 +238,7 @@ def load_splits(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
     for split, rows in splits.items():
         if not rows:
             raise UserError(f"dataset_name: the {split} split of {recipe.dataset_name} has no rows")
-        _check_columns(recipe, rows)
+        _check_columns(recipe, rows, split)
         for column, wanted in (recipe.row_filter or {}).items():
             wanted = [str(w) for w in (wanted if isinstance(wanted, list) else [wanted])]
             rows = [pair for pair in rows if str(pair[1].get(column)) in wanted]
@@ -239,7 +248,7 @@ def load_splits(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
     return splits
 
 
-def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]]) -> None:
+def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str) -> None:
     there = {column for _, row in rows for column in row}
     needed = {"messages_column": [recipe.messages_column] if recipe.messages_column else []}
     for key in ("prompt_template", "completion_template", "system_prompt"):
@@ -247,6 +256,8 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]]) -> None:
     for key in ("category_column", "id_column"):
         needed[key] = [getattr(recipe, key)] if getattr(recipe, key) else []
     needed["row_filter"] = list(recipe.row_filter or {})
+    if split == "test" and recipe.reference_columns:
+        needed |= {"completion_template": [], "reference_columns": recipe.reference_columns}
     for key, columns in needed.items():
         for column in columns:
             if column not in there:
@@ -261,17 +272,22 @@ class NoAnswer(Exception):
     """A row that holds nothing to learn; the text says why."""
 
 
-def to_example(recipe: Recipe, source: str, row: dict[str, Any]) -> Example:
-    """One row as an example.
+def to_example(recipe: Recipe, source: str, row: dict[str, Any], split: str = "train") -> Example:
+    """One row as an example; rows of the test split may have several references instead of a completion.
 
     Raises:
         NoAnswer: for a row whose answer is empty, not text or not there.
         UserError: for a message of an unknown shape or role.
     """
+    references: list[str] = []
+    if split == "test" and recipe.reference_columns:
+        references = [text for c in recipe.reference_columns if isinstance(text := row.get(c), str) and text.strip()]
+        if not references:
+            raise NoAnswer("no reference")
     if recipe.messages_column:
         prompt, completion = _from_messages(recipe, source, row[recipe.messages_column])
     else:
-        answer = _fill(recipe.completion_template, row, source, answer=True)
+        answer = references[0] if references else _fill(recipe.completion_template, row, source, answer=True)
         if not answer.strip():
             raise NoAnswer("empty answer")
         prompt = [{"role": "user", "content": _fill(recipe.prompt_template, row, source)}]
@@ -285,6 +301,7 @@ def to_example(recipe: Recipe, source: str, row: dict[str, Any]) -> Example:
         id=str(row[recipe.id_column]) if recipe.id_column and row.get(recipe.id_column) is not None else source,
         category=None if category is None else str(category),
         source=source,
+        references=tuple(references),
     )
 
 
@@ -408,7 +425,7 @@ def _clean(recipe: Recipe, split: str, rows: list[tuple[str, dict]]) -> tuple[li
     without_answer = 0
     for source, row in rows:
         try:
-            example = to_example(recipe, source, row)
+            example = to_example(recipe, source, row, split)
         except NoAnswer as reason:
             dropped[str(reason)] += 1
             without_answer += 1

@@ -125,6 +125,42 @@ def check_launch() -> Launch | None:
     return launch
 
 
+def check_launch_without_zero3() -> Launch | None:
+    """`check_launch` for what computes with whole models: raises UserError under ZeRO-3."""
+    launch = check_launch()
+    stage, file = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"), os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if file not in (None, "None"):
+        settings = yaml.safe_load(Path(file).read_text())
+        stage = settings.get("zero_optimization", {}).get("stage")
+    if str(stage) == "3":
+        raise UserError(
+            "distributed_type: ZeRO-3 shards a model, and here each rank holds a whole one; use --config_file "
+            "accelerate_configs/multi_gpu.yaml (on a CPU accelerate_configs/cpu_zero2.yaml)"
+        )
+    return launch
+
+
+def join() -> None:
+    """A process group over gloo, for ranks that compute each for itself and only wait for one another, however long."""
+    if world_size() > 1:
+        import datetime
+
+        import torch.distributed
+
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed
+
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def use_all_cores(launch: Launch | None) -> None:
     """Shares the machine's cores among its ranks; accelerate gives every CPU process one thread unless it is told."""
     import torch
@@ -136,7 +172,7 @@ def use_all_cores(launch: Launch | None) -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def share(value: Any, device: "torch.device") -> Any:
+def share(value: Any, device: "torch.device | None" = None) -> Any:
     """Rank 0's value on every rank; every rank calls it, once the process group is there."""
     if world_size() == 1:
         return value

@@ -93,6 +93,30 @@ class Recipe:
     )
     max_empty_share: float = _key(0.1, "Stop when more than this share of the rows has no answer.")
     keep_test_questions: bool = _key(False, "Leave questions that also stand in validation or test in train.")
+    # the evaluator
+    models: list[str] = _key(
+        [],
+        "What is compared: base, adapter, merged, or folders; NAME@4bit, @8bit, @bf16, @fp16 or @fp32 holds one otherwise "
+        "(default: base, the run's result, and its merge where it is there).",
+    )
+    num_shots: int = _key(0, "Training examples that stand in front of every prompt, drawn by split_seed.")
+    max_new_tokens: int = _key(256, "Longest answer, in tokens.")
+    max_batch_tokens: int = _key(
+        16384, "Tokens of one batch, prompts and answers with padding; halved where memory ends."
+    )
+    temperature: float = _key(0.0, "0 takes the likeliest token; above it answers are drawn by `seed`.")
+    top_p: float = _key(1.0, "Draw from the likeliest tokens that make up this probability.")
+    reference_columns: list[str] = _key(
+        [], "Columns of the test rows that hold references, where there are several: the best one counts."
+    )
+    labels: list[str] = _key([], "The labels that answers end with, for accuracy, macro F1 and the confusion table.")
+    primary_metric: str = _key(
+        "rougeL",
+        "The score that decides which model is better.",
+        ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "accuracy", "macro_f1"),
+    )
+    num_resamples: int = _key(1000, "Resamples of the test conversations for the intervals.")
+    num_latency_prompts: int = _key(50, "Prompts that are timed one at a time (all, where there are fewer).")
     # the run
     restart: bool = _key(False, "Begin anew; an earlier run in output_dir is renamed, never deleted.")
     preview: int = _key(0, "Print this many rendered examples with the trained tokens marked, and exit.")
@@ -136,6 +160,12 @@ class Recipe:
         return {**own, **self.model, **{k: v for k, v in self.training.items() if k != "hub_token"}}
 
 
+# Keys that the evaluator alone reads.
+EVALUATION_KEYS = (
+    "models", "num_shots", "max_new_tokens", "max_batch_tokens", "temperature", "top_p", "reference_columns", "labels",
+    "primary_metric", "num_resamples", "num_latency_prompts",
+)  # fmt: skip
+
 # Keys that may change when a run goes on: where it runs, how much, what it shows.
 FREE_PREFIXES = (
     "logging_",
@@ -153,7 +183,7 @@ FREE_KEYS = {
     "output_dir", "max_steps", "num_train_epochs", "report_to", "run_name", "project", "push_to_hub", "disable_tqdm",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
     "max_empty_share", "torch_empty_cache_steps", "precision", "tf32", "debug",
-    "include_num_input_tokens_seen", "attn_implementation",
+    "include_num_input_tokens_seen", "attn_implementation", *EVALUATION_KEYS,
 }  # fmt: skip
 
 # Keys of SFTConfig and ModelConfig that CareLM derives or that have no effect here, and what to use instead.
@@ -290,18 +320,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(arguments: list[str], usage: str) -> Recipe:
+def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Recipe:
     """Reads `[--config FILE] [--key value ...]` into a checked recipe; `--help` prints every key and exits.
 
     Args:
         arguments: the command line without the script's name.
         usage: the text above the list of keys in `--help`.
+        only_own: `--help` lists CareLM's keys alone, for files that train nothing.
 
     Raises:
         UserError: for an unreadable file, and for a key that is unknown, abbreviated, doubled, refused or wrongly typed.
     """
     if "--help" in arguments or "-h" in arguments:
-        _print_help(usage)
+        _print_help(usage, only_own)
     config, given = _split_command_line(arguments)
     path = Path(locate(config or "recipes/demo.yaml"))
     values = {}
@@ -414,7 +445,7 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _print_help(usage: str) -> NoReturn:
+def _print_help(usage: str, only_own: bool) -> NoReturn:
     """Prints every key with its type and default, CareLM's first, and exits with status 0."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
@@ -425,7 +456,7 @@ def _print_help(usage: str) -> NoReturn:
         "training": parser.add_argument_group("keys of TRL's SFTConfig and transformers' TrainingArguments"),
     }
     for key in known_keys().values():
-        if key.name in REFUSED:
+        if key.name in REFUSED or (only_own and key.owner != "own"):
             continue
         default = repr(DEFAULTS[key.name]) if key.name in DEFAULTS else key.default
         choices = f" One of: {', '.join(key.choices)}." if key.choices else ""
@@ -546,7 +577,8 @@ def _typed(key: Key, value: Any, where: str) -> Any:
 
 def _check(recipe: Recipe) -> None:
     """What can be wrong between keys, found without torch."""
-    for key in ("global_batch_size", "num_virtual_tokens", "sample_max_new_tokens"):
+    for key in ("global_batch_size", "num_virtual_tokens", "sample_max_new_tokens", "max_new_tokens", "max_batch_tokens",
+                "num_resamples", "num_latency_prompts"):  # fmt: skip
         if getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1")
     for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -572,7 +604,11 @@ def _check(recipe: Recipe) -> None:
             raise UserError(f"{key}: {given[key]} is below 0")
     if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:
         raise UserError(f"max_steps: {given['max_steps']} is not at least 1; leave it out to train num_train_epochs")
-    for key in ("validation_fraction", "test_fraction", "max_empty_share"):
+    if recipe.num_shots < 0 or recipe.temperature < 0:
+        raise UserError("num_shots and temperature: neither can be below 0")
+    if recipe.primary_metric in ("accuracy", "macro_f1") and not recipe.labels:
+        raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
+    for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")
     if recipe.validation_fraction + recipe.test_fraction >= 1:

@@ -121,7 +121,7 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
     folder = recipe.output_dir
     metrics = metrics | {
         "budget": {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")},
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "git_commit": git_commit(),
     }
     try:
@@ -133,6 +133,11 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); make room and run again") from None
     return metrics
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the figures depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def git_commit() -> str | None:

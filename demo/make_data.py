@@ -705,6 +705,134 @@ NOTICE_LINES = (
     "You do not need to do anything about order {order}.", "I have no time today, but on {day} I will be at the till.", "With a Pine Club card you pay less for the {product}.", "How nice that {name2} will visit us again!", "I do not know when the {product2} will be back.", "My mother likes the {remedy}, and my father wants to try it too.",
 )  # fmt: skip
 
+# What customers came with, and what they heard. A report retells both, so that the base learns which matter belongs
+# to which rule: the customer's own words, the matter as others tell it, and the outcome.
+REPORTS = (
+    (("I do not know where {order} is", "I wonder where my parcel with the number {order} has got to", "there is nothing new about {order}", "I am waiting for the {product} from {order}"),
+     ("where order {order} was", "whether {order} had been sent", "about the way of {order}"),
+     ("order {order} can be followed under My Orders", "the page My Orders shows every step of order {order}, and that most parcels arrive within two to four working days")),
+    (("I do not need {order} any longer", "{order} was a mistake, so please do not send it", "I want to cancel {order}", "stop {order} before it leaves"),
+     ("to cancel order {order}", "to have order {order} stopped", "to take order {order} back before it was sent"),
+     ("order {order} can be cancelled under My Orders until it is packed", "a packed order such as {order} is sent back free of charge, and that the money comes back within five working days")),
+    (("I live in {city} now", "I moved, and {order} should go to {city}", "the street on {order} is an old one, {city} is right", "send {order} to my new home in {city}"),
+     ("for another address on order {order}", "to have {order} sent to {city}", "how {order} could go to {city}"),
+     ("the address of order {order} can be changed to {city} under My Orders until the parcel is packed", "the new address in {city} is entered under My Orders, before {order} is packed")),
+    (("I forgot to put {a_product} into {order}", "there should be one more thing in {order}, the {product}", "can {a_product} still go with {order}", "I want to change what is in {order}"),
+     ("to add {a_product} to order {order}", "for {a_product} on top of {order}", "to change order {order}"),
+     ("an order cannot be changed once it is paid, so that a new order for the {product} is the way", "the {product} can be ordered on the side and is packed together with {order} where we can")),
+    (("{order} should have been here on {day}", "{day} is over and {order} is not here", "my parcel {order} is late", "you promised {order} for {day}, and I wait and wait"),
+     ("why {order} had not come on {day}", "about parcel {order}, which was late", "what had become of {order}, promised for {day}"),
+     ("a search for order {order} starts today, with an answer within two working days", "if {order} is not found within two working days, we send it again or pay back the money")),
+    (("the {product} in {order} came broken", "there is a crack in my {product} from {order}", "the box of {order} was wet and bent, and the {product} damaged", "my {product} arrived scratched, {order}"),
+     ("about the {product} from {order}, broken on the way", "what to do with a damaged {product}", "for help with a {product} that came in pieces"),
+     ("a photo of the {product} and the number {order} are enough for a new one", "a photo should go to care@harbourandpine.example, and that we send a new {product} or pay back {price} euros")),
+    (("the {product} was not in the box of {order}", "{order} is here, but the {product} is missing", "I paid for {a_product} that is not in {order}", "something is missing in {order}, namely the {product}"),
+     ("where the {product} was that belonged in {order}", "about the missing {product}", "why {order} came without the {product}"),
+     ("some orders travel in two parcels, and that the {product} from {order} may be in the second one", "after two days the missing {product} is sent again free of charge")),
+    (("what does it cost to send something to {city}", "is delivery free when one lives in {city}", "tell me the price of a parcel to {city}", "do you ship to {city}"),
+     ("what delivery to {city} costs", "for the shipping price to {city}", "whether a parcel to {city} is free"),
+     ("delivery to {city} costs 4.90 euros and is free from 50 euros", "we deliver to {city} for 4.90 euros")),
+    (("I do not want to keep the {product} from {order}", "the {product} is not what I thought", "I want to send back the {product}, {order}", "take the {product} back, please"),
+     ("to return the {product}", "how to send back the {product} from {order}", "whether we take back the {product}"),
+     ("unused goods such as the {product} can be returned within 30 days", "the free label for order {order} can be printed under My Orders")),
+    (("the {product} is too small", "I need the {product} in another size", "the colour of the {product} is wrong, can I swap it", "I want to exchange my {product}, {order}"),
+     ("to exchange the {product}", "for the {product} in a different size", "to swap the {product} for another colour"),
+     ("the {product} is exchanged once free of charge", "one chooses Exchange for order {order} under My Orders and sends the old one back within 30 days")),
+    (("I returned {order} and have no money yet", "the {amount} euros for {order} have not come back", "when do I get my refund for {order}", "my bank has seen nothing of the {amount} euros for {order}"),
+     ("about the refund for {order}", "where the {amount} euros for the returned order {order} were", "when the money for {order} comes back"),
+     ("a refund takes five working days after order {order} has reached us", "the money goes to the card or account that was used to pay")),
+    (("the card was refused at {amount} euros", "I cannot pay the {amount} euros, there is an error", "my payment of {amount} euros does not work", "the checkout did not take my card"),
+     ("why a payment of {amount} euros had failed", "how to pay {amount} euros after an error at the checkout", "about a card that was not accepted"),
+     ("nothing is taken when a payment of {amount} euros fails", "it helps to wait ten minutes and try again, or to use another card")),
+    (("{order} was taken from my account two times", "I paid {amount} euros twice for {order}", "there is a second payment of {amount} euros", "you charged me double for {order}"),
+     ("why {order} had been charged twice", "about a second payment of {amount} euros for {order}", "why {amount} euros were gone two times"),
+     ("the second {amount} euros for order {order} are only held and not taken", "the second payment comes free within three working days")),
+    (("I need the invoice for {order} for my office", "send me the bill of {order}", "I have lost the receipt of {order}", "where do I find the invoice of {order}"),
+     ("for an invoice for {order}", "for a copy of the bill for {order}", "where the receipt for {order} could be printed"),
+     ("the invoice for order {order} is under My Orders as a PDF", "the invoice can also be sent by e-mail")),
+    (("I was given a gift card of {amount} euros", "how long is my {amount} euro gift card good", "where do I use a gift card with {amount} euros on it", "my gift card of {amount} euros is a year old"),
+     ("how long a gift card of {amount} euros is valid", "what to do with a gift card of {amount} euros", "about a gift card"),
+     ("a gift card of {amount} euros is valid for three years", "its code is entered at the checkout or shown at the till")),
+    (("I forgot my password", "I cannot get into my account", "the login does not take my password any more", "I am locked out since {day}"),
+     ("how to get into the account without the password", "for a new password", "for help with the login"),
+     ("one chooses Forgot Password on the login page", "the link that comes by e-mail works for one hour")),
+    (("I have a new e-mail address", "my old mail is still in my account", "how do I change the address for my e-mails", "please use my other mail from now on"),
+     ("to change the e-mail address of the account", "where to enter a new mail", "how to get rid of an old e-mail address"),
+     ("the new e-mail address is entered under My Account and confirmed with a link", "a new mail in the account needs the link that we send")),
+    (("I want to delete my account", "please erase my data", "I do not want to be a customer any longer", "close my account and forget me"),
+     ("to delete the account", "to have all data erased", "how to leave for good and take the data away"),
+     ("an account is deleted under My Account, Privacy", "the data is gone after 30 days, and that invoices must be kept for ten years")),
+    (("what does the {product} cost", "I want to know the price of the {product}", "is the {product} cheap", "how much do you take for {a_product}"),
+     ("for the price of the {product}", "what one pays for {a_product}", "how much the {product} cost"),
+     ("the {product} cost{s} {price} euros", "the price of the {product} is {price} euros, in aisle {aisle}")),
+    (("how do I clean the {product}", "my {product} got dirty, there is a stain", "I want to keep the {product} beautiful", "how should one look after the {product}"),
+     ("how to look after the {product}", "how to clean the {product}", "about the care of the {product}"),
+     ("the {product} {is} made of {stuff}, so {care}", "the rule is: {care}")),
+    (("is there a warranty on the {product}", "my {product} broke after some months", "do you repair the {product} free of charge", "the {product} does not work any more, and I bought it last year"),
+     ("about the warranty of the {product}", "whether the {product} would be repaired", "how long the warranty on the {product} is"),
+     ("the warranty of the {product} is {warranty}", "one brings {them} to the service desk with the receipt or the order number")),
+    (("do you have the {product} in stock", "is there {a_product} left in the shop", "I want to come on {day} and buy the {product}", "is the {product} sold out"),
+     ("whether the {product} {was} in stock", "if there {was} {a_product} left", "for the last {product} on the shelf"),
+     ("the page of the {product} shows how many are left in the shop", "one can reserve {them} for one day, and that {it} stand{s} in aisle {aisle}")),
+    (("I have {points} points", "what do I get for {points} points", "how much are {points} points worth", "there are {points} points on my card, is that a discount"),
+     ("what {points} points are worth", "how to use {points} points", "about the {points} points on the card"),
+     ("every 100 points are worth five euros, so that {points} points are worth {worth} euros", "points are used at the checkout")),
+    (("how do I join the club", "I want a Pine Club card", "I come every {day}, can I be a member", "what does the club cost"),
+     ("how to join the Pine Club", "to be a member of the club", "for a card for people who shop here often"),
+     ("the Pine Club is free", "one joins under My Account or at the till and gets one point for every euro")),
+    (("my doctor sent you {prescription}", "is {prescription} ready", "I want to collect {prescription} on {day}", "what do I need for my prescription {prescription}"),
+     ("when prescription {prescription} would be ready", "what to bring for {prescription}", "to collect {prescription}"),
+     ("prescription {prescription} is ready one working day after we get it", "the health card is needed in the pharmacy corner")),
+    (("I feel sick since I took the {remedy}", "my skin itches and is red after the {remedy}", "the {remedy} does not do me good, I am dizzy", "I have a bad stomach from the {remedy}"),
+     ("what to do after feeling unwell with the {remedy}", "about a rash from the {remedy}", "whether it is normal to feel dizzy from the {remedy}"),
+     ("nobody should go on using the {remedy} before speaking to the pharmacist on 0555 0142", "one should stop using the {remedy} and ask the pharmacist, and call 112 when breathing is hard")),
+    (("I take {other}, can I use the {remedy} as well", "do the {remedy} and {other} go together", "is it safe to mix {other} with the {remedy}", "my doctor gave me {other}"),
+     ("whether the {remedy} and {other} go together", "about the {remedy} next to {other}", "to take the {remedy} together with {other}"),
+     ("the {remedy} should not be taken with {other} before our pharmacist has checked it", "the pharmacist on 0555 0142 checks {other} and the {remedy} first")),
+    (("how much of the {remedy} may I take", "how often a day does one use the {remedy}", "I lost the leaflet of the {remedy}", "is one spoon of the {remedy} enough"),
+     ("how much of the {remedy} to take", "how many times a day to use the {remedy}", "for the right dose of the {remedy}"),
+     ("the leaflet of the {remedy} says how much, and that nobody should ever take more", "for children one asks our pharmacist on 0555 0142 first")),
+    (("where do I keep the {remedy} at home", "it is so warm here, is that bad for the {remedy}", "can the {remedy} stand in the sun", "does the {remedy} go into the fridge"),
+     ("where to keep the {remedy}", "how the {remedy} should be stored", "whether heat harms the {remedy}"),
+     ("the {remedy} is kept dry, below 25 degrees and away from children", "the {remedy} belongs in a dry place below 25 degrees, where children cannot reach it")),
+    (("I need something for {remedy_use}", "what helps with {remedy_use}", "my son suffers from {remedy_use}", "which medicine is good for {remedy_use}"),
+     ("for something against {remedy_use}", "what helps with {remedy_use}", "which of our products was right for {remedy_use}"),
+     ("many customers use the {remedy} for {remedy_use}", "the {remedy} is for {remedy_use}, and that one should see a doctor if it lasts longer than three days")),
+    (("my father cannot breathe and is blue", "my wife has pain in the chest since {hour}", "her face hangs down on one side", "my mother does not wake up and cannot speak"),
+     ("what to do about a pain in the chest", "for help for somebody who could hardly breathe", "about a face that hung down on one side since {hour}"),
+     ("this may be an emergency and 112 must be called at once", "one should call 112 now, stay with the person and not give any medicine")),
+    (("I want a flu shot", "can I get a vaccination on {day}", "my grandmother needs the flu jab", "I am afraid of the flu this winter"),
+     ("for a flu vaccination", "when the flu shot is given", "to be safe from the flu"),
+     ("flu vaccinations are given on Tuesday and Thursday from 14 to 18", "a vaccination costs 25 euros and is booked under My Health")),
+    (("can you check my blood pressure", "I want to have my pressure measured on {day}", "my doctor wants me to watch my blood pressure", "may I just walk in to have my pressure taken"),
+     ("for a blood pressure check", "to have the blood pressure taken on {day}", "whether one can walk in for a pressure check"),
+     ("the blood pressure check is free and takes ten minutes", "one comes to the pharmacy corner from 9 to 18, without an appointment")),
+    (("I have an appointment on {day} at {hour} and cannot come", "{day} at {hour} is not possible for me any more", "can my appointment be later", "I must work on {day} at {hour}"),
+     ("to move the appointment on {day} at {hour}", "for another time than {day} at {hour}", "to come later than {hour} on {day}"),
+     ("the appointment on {day} at {hour} can be moved under My Health, up to one day before", "an appointment is moved under My Health")),
+    (("are you open on {day}", "when do you close on {day}", "can I come at {hour} on {day}, is somebody there", "how long is the shop open"),
+     ("when we open on {day}", "until when the shop is open on {day}", "whether the doors are open at {hour}"),
+     ("on {day} the shop is open from 9 to 19, and the pharmacy corner from 9 to 18", "we are open from 9 to 19 on {day}")),
+    (("where can I leave my car", "I come from {city} by car", "is there a car park", "can I park near the shop on {day}"),
+     ("where to park", "for a place for the car on {day}", "about parking"),
+     ("one can park behind the shop, free for two hours", "the way in to the car park is on Mill Lane")),
+    (("somebody at the till was rude to me on {day}", "nobody helped me on {day}, I stood there for an hour", "I was treated badly", "the man at your desk shouted at me"),
+     ("to complain about {day}", "for the manager because of a rude word on {day}", "why nobody had helped on {day} at {hour}"),
+     ("what happened on {day} should not have happened", "the shop manager answers within two working days")),
+    (("the woman at the desk was so kind on {day}", "I love my {product}", "thank you for the good help on {day}", "your team is great"),
+     ("to thank the team", "to say how good the help was on {day}", "to praise the pharmacist"),
+     ("kind words go on to the team", "it is lovely to hear such a thing, and that the team will know it")),
+)  # fmt: skip
+REPORT_FRAMES = (
+    "{words}, wrote {name}. {name2} (explained|answered|wrote back|said) that {outcome}.",
+    "{name} (called|came in|wrote|was at the service desk) and said: {words}. {name} (heard|learned|was told) that {outcome}.",
+    "{name} asked {matter}, and {name2} (explained|said|answered) that {outcome}.",
+    "On {day} {name} (called|came|wrote) to ask {matter}. {name2} (knew|said|told {name}) that {outcome}.",
+    "{name2} told {name}, who had said {words}, that {outcome}.",
+    "A letter from {name} said {words}. The answer was that {outcome}.",
+    "When people ask {matter}, (they hear|we say|the answer is) that {outcome}.",
+)  # fmt: skip
+
 
 def _list_document(slots: dict[str, str], rng: random.Random) -> str:
     """A list of parcels, and then where each of them went, in another order: reading it needs looking back."""
@@ -725,8 +853,28 @@ def _list_document(slots: dict[str, str], rng: random.Random) -> str:
     return "\n".join(lines) if rng.random() < 0.5 else " ".join(lines)
 
 
+def _report_document(rng: random.Random) -> str:
+    """What some customers came with and what they heard, one after the other."""
+    sentences = []
+    for words, matters, outcomes in rng.sample(REPORTS, rng.randrange(3, 7)):
+        product, remedy = rng.choice(GOODS + DEVICES), rng.choice(REMEDIES)
+        slots = common_slots(rng) | product_slots(product) | {"remedy": remedy.name, "remedy_use": remedy.use}
+        slots |= {"name": first_name(rng, 0.3), "name2": first_name(rng)}
+        slots["words"], slots["matter"] = (fill(rng.choice(side), slots, rng) for side in (words, matters))
+        if rng.random() < 0.14:
+            slots["words"] = misspell(slots["words"], rng)
+        slots["outcome"] = fill(rng.choice(outcomes), slots, rng)
+        sentence = fill(rng.choice(REPORT_FRAMES), slots, rng)
+        sentences.append(sentence[:1].upper() + sentence[1:])
+    return "\n".join(sentences) if rng.random() < 0.5 else " ".join(sentences)
+
+
 def document(rng: random.Random) -> str:
-    """One text of the corpus: an article, a product page, a case note, a story, a notice or a parcel list."""
+    """One text of the corpus: an article, a product page, a case note, a story, a notice, a parcel list or reports."""
+    kinds = {"article": 14, "product": 11, "case": 18, "story": 8, "notice": 8, "list": 9, "report": 32}
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    if kind == "report":
+        return _report_document(rng)
     slots = common_slots(rng) | product_slots(product := rng.choice(EVERYTHING))
     second = rng.choice(EVERYTHING)
     city2, topic = rng.choice(CITIES), rng.choice(list(ARTICLES))
@@ -737,7 +885,6 @@ def document(rng: random.Random) -> str:
     }  # fmt: skip
     if rng.random() < 0.3:
         slots["name"] += " " + rng.choice(LAST_NAMES)
-    kind = rng.choices(("article", "product", "case", "story", "notice", "list"), (22, 16, 26, 14, 12, 10))[0]
     if kind == "list":
         return _list_document(slots, rng)
     if kind == "article":

@@ -43,7 +43,7 @@ def main() -> None:
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_all_cores(launch)
-    from carelm import callbacks, models, trainer  # libraries that take seconds, after every check without them
+    from carelm import callbacks, memory, models, trainer  # libraries that take seconds, after every check without them
 
     precision = models.choose_precision(recipe.precision)
     models.check_base(recipe)
@@ -68,7 +68,7 @@ def main() -> None:
     metrics = run.metrics() | {
         "tokens_per_second": round(speed.tokens / speed.step_seconds, 1) if speed.step_seconds else None,
         "seconds_to_first_step": round(speed.first_step_at - STARTED, 2) if speed.first_step_at else None,
-        "peak_memory_bytes": callbacks.peak_memory_bytes(),
+        "peak_memory_bytes": memory.peak_memory_bytes(),
         "precision": precision.name,
         "method": recipe.method,
         "bits": recipe.bits,

@@ -1,0 +1,200 @@
+"""The models that are compared: what `base`, `adapter`, `merged` and a folder stand for, and how each is loaded."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from carelm.chat import Chat, load_tokenizer
+from carelm.recipe import DEFAULTS, Recipe, UserError, fingerprint, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HELD = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}, "bf16": {}, "fp16": {}, "fp32": {}}
+QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model of a comparison.
+
+    Attributes:
+        name: as in the results and in the names of files.
+        kind: base, adapter or checkpoint (a merged model or a full fine-tune).
+        recipe: the recipe with this model's base, bits and precision in place of the run's.
+        adapter: the adapter's folder, or None.
+        home: the folder whose tokenizer is used.
+    """
+
+    name: str
+    kind: str
+    recipe: Recipe
+    adapter: Path | None
+    home: str
+
+    @property
+    def bits(self) -> int | None:
+        return self.recipe.bits
+
+    def make_chat(self) -> Chat:
+        """Renders prompts with this model's own tokenizer and template."""
+        recipe = self.recipe
+        template = recipe.training.get("chat_template_path") if self.kind == "base" else None
+        tokenizer = load_tokenizer(
+            self.home,
+            revision=recipe.model.get("model_revision", "main") if self.kind == "base" else "main",
+            trust_remote_code=recipe.training.get("trust_remote_code", False),
+            template_file=locate(template) if template else None,
+        )
+        return Chat(tokenizer, trained_turns=recipe.trained_turns, max_length=recipe.max_length)
+
+    def fingerprint(self) -> str:
+        """Differs where the weights, or how they are held, do."""
+        from carelm.models import base_fingerprint
+
+        held = {key: self.recipe.model.get(key) for key in QUANTIZATION}
+        adapter = (self.adapter / "adapter_model.safetensors").read_bytes() if self.adapter else b""
+        base = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
+        return fingerprint(base, adapter, held, self.recipe.precision)
+
+    def check_base(self) -> None:
+        """Raises UserError where the base that an adapter was trained on has changed since."""
+        from carelm.models import base_fingerprint
+
+        metrics = read_json(self.adapter / "train_metrics.json") if self.adapter else {}
+        now = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
+        if metrics.get("base_fingerprint", now) != now:
+            raise UserError(
+                f"models: {self.adapter} was trained on another base than {self.recipe.base} now holds (fingerprint "
+                f"{metrics['base_fingerprint']}, now {now}); set model_name_or_path to the base it was trained on"
+            )
+
+    def load(self, chat: Chat) -> tuple["PreTrainedModel", dict[str, Any]]:
+        """The model, ready to generate on this rank's device, and what to know of it: precision, size, seconds to load."""
+        import torch
+        from peft import PeftModel
+
+        from carelm import models, ranks
+
+        started = time.perf_counter()
+        precision = models.choose_precision(self.recipe.precision)
+        model = models.load_base(self.recipe, precision)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(ranks.local_rank())
+            model = model.to(f"cuda:{ranks.local_rank()}") if self.bits is None else model
+        trained = 0
+        if self.adapter:
+            model = PeftModel.from_pretrained(model, self.adapter)
+            trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or "prompt_encoder" in n or
+                          "modules_to_save" in n)  # fmt: skip
+        models.align_special_tokens(model, chat)
+        total = models.count_parameters(model)[1]
+        about = {
+            "kind": self.kind,
+            "folder": str(self.adapter or self.recipe.base),
+            "precision": precision.name,
+            "bits": self.bits,
+            "total_parameters": total,
+            "trained_parameters": total if self.kind == "checkpoint" and not self._merge() else trained,
+            "load_seconds": round(time.perf_counter() - started, 2),
+        }
+        return model.eval(), about
+
+    def _merge(self) -> dict[str, Any]:
+        return read_json(Path(self.recipe.base) / "merge.json")
+
+
+def find_candidates(recipe: Recipe) -> list[Candidate]:
+    """The recipe's `models`, or base, the run's result and its merge where it is there; nothing is loaded.
+
+    Raises:
+        UserError: for a model that is not there, cannot be told apart or has only pickled weights.
+    """
+    names = list(recipe.models)
+    if not names:
+        names = ["base", "adapter" if recipe.method != "full" else str(recipe.output_dir)]
+        names += ["merged"] if (recipe.output_dir / "merged" / "merge.json").exists() else []
+    found = [_find(recipe, name) for name in names]
+    for candidate in found:
+        if [c.name for c in found].count(candidate.name) > 1:
+            raise UserError(f"models: two are called '{candidate.name}'; rename one of the folders, or name it once")
+    return found
+
+
+def _find(recipe: Recipe, name: str) -> Candidate:
+    word, _, held = name.partition("@")
+    if held and held not in HELD:
+        raise UserError(f"models: '{name}': after @ stands none of {', '.join(HELD)}")
+    if word == "base":
+        return _candidate(name, "base", recipe, recipe.base, recipe.model, held, None)
+    run = f"accelerate launch train/sft.py --config recipes/{recipe.name}.yaml"
+    if word == "adapter":
+        folder, hint = recipe.output_dir, f"train first: {run}"
+        if recipe.method == "full":
+            raise UserError(
+                f"models: method: full makes no adapter; name its folder: --models base {recipe.output_dir}"
+            )
+    elif word == "merged":
+        folder = recipe.output_dir / "merged"
+        hint = f"merge first: python train/merge.py --adapter {recipe.output_dir} --output_dir {folder}"
+    else:
+        folder, hint = Path(locate(word)), "name base, adapter, merged or a folder"
+    if not folder.is_dir():
+        raise UserError(f"models: '{name}': there is no folder {folder}; {hint}")
+    label = word if word in ("adapter", "merged") else folder.resolve().name
+    label += f"@{held}" if held else ""
+    if (folder / "adapter_config.json").exists():
+        if not (folder / "adapter_model.safetensors").exists():
+            raise UserError(f"models: {folder} holds an adapter without adapter_model.safetensors; {hint}")
+        own = _keys_of(folder) or recipe.model
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = locate(str(base))
+        if base.startswith(("/", ".")) and not Path(base).is_dir():
+            if not Path(recipe.base).is_dir():
+                raise UserError(f"models: the base of {folder} is missing ({base}); set model_name_or_path to it")
+            base = recipe.base
+        return _candidate(label, "adapter", recipe, base, own, held, folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"models: {folder} holds no model and no adapter; {hint}")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"models: {folder} holds no .safetensors weights; pickled ones are not loaded")
+    return _candidate(label, "checkpoint", recipe, str(folder), {}, held, None)
+
+
+def _candidate(
+    label: str, kind: str, recipe: Recipe, base: str, held_by: dict[str, Any], held: str, adapter: Path | None
+) -> Candidate:
+    model = {k: v for k, v in recipe.model.items() if k not in QUANTIZATION}
+    model |= {"model_name_or_path": base, "use_bnb_nested_quant": DEFAULTS["use_bnb_nested_quant"]}
+    if not held:
+        model |= {k: held_by[k] for k in QUANTIZATION if k in held_by}
+    elif held.endswith("bit"):
+        model |= {k: held_by[k] for k in QUANTIZATION[2:] if k in held_by} | HELD[held]
+    if kind == "checkpoint":
+        model.pop("model_revision", None)
+    precision = held if held and not held.endswith("bit") else recipe.precision
+    # Only a full fine-tune is loaded in fp32 whatever the precision: here nothing is trained.
+    changed = dataclasses.replace(recipe, model=model, precision=precision, method="lora")
+    home = adapter if adapter is not None and (adapter / "tokenizer_config.json").exists() else base
+    return Candidate(name=label, kind=kind, recipe=changed, adapter=adapter, home=str(home))
+
+
+def _keys_of(folder: Path) -> dict[str, Any]:
+    """How the run that made this adapter held its base; empty where it is not one of CareLM's."""
+    try:
+        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object; an empty one where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return {}

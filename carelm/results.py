@@ -1,0 +1,109 @@
+"""Predictions and measurements of several models -> `results.json`: scores with intervals, and which differences are real."""
+
+from typing import Any
+
+import numpy as np
+
+from carelm import scores
+from carelm.recipe import Recipe
+from carelm.testset import Question
+
+MOST_CHANGED = 3
+
+
+def make_results(
+    recipe: Recipe,
+    questions: list[Question],
+    lines: dict[str, list[dict[str, Any]]],
+    measured: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of `results.json`, less what is known of the test split and the conditions.
+
+    Args:
+        recipe: names the labels, the primary metric and the number of resamples.
+        questions: the test questions.
+        lines: for each model its predictions in the order of the questions.
+        measured: for each model what was measured while it answered.
+    """
+    conversations = [q.conversation for q in questions]
+    drawn = scores.draws(len(set(conversations)), recipe.num_resamples, recipe.split_seed)
+    models, tables, turns = {}, {}, {}
+    for name, predicted in lines.items():
+        answers = scores.Answers(conversations, [p["prediction"] for p in predicted], [q.references for q in questions])
+        turns[name] = scores.per_turn(answers)
+        tables[name] = scores.statistics(answers, recipe.labels, turns[name])
+        models[name] = {
+            **{score: scores.interval(table, drawn) for score, table in tables[name].items()},
+            "empty_predictions": sum(not p["prediction"].strip() for p in predicted),
+            "cut_predictions": sum(p["finish_reason"] == "length" for p in predicted),
+            "mean_new_tokens": round(float(np.mean([p["new_tokens"] for p in predicted])), 1),
+            **measured[name],
+            "categories": _by_category(recipe, questions, answers, turns[name]),
+        }
+        if recipe.labels:
+            models[name]["confusion"] = scores.confusion(answers, recipe.labels)
+    pairs = scores.compare(tables, drawn)
+    deciding = recipe.primary_metric if recipe.primary_metric in next(iter(turns.values())) else "rougeL"
+    for pair in pairs:
+        a, b = pair["models"]
+        pair["changed_by"] = deciding
+        change = turns[b][deciding] - turns[a][deciding]
+        order = np.argsort(-change, kind="stable")
+        pair["better"] = [questions[i].id for i in order[:MOST_CHANGED] if change[i] > 0]
+        pair["worse"] = [questions[i].id for i in order[::-1][:MOST_CHANGED] if change[i] < 0]
+    first = scores.Answers(
+        conversations, [p["prediction"] for p in next(iter(lines.values()))], [q.references for q in questions]
+    )
+    return {
+        "primary_metric": recipe.primary_metric,
+        "models": models,
+        "pairs": pairs,
+        "verdicts": [verdict(pair, recipe.primary_metric) for pair in pairs],
+        "cautions": _cautions(measured),
+        "examples": {name: _extremes(questions, turns[name][deciding]) for name in lines},
+        "signatures": {"rouge": "rouge_score 0.1.2, no stemmer, F-measure", **scores.signatures(first)},
+    }
+
+
+def verdict(pair: dict[str, Any], metric: str) -> str:
+    """One plain sentence: which of two models is better by this metric, or that the test set does not tell."""
+    a, b = pair["models"]
+    score = pair["scores"][metric]
+    figures = f"{score['difference']:+.4g}, 95 % interval {score['low']:+.4g} to {score['high']:+.4g}"
+    p_value = f"p {score['p_value_holm']:.3g} after Holm's correction"
+    if score["p_value_holm"] >= 0.05 or score["low"] <= 0 <= score["high"]:
+        return f"{b} against {a}: no difference in {metric} that this test set can show ({figures}, {p_value})."
+    word = "better" if score["difference"] > 0 else "worse"
+    return f"{b} is {word} than {a} in {metric} ({figures}, {p_value})."
+
+
+def _by_category(recipe: Recipe, questions: list[Question], answers: scores.Answers, turns: dict) -> dict[str, Any]:
+    found = {}
+    for category in sorted({q.category for q in questions}):
+        rows = [i for i, q in enumerate(questions) if q.category == category]
+        part = scores.Answers(
+            *([side[i] for i in rows] for side in (answers.conversations, answers.predictions, answers.references))
+        )
+        tables = scores.statistics(part, recipe.labels, {name: values[rows] for name, values in turns.items()})
+        drawn = scores.draws(len(set(part.conversations)), recipe.num_resamples, recipe.split_seed)
+        found[category] = {"questions": len(rows), **{score: scores.interval(t, drawn) for score, t in tables.items()}}
+    return found
+
+
+def _cautions(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """What is unlike between the models and may stand behind a difference."""
+    cautions = []
+    for key, what in (("precision", "computed in"), ("bits", "held in")):
+        held = {name: m[key] for name, m in measured.items()}
+        if len(set(held.values())) > 1:
+            each = ", ".join(
+                f"{name} {value or 'whole'}{' bits' if key == 'bits' and value else ''}" for name, value in held.items()
+            )
+            cautions.append(f"The models are unlike: {what} {each}.")
+    return cautions
+
+
+def _extremes(questions: list[Question], values: np.ndarray) -> dict[str, list[str]]:
+    order = np.argsort(-values, kind="stable")
+    return {"best": [questions[i].id for i in order[:MOST_CHANGED]],
+            "worst": [questions[i].id for i in order[::-1][:MOST_CHANGED]]}  # fmt: skip

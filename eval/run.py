@@ -1,0 +1,62 @@
+"""Compares models on a recipe's test split: base, adapter and merged checkpoints, with figures that can be trusted.
+
+    accelerate launch eval/run.py
+    accelerate launch eval/run.py --config recipes/bitext_support.yaml --dataset_name FOLDER --max_eval_samples 200
+    accelerate launch eval/run.py --config recipes/shop.yaml --models base adapter adapter@bf16 outputs/other --num_shots 2
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml eval/run.py --config recipes/shop.yaml
+
+Each rank answers its share. Writes OUTPUT_DIR/eval/: results.json, report.html, report.md, predictions-MODEL.jsonl and
+TensorBoard events. Predictions are kept as they are made: the same command again goes on where it stopped, and what has
+been answered is not answered again. The last line on standard output is the comparison as one JSON object.
+
+exit status: 0 the report is written, 2 something in the recipe, the data, the models or the launch is to be mended.
+"""
+
+import json
+import os
+import sys
+
+from carelm import ranks
+from carelm.recipe import load_recipe
+
+
+def main() -> None:
+    recipe = load_recipe(sys.argv[1:], usage=__doc__, only_own=True)
+    if recipe.is_local:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    launch = ranks.check_launch_without_zero3()
+    from carelm import candidates, data, testset
+
+    models = candidates.find_candidates(recipe)
+    questions, test = testset.make_questions(recipe, data.make_chat(recipe))
+    ranks.say(
+        f"{test['questions']} questions of {test['conversations']} conversations, {', '.join(m.name for m in models)}"
+    )
+
+    import torch
+
+    from carelm import evaluation, quiet, report, results
+
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
+    ranks.use_all_cores(launch)
+    for model in models:
+        model.check_base()
+    ranks.join()
+    folder = recipe.output_dir / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, measured = {}, {}
+    for model in models:
+        lines[model.name], measured[model.name] = evaluation.answer(recipe, model, questions, folder)
+    ranks.leave()
+    if ranks.rank() == 0:
+        found = results.make_results(recipe, questions, lines, measured)
+        found |= {"test": test, "conditions": evaluation.conditions(recipe, launch)}
+        report.write(folder, recipe, found, questions, lines)
+        for sentence in found["verdicts"] + found["cautions"]:
+            ranks.say(sentence)
+        ranks.say(f"report: {folder / 'report.html'}")
+        print(json.dumps(report.summary(folder, found)), flush=True)
+
+
+if __name__ == "__main__":
+    ranks.run_main(main)
