@@ -119,14 +119,14 @@ def find_candidates(recipe: Recipe) -> list[Candidate]:
     if not names:
         names = ["base", "adapter" if recipe.method != "full" else str(recipe.output_dir)]
         names += ["merged"] if (recipe.output_dir / "merged" / "merge.json").exists() else []
-    found = [_find(recipe, name) for name in names]
+    found = [find(recipe, name) for name in names]
     for candidate in found:
         if [c.name for c in found].count(candidate.name) > 1:
             raise UserError(f"models: two are called '{candidate.name}'; rename one of the folders, or name it once")
     return found
 
 
-def _find(recipe: Recipe, name: str) -> Candidate:
+def find(recipe: Recipe, name: str) -> Candidate:
     word, _, held = name.partition("@")
     if held and held not in HELD:
         raise UserError(f"models: '{name}': after @ stands none of {', '.join(HELD)}")

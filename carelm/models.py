@@ -93,23 +93,12 @@ def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
         UserError: where the folder or Hub repository holds no such model, or pickled weights only.
     """
     model_args = ModelConfig(**recipe.model)
-    quantization = None
-    if recipe.bits == 4:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=model_args.use_bnb_nested_quant,
-            bnb_4bit_compute_dtype=precision.dtype,
-            bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
-        )
-    elif recipe.bits == 8:
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             recipe.base,
             revision=model_args.model_revision,
             dtype=torch.float32 if recipe.method == "full" else precision.dtype,
-            quantization_config=quantization,
+            quantization_config=quantization_config(recipe, precision.dtype),
             attn_implementation=model_args.attn_implementation,
             trust_remote_code=recipe.training.get("trust_remote_code", False),
             use_safetensors=True,
@@ -120,6 +109,20 @@ def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
     if recipe.bits == 4:
         keep_cpu_weights_plain(model)
     return model
+
+
+def quantization_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How bitsandbytes holds the base; None for a whole one."""
+    model_args = ModelConfig(**recipe.model)
+    if recipe.bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model_args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=model_args.use_bnb_nested_quant,
+            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if recipe.bits == 8 else None
 
 
 def keep_cpu_weights_plain(model: torch.nn.Module) -> None:

@@ -1,0 +1,101 @@
+"""Merges an adapter into its base: one plain checkpoint for any server, with a certificate of how far it is from the adapter.
+
+    python train/merge.py --adapter outputs/shop --output_dir outputs/shop/merged
+    python train/merge.py --adapter outputs/shop --output_dir outputs/shop-bf16 --onto base --dtype bf16
+    python train/merge.py --adapter outputs/shop --output_dir outputs/shop/merged --dataset_name data/tickets.csv
+
+An adapter that was trained on a quantised base can be merged onto the whole weights of the base (--onto base) or onto the
+dequantised weights that it was trained on (--onto quantized, the default for such an adapter, and the nearer one). The weights
+are merged one shard at a time, on the CPU. merge.json in the folder says how the merged model differs from the adapter on
+real prompts: mean KL divergence, top-1 agreement, share of same answers. The folder appears when it is whole.
+
+Other keys of a recipe may follow, where the data or the base have moved since: --key value.
+
+exit status: 0 the checkpoint is there, 1 it is beyond its tolerance (and is not left behind), 2 something is to be mended.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from carelm import ranks
+from carelm.recipe import UserError, fingerprint, load_recipe, write_whole
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of a finished run, or a checkpoint in it")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
+    parser.add_argument("--onto", choices=("base", "quantized"), help="default: quantized where the base was")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's precision")
+    parser.add_argument("--num_prompts", type=int, default=32, help="test questions for the certificate (default: 32)")
+    parser.add_argument("--tolerance", type=float, help="largest mean KL, in nats (default: by --onto and --dtype)")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    options, keys = parse()
+    if not (options.adapter / "adapter_config.json").exists():
+        raise UserError(f"--adapter: {options.adapter} holds no adapter_config.json; name the folder of a finished run")
+    if "--config" not in keys:
+        saved = options.adapter / "recipe.yaml"
+        if not saved.exists():
+            raise UserError(f"--adapter: {options.adapter} has no recipe.yaml; name its recipe with --config")
+        keys = ["--config", str(saved), *keys]
+    recipe = load_recipe(keys, usage=__doc__)
+    if recipe.is_local:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+    import torch
+
+    from carelm import candidates, merge, models, quiet, testset
+
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
+    adapter = candidates.find(recipe, str(options.adapter))
+    adapter.check_base()
+    precision = models.choose_precision(adapter.recipe.precision).name
+    held = dataclasses.replace(adapter.recipe, precision=precision)
+    onto = options.onto or ("quantized" if held.bits else "base")
+    if onto == "quantized" and not held.bits:
+        raise UserError(f"--onto quantized: {options.adapter} was trained on whole weights; use --onto base")
+    dtype = options.dtype or precision
+    about = {"onto": onto, "dtype": dtype, "adapter": adapter.fingerprint(), "bits": held.bits}
+    if (there := candidates.read_json(options.output_dir / "merge.json")).get("made_by") == fingerprint(about):
+        ranks.say(f"{options.output_dir} holds this merge; nothing to do")
+        return print(json.dumps(there))
+    if options.output_dir.exists():
+        raise UserError(f"--output_dir: {options.output_dir} is there already; name another folder")
+    questions, _ = testset.make_questions(recipe, adapter.make_chat())
+    questions = questions[:: max(1, len(questions) // options.num_prompts)][: options.num_prompts]
+
+    aside = options.output_dir.with_name(options.output_dir.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
+    try:
+        merge.merge_weights(held, options.adapter, aside, onto, dtype)
+        merge.save_beside(held, options.adapter, adapter.make_chat(), aside)
+        merged = candidates.find(recipe, f"{aside}@{dtype}")
+        certificate = merge.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
+        tolerance = options.tolerance if options.tolerance is not None else merge.TOLERANCES[onto, dtype]
+        result = {**about, "tolerance": tolerance, **dataclasses.asdict(certificate), "made_by": fingerprint(about)}
+        ranks.say(f"mean KL {certificate.mean_kl:.3g} nats (tolerance {tolerance:g}), top-1 agreement "
+                  f"{certificate.top1_agreement:.4f}, same answer {certificate.same_text_share:.4f}")  # fmt: skip
+        if not certificate.mean_kl <= tolerance:
+            ranks.say(f"error: the merge is beyond its tolerance; {options.output_dir} is not made. --onto quantized or "
+                      "--dtype fp32 is nearer, --tolerance accepts more")  # fmt: skip
+            sys.exit(1)
+        write_whole(aside / "merge.json", json.dumps(result, indent=1))
+        aside.rename(options.output_dir)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    ranks.say(f"merged: {options.output_dir}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    ranks.run_main(main)
