@@ -1,14 +1,19 @@
-# make train: fine-tune the embedded example.  make test: every test that this machine can run.
+# make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
+# make test: every test that this machine can run.
 VENV ?= .venv
 PYTHON ?= python3
 READY := $(VENV)/.ready
 # DeepSpeed compiles a small extension once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test bench bench-gpu check style
+.PHONY: train eval test bench bench-gpu check style
 
 train: $(READY)
 	accelerate launch train/sft.py
+
+eval: $(READY)
+	python train/merge.py --adapter outputs/demo --output_dir outputs/demo/merged
+	accelerate launch eval/run.py
 
 test: $(READY)
 	python -m pytest
@@ -16,6 +21,8 @@ test: $(READY)
 bench: $(READY)
 	python benchmarks/methods.py
 	python benchmarks/speed.py
+	python benchmarks/scoring.py
+	python benchmarks/evaluator.py
 
 bench-gpu: $(READY)
 	python benchmarks/gpu.py

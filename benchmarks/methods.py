@@ -78,6 +78,7 @@ def recipe(cell: Cell, output_dir: Path) -> dict[str, Any]:
         "use_rslora": cell.method == "rslora",
         "use_dora": cell.method == "dora",
         "lora_r": 8,
+        "lora_alpha": 32,
         "precision": "fp32",
         "max_samples": 64,
         "max_eval_samples": 64,

@@ -204,7 +204,9 @@ def _merged(layer: torch.nn.Module, weight: torch.Tensor, trained: dict[str, tor
         return trained["weight"]
     base = layer.get_base_layer()
     base.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-    loaded = layer.load_state_dict({name: tensor.float() for name, tensor in trained.items()}, strict=False, assign=True)
+    loaded = layer.load_state_dict(
+        {name: tensor.float() for name, tensor in trained.items()}, strict=False, assign=True
+    )
     missing = [name for name in loaded.missing_keys if ".default" in name] + loaded.unexpected_keys
     if missing:
         raise UserError(f"--adapter: its file and its adapter_config.json do not agree about {missing[0]}")

@@ -10,14 +10,12 @@ import jinja2
 import matplotlib
 
 from carelm.recipe import Recipe, write_whole
-from carelm.scores import LABEL_SCORES, TEXT_SCORES
+from carelm.scores import LABEL_SCORES, NAMES, TEXT_SCORES
 from carelm.testset import Question
 
 matplotlib.use("agg")
 from matplotlib.figure import Figure  # noqa: E402
 
-NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
-         "chrf": "chrF", "exact_match": "exact match", "accuracy": "accuracy", "macro_f1": "macro F1"}  # fmt: skip
 COLOURS = ("#8b95a5", "#0b7a75", "#d1603d", "#5b5ea6", "#b08900", "#3c7dd9")  # the first is for the base
 STYLE = {"font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
          "axes.edgecolor": "#8b95a5", "axes.labelcolor": "#3d4654", "xtick.color": "#3d4654", "ytick.color": "#3d4654",

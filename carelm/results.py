@@ -69,12 +69,13 @@ def verdict(pair: dict[str, Any], metric: str) -> str:
     """One plain sentence: which of two models is better by this metric, or that the test set does not tell."""
     a, b = pair["models"]
     score = pair["scores"][metric]
+    called = scores.NAMES[metric]
     figures = f"{score['difference']:+.4g}, 95 % interval {score['low']:+.4g} to {score['high']:+.4g}"
     p_value = f"p {score['p_value_holm']:.3g} after Holm's correction"
     if score["p_value_holm"] >= 0.05 or score["low"] <= 0 <= score["high"]:
-        return f"{b} against {a}: no difference in {metric} that this test set can show ({figures}, {p_value})."
+        return f"{b} against {a}: no difference in {called} that this test set can show ({figures}, {p_value})."
     word = "better" if score["difference"] > 0 else "worse"
-    return f"{b} is {word} than {a} in {metric} ({figures}, {p_value})."
+    return f"{b} is {word} than {a} in {called} ({figures}, {p_value})."
 
 
 def _by_category(recipe: Recipe, questions: list[Question], answers: scores.Answers, turns: dict) -> dict[str, Any]:

@@ -37,8 +37,10 @@ class Rouge(evaluate.Metric):
         return {name: float(values.mean()) if use_aggregator else values.tolist() for name, values in scores.items()}
 
 
-def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """F-measures, float64 [number of predictions] for each of ROUGE_TYPES.
+def rouge(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], types: Sequence[str] = ROUGE_TYPES
+) -> dict[str, np.ndarray]:
+    """F-measures, float64 [number of predictions] for each of the types.
 
     Args:
         predictions: the texts to score.
@@ -49,23 +51,25 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
         text: [tokenize(line, None) for line in text.split("\n")] for text in {*predictions, *(r for _, r in pairs)}
     }
     words = {text: [word for line in lines[text] for word in line] for text in lines}
-    grams = {text: (Counter(words[text]), Counter(zip(words[text], words[text][1:]))) for text in lines}
-    measures = {name: np.zeros(len(pairs)) for name in ROUGE_TYPES}
-    for k, (i, reference) in enumerate(pairs):
-        prediction = predictions[i]
-        have, want = words[prediction], words[reference]
-        for n, name in enumerate(("rouge1", "rouge2")):
-            a, b = grams[prediction][n], grams[reference][n]
-            a, b = (a, b) if len(a) < len(b) else (b, a)
-            hits = sum(min(count, b[gram]) for gram, count in a.items() if gram in b)
-            measures[name][k] = _f_measure(hits, len(have) - n, len(want) - n)
-        measures["rougeL"][k] = _f_measure(LCSseq.similarity(have, want), len(have), len(want))
-    hits = _union_hits([(lines[predictions[i]], lines[reference]) for i, reference in pairs])
-    for k, (i, reference) in enumerate(pairs):
-        measures["rougeLsum"][k] = _f_measure(hits[k], len(words[predictions[i]]), len(words[reference]))
-    best = {name: np.zeros(len(predictions)) for name in ROUGE_TYPES}
+    measures = {name: np.zeros(len(pairs)) for name in types}
+    for n, name in enumerate(("rouge1", "rouge2")):
+        if name in types:
+            grams = {text: Counter(zip(*(words[text][k:] for k in range(n + 1)))) for text in words}
+            for k, (i, reference) in enumerate(pairs):
+                a, b = sorted((grams[predictions[i]], grams[reference]), key=len)
+                hits = sum(min(count, b[gram]) for gram, count in a.items() if gram in b)
+                measures[name][k] = _f_measure(hits, len(words[predictions[i]]) - n, len(words[reference]) - n)
+    if "rougeL" in types:
+        for k, (i, reference) in enumerate(pairs):
+            have, want = words[predictions[i]], words[reference]
+            measures["rougeL"][k] = _f_measure(LCSseq.similarity(have, want), len(have), len(want))
+    if "rougeLsum" in types:
+        for k, hits in enumerate(_union_hits([(lines[predictions[i]], lines[r]) for i, r in pairs])):
+            i, reference = pairs[k]
+            measures["rougeLsum"][k] = _f_measure(hits, len(words[predictions[i]]), len(words[reference]))
+    best = {name: np.zeros(len(predictions)) for name in types}
     owner = np.array([i for i, _ in pairs], int)
-    for name in ROUGE_TYPES:
+    for name in types:
         np.maximum.at(best[name], owner, measures[name])
     return best
 

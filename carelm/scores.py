@@ -20,6 +20,8 @@ from carelm.rouge import ROUGE_TYPES, Rouge
 
 TEXT_SCORES = (*ROUGE_TYPES, "bleu", "chrf", "exact_match")
 LABEL_SCORES = ("accuracy", "macro_f1")
+NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
+         "chrf": "chrF", "exact_match": "exact match", "accuracy": "accuracy", "macro_f1": "macro F1"}  # fmt: skip
 UNPARSABLE = "unparsable"
 COMPLAINT = re.compile(
     r"\b(complain\w*|angry|furious|upset|unacceptable|terrible|awful|horrible|disappointed|rude|worst|broken|damaged|"

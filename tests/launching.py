@@ -15,7 +15,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PROBE = Path(__file__).with_name("probe.py")
 # One epoch, whose last batch holds two examples of eight.
 TWELVE_STEPS = ("--max_steps", 12, "--eval_steps", 6, "--save_steps", 6, "--num_sample_answers", 0, "--lora_r", 8,
-                "--max_eval_samples", 24, "--max_samples", 90)  # fmt: skip
+                "--lora_alpha", 32, "--max_eval_samples", 24, "--max_samples", 90)  # fmt: skip
 
 
 def environment(**extra: str) -> dict[str, str]:
