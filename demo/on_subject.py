@@ -53,7 +53,11 @@ def main() -> None:
             subject(made["prediction"]) == row["intent"]
         )
     right["all"] = [x for side in right.values() for x in side]
-    print(json.dumps({name: {"questions": len(of), "on_subject": round(sum(of) / len(of), 3)} for name, of in right.items()}))
+    print(
+        json.dumps(
+            {name: {"questions": len(of), "on_subject": round(sum(of) / len(of), 3)} for name, of in right.items()}
+        )
+    )
 
 
 if __name__ == "__main__":
