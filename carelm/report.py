@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -312,18 +313,16 @@ def _markdown(shown: _Shown, results: dict[str, Any], plots: list[str]) -> str:
             texts = [("question", example["question"]), *(("reference", r) for r in example["references"]),
                      *example["answers"].items()]  # fmt: skip
             body = "\n".join(f"{label}: {text}" for label, text in texts)
-            parts.append(f"{_cell(example['id'])}, {_cell(example['category'])}\n\n<pre>\n{html.escape(body)}\n</pre>")
-    under = html.escape(json.dumps({**results["conditions"], **results["signatures"]}, indent=1))
-    parts.append(f"## Conditions\n\n<pre>\n{under}\n</pre>")
+            parts.append(f"{_cell(example['id'])}, {_cell(example['category'])}\n\n{_pre(body)}")
+    under = json.dumps({**results["conditions"], **results["signatures"]}, indent=1)
+    parts.append(f"## Conditions\n\n{_pre(under)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _pre(text: str) -> str:
+    return f"<pre>\n{html.escape(text, quote=False)}\n</pre>"
 
 
 def _cell(text: str) -> str:
     """Text for one cell of a Markdown table."""
-    return (
-        html.escape(" ".join(str(text).split()))
-        .replace("|", "\\|")
-        .replace("*", "\\*")
-        .replace("`", "\\`")
-        .replace("_", "\\_")
-    )
+    return re.sub(r"([|*`_\[\]])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))

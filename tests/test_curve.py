@@ -110,7 +110,7 @@ def test_prompt_tuning_under_zero3_saves_and_reloads(tmp_path):
 
 
 def test_bf16_stays_close_on_two_ranks(tmp_path):
-    keys = ("--precision", "bf16", *TWELVE_STEPS)
+    keys = ("--precision", "bf16", "--learning_rate", 1e-3, *TWELVE_STEPS)
     launch("--output_dir", tmp_path / "one", *keys)
     launch("--output_dir", tmp_path / "two", *keys, config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)

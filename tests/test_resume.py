@@ -27,7 +27,7 @@ KEYS = ("--max_steps", 12, "--eval_steps", 4, "--save_steps", 4, "--save_total_l
 
 
 KEYS_EARLY = ("--max_steps", 40, "--eval_steps", 2, "--learning_rate", 0.3, "--early_stopping_patience", 2,
-              "--save_total_limit", 1, "--num_sample_answers", 0, "--max_eval_samples", 24)  # fmt: skip
+              "--save_total_limit", 1, "--num_sample_answers", 0, "--max_eval_samples", 24, "--lora_alpha", 64)  # fmt: skip
 
 
 def snapshot(folder):
