@@ -10,6 +10,7 @@ and two ranks that share them.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -60,6 +61,8 @@ def main() -> None:
 def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, list[float]], int]:
     """Seconds of each way in each round, models loaded and warm, and the largest batch of (a)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if importlib.util.find_spec("lm_eval") is None:
+        sys.exit("lm_eval is not installed; it is no requirement of CareLM: pip install lm_eval")
     import torch
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -75,7 +78,6 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
     chat = candidate.make_chat()
     model, _ = candidate.load(chat)
     questions, _ = testset.make_questions(recipe, data.make_chat(recipe))
-    prompts = [chat.prompt_ids(q.messages) for q in questions]
     texts = [chat.text(q.messages, for_answer=True) for q in questions]
     decoding, cpu, largest = generation.Decoding(NEW_TOKENS), torch.device("cpu"), 0
     asked = [
@@ -86,6 +88,7 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
     def carelm() -> int:
         nonlocal largest
         answers = []
+        prompts = [chat.prompt_ids(q.messages) for q in questions]
         spent = generation.generate_all(model, chat, prompts, decoding, device=cpu, done=lambda i, a: answers.append(a),
                                         max_batch_tokens=recipe.max_batch_tokens)  # fmt: skip
         largest = spent["batch_size"]
@@ -93,17 +96,19 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
 
     def one_at_a_time() -> int:
         new = 0
-        for ids in prompts:
+        for ids in (chat.prompt_ids(q.messages) for q in questions):
             new += model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                                   max_new_tokens=NEW_TOKENS, do_sample=False).shape[1] - len(ids)  # fmt: skip
         return new
 
+    harnesses = {
+        size: HFLM(pretrained=model, tokenizer=chat.tokenizer, batch_size=size, max_length=1024, add_bos_token=False)
+        for size in options.batch_sizes
+    }
+
     def lm_eval(batch_size: str) -> int:
-        harness = HFLM(
-            pretrained=model, tokenizer=chat.tokenizer, batch_size=batch_size, max_length=1024, add_bos_token=False
-        )
-        harness.generate_until(asked, disable_tqdm=True)
-        return NEW_TOKENS * len(prompts)
+        harnesses[batch_size].generate_until(asked, disable_tqdm=True)
+        return NEW_TOKENS * len(questions)
 
     ways = {"carelm": carelm, "one at a time": one_at_a_time}
     ways |= {f"lm_eval, batch {size}": lambda size=size: lm_eval(size) for size in options.batch_sizes}
@@ -113,9 +118,9 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
             started = time.perf_counter()
             new = way()
             seconds[who].append(time.perf_counter() - started)
-            if new != NEW_TOKENS * len(prompts):
+            if new != NEW_TOKENS * len(questions):
                 raise RuntimeError(
-                    f"{who} made {new} tokens, not {NEW_TOKENS * len(prompts)}: the figures would not compare"
+                    f"{who} made {new} tokens, not {NEW_TOKENS * len(questions)}: the figures would not compare"
                 )
             say(f"{who}: {seconds[who][-1]:.2f} s")
     return seconds, largest

@@ -6,6 +6,7 @@ The tolerances in carelm/merge.py come from this: benchmarks/results/merging.jso
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import launches
 from launches import PROJECT, describe_machine, run, say, write_results
 
-from carelm.merge import TOLERANCES
+from carelm.merge import ROUNDING
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     merges = {}
     with tempfile.TemporaryDirectory(prefix="carelm-merging-") as folder:
-        for onto, dtype in TOLERANCES:
+        for onto, dtype in itertools.product(("quantized", "base"), ROUNDING):
             keys = {"adapter": options.adapter, "output_dir": f"{folder}/{onto}-{dtype}", "onto": onto, "dtype": dtype,
                     "num_prompts": options.num_prompts, "tolerance": 100}  # fmt: skip
             done = run([sys.executable, "train/merge.py", *launches.keys(**keys)], {}, 600)

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from carelm.chat import Chat, load_tokenizer
-from carelm.recipe import DEFAULTS, Recipe, UserError, fingerprint, locate
+from carelm.recipe import DEFAULTS, FREE_KEYS, Recipe, UserError, fingerprint, locate
+from carelm.runs import find_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from carelm.models import Precision
 
 HELD = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}, "bf16": {}, "fp16": {}, "fp32": {}}
 QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
@@ -44,10 +47,11 @@ class Candidate:
     def make_chat(self) -> Chat:
         """Renders prompts with this model's own tokenizer and template."""
         recipe = self.recipe
-        template = recipe.training.get("chat_template_path") if self.kind == "base" else None
+        of_base = self.kind != "checkpoint" and self.home == recipe.base
+        template = recipe.training.get("chat_template_path") if of_base else None
         tokenizer = load_tokenizer(
             self.home,
-            revision=recipe.model.get("model_revision", "main") if self.kind == "base" else "main",
+            revision=recipe.model.get("model_revision", "main") if of_base else "main",
             trust_remote_code=recipe.training.get("trust_remote_code", False),
             template_file=locate(template) if template else None,
         )
@@ -58,15 +62,22 @@ class Candidate:
         from carelm.models import base_fingerprint
 
         held = {key: self.recipe.model.get(key) for key in QUANTIZATION}
-        adapter = (self.adapter / "adapter_model.safetensors").read_bytes() if self.adapter else b""
         base = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
-        return fingerprint(base, adapter, held, self.recipe.precision)
+        return fingerprint(base, self.adapter and adapter_fingerprint(self.adapter), held, self.precision().name)
+
+    def precision(self) -> "Precision":
+        """What it computes in on this machine; raises UserError where that is not possible."""
+        from carelm.models import choose_precision
+
+        return choose_precision(self.recipe.precision, training=False)
 
     def check_base(self) -> None:
         """Raises UserError where the base that an adapter was trained on has changed since."""
         from carelm.models import base_fingerprint
 
-        metrics = read_json(self.adapter / "train_metrics.json") if self.adapter else {}
+        if not self.adapter:
+            return
+        metrics = read_json(self.adapter / "train_metrics.json") or read_json(self.adapter / "complete.json")
         now = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
         if metrics.get("base_fingerprint", now) != now:
             raise UserError(
@@ -79,34 +90,41 @@ class Candidate:
         import torch
         from peft import PeftModel
 
-        from carelm import models, ranks
+        from carelm import models
 
         started = time.perf_counter()
-        precision = models.choose_precision(self.recipe.precision)
-        model = models.load_base(self.recipe, precision)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(ranks.local_rank())
-            model = model.to(f"cuda:{ranks.local_rank()}") if self.bits is None else model
-        trained = 0
+        model = models.load_base(self.recipe, self.precision())
+        if torch.cuda.is_available() and self.bits is None:  # a quantised base is where the current device is
+            model = model.to(f"cuda:{torch.cuda.current_device()}")
+        of_base = models.count_parameters(model)[1]
+        trained = read_json(Path(self.recipe.base) / "train_metrics.json").get("trainable_parameters")
         if self.adapter:
             model = PeftModel.from_pretrained(model, self.adapter)
-            trained = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n or "prompt_encoder" in n or
-                          "modules_to_save" in n)  # fmt: skip
+            trained = models.count_parameters(model)[1] - of_base
         models.align_special_tokens(model, chat)
-        total = models.count_parameters(model)[1]
+        generation = model.generation_config.to_diff_dict()
         about = {
             "kind": self.kind,
             "folder": str(self.adapter or self.recipe.base),
-            "precision": precision.name,
+            "precision": self.precision().name,
             "bits": self.bits,
-            "total_parameters": total,
-            "trained_parameters": total if self.kind == "checkpoint" and not self._merge() else trained,
+            "generation_config": {
+                k: v for k, v in generation.items() if "token" not in k and k != "transformers_version"
+            },
+            "total_parameters": models.count_parameters(model)[1],
+            "trained_parameters": trained,
             "load_seconds": round(time.perf_counter() - started, 2),
         }
         return model.eval(), about
 
-    def _merge(self) -> dict[str, Any]:
-        return read_json(Path(self.recipe.base) / "merge.json")
+    def other_data_keys(self, recipe: Recipe) -> list[str]:
+        """The recipe's keys about data that were others when this adapter was trained; empty where that is not known."""
+        from carelm.data import NOT_ABOUT_DATA
+
+        own = _keys_of(self.adapter) if self.adapter else {}
+        about_data = [f.name for f in dataclasses.fields(recipe) if "help" in f.metadata and f.name in own]
+        free = NOT_ABOUT_DATA | FREE_KEYS
+        return [key for key in about_data if key not in free and getattr(recipe, key) != own[key]]
 
 
 def find_candidates(recipe: Recipe) -> list[Candidate]:
@@ -127,7 +145,9 @@ def find_candidates(recipe: Recipe) -> list[Candidate]:
 
 
 def find(recipe: Recipe, name: str) -> Candidate:
-    word, _, held = name.partition("@")
+    word, at, held = name.rpartition("@")
+    if not at or (held not in HELD and Path(locate(name)).is_dir()):
+        word, held = name, ""
     if held and held not in HELD:
         raise UserError(f"models: '{name}': after @ stands none of {', '.join(HELD)}")
     if word == "base":
@@ -146,6 +166,10 @@ def find(recipe: Recipe, name: str) -> Candidate:
         folder, hint = Path(locate(word)), "name base, adapter, merged or a folder"
     if not folder.is_dir():
         raise UserError(f"models: '{name}': there is no folder {folder}; {hint}")
+    if word == "merged" and (recipe.output_dir / "adapter_model.safetensors").exists():
+        made_of = read_json(folder / "merge.json").get("adapter")
+        if made_of != adapter_fingerprint(recipe.output_dir):
+            raise UserError(f"models: {folder} was made of an earlier adapter of {recipe.output_dir}; {hint}")
     label = word if word in ("adapter", "merged") else folder.resolve().name
     label += f"@{held}" if held else ""
     if (folder / "adapter_config.json").exists():
@@ -184,12 +208,14 @@ def _candidate(
     return Candidate(name=label, kind=kind, recipe=changed, adapter=adapter, home=str(home))
 
 
+def adapter_fingerprint(folder: Path) -> str:
+    """A hash of an adapter's weights and settings."""
+    return fingerprint(*((folder / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")))
+
+
 def _keys_of(folder: Path) -> dict[str, Any]:
-    """How the run that made this adapter held its base; empty where it is not one of CareLM's."""
-    try:
-        return yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except OSError:
-        return {}
+    file = find_recipe(folder)
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Chat:
         if not answer.get("tool_calls"):
             return answer["content"]
         text = self._pieces(messages, [answer])[-1][0]
-        return text.removesuffix(self.tokenizer.decode([self.end_of_turn_id]))
+        return text.partition(self.tokenizer.decode([self.end_of_turn_id]))[0].strip()
 
     def fit_prompt(self, messages: list[dict[str, Any]], limit: int) -> tuple[list[int], str | None]:
         """The ids that ask for the next answer, at most `limit` of them, and what was done to fit them (None: nothing).

@@ -3,17 +3,19 @@
 import gc
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from carelm import memory, ranks
 from carelm.candidates import Candidate, read_json
 from carelm.chat import Chat
 from carelm.generation import Answer, Decoding, generate_all, latency
+from carelm.models import load_config
 from carelm.predictions import PredictionFile
-from carelm.ranks import Launch
 from carelm.recipe import Recipe, UserError, fingerprint, write_whole
 from carelm.runs import git_commit, versions
 from carelm.testset import Question
@@ -22,62 +24,89 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def answer(
-    recipe: Recipe, candidate: Candidate, questions: list[Question], folder: Path
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The predictions in the order of the questions, and what was measured; on ranks other than 0 both are empty.
+@dataclass(frozen=True)
+class Prepared:
+    """A model and what it is asked, rendered by its own tokenizer.
 
-    What an earlier run left in `folder` and is still what would be made today is not made again.
+    Attributes:
+        prompts: token ids of each question.
+        lengths: p50, p95 and max of them, and how many did not fit.
+        file: where its answers are kept.
     """
+
+    candidate: Candidate
+    chat: Chat
+    decoding: Decoding
+    questions: list[Question]
+    prompts: list[list[int]]
+    lengths: dict[str, Any]
+    file: PredictionFile
+
+
+def prepare(recipe: Recipe, candidate: Candidate, questions: list[Question], folder: Path) -> Prepared:
+    """Renders the questions for one model; all that can be wrong with it is found here, before any weights.
+
+    Raises:
+        UserError: for a base that is not there or is another one, no chat template, a precision that the hardware lacks, or
+            no room for a prompt.
+    """
+    candidate.check_base()
     chat = candidate.make_chat()
     decoding = Decoding(recipe.max_new_tokens, recipe.temperature, recipe.top_p, recipe.seed)
-    prompts, fitted = _make_prompts(recipe, candidate, chat, questions)
+    prompts, lengths = _make_prompts(recipe, candidate, chat, questions)
     made_by = [candidate.fingerprint(), decoding.arguments(), recipe.seed]
     file = PredictionFile(
         folder / f"predictions-{candidate.name}.jsonl",
         {q.id: fingerprint(*made_by, q.references, ids) for q, ids in zip(questions, prompts)},
     )
-    saved = folder / f"measured-{candidate.name}.json"
-    done = ranks.share(file.open() if ranks.rank() == 0 else None)
+    return Prepared(candidate, chat, decoding, questions, prompts, lengths, file)
+
+
+def answer(recipe: Recipe, asked: Prepared, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The predictions in the order of the questions, and what was measured; on ranks other than 0 both are empty.
+
+    What an earlier run left in `folder` and is still what would be made today is not made again. Figures of speed stand with
+    the place where they were measured, and are not mixed with those of another.
+    """
+    name, number = asked.candidate.name, len(asked.prompts)
+    saved = folder / f"measured-{name}.json"
+    done = ranks.share(asked.file.open() if ranks.rank() == 0 else None)
+    here = {**place(), "max_batch_tokens": recipe.max_batch_tokens, "versions": versions()}
+    key = fingerprint(sorted(asked.file.made_by.items()))
     measured = ranks.share(read_json(saved) if ranks.rank() == 0 else None)
-    key = fingerprint(sorted(file.made_by.items()), recipe.num_latency_prompts)
-    if len(done) < len(questions) or measured.get("key") != key:
-        memory.reset_peak_memory()
-        model, about = candidate.load(chat)
+    measured = measured if measured.get("key") == key else {}
+    timed = asked.prompts[:: max(1, number // recipe.num_latency_prompts)][: recipe.num_latency_prompts]
+    if len(done) == number and measured.get("latency", {}).get("prompts") == len(timed):
+        ranks.say(f"{name}: all {number} answers are there; nothing to do")
+    else:
+        model, about = asked.candidate.load(asked.chat)
+        measured = measured if measured.get("conditions") == here else {}
+        measured = {**measured, **about, "prompt_tokens": asked.lengths, "conditions": here, "key": key}
         device = next(p for p in model.parameters() if p.device.type != "meta").device
-        speed = _answer_share(recipe, candidate, model, chat, decoding, questions, prompts, done, file, device)
-        peak = max(ranks.gather(memory.peak_memory_bytes()))
+        if len(done) < number:
+            memory.reset_peak_memory()
+            measured["throughput"] = _answer_share(recipe, asked, model, done, device)
+            measured["peak_memory_bytes"] = max(ranks.gather(memory.peak_memory_bytes()))
         if ranks.rank() == 0:
-            timed = prompts[:: max(1, len(prompts) // recipe.num_latency_prompts)][: recipe.num_latency_prompts]
-            measured = {
-                **about,
-                "prompts": fitted,
-                "throughput": speed if len(done) < len(questions) else measured.get("throughput", {}),
-                "peak_memory_bytes": peak,
-                "latency": {"prompts": len(timed), **latency(model, chat, timed, decoding, device=device)},
-                "key": key,
-            }
+            write_whole(saved, json.dumps(measured, indent=1))
+            measured["latency"] = {
+                "prompts": len(timed), **latency(model, asked.chat, timed, asked.decoding, device=device)
+            }  # fmt: skip
             write_whole(saved, json.dumps(measured, indent=1))
         del model
         gc.collect()
         ranks.share(None)  # the others wait while rank 0 measures
-    else:
-        ranks.say(f"{candidate.name}: all {len(questions)} answers are there; nothing to do")
     if ranks.rank() != 0:
         return [], {}
-    return file.close(), {k: v for k, v in measured.items() if k != "key"}
+    unmeasured = {"throughput": {}, "peak_memory_bytes": None}
+    return asked.file.close(), {**unmeasured, **{k: v for k, v in measured.items() if k != "key"}}
 
 
 def _make_prompts(
     recipe: Recipe, candidate: Candidate, chat: Chat, questions: list[Question]
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """The ids of every prompt, as in training, with counts of what did not fit; lengths in tokens."""
-    import numpy as np
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        candidate.recipe.base, trust_remote_code=recipe.training.get("trust_remote_code", False)
-    )
+    config = load_config(candidate.recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     limit = positions - recipe.max_new_tokens - recipe.num_virtual_tokens
     if recipe.num_shots == 0:
@@ -91,24 +120,15 @@ def _make_prompts(
     changes = [change for _, change in rendered if change]
     lengths = [len(ids) for ids, _ in rendered]
     p50, p95 = (int(np.percentile(lengths, p, method="lower")) for p in (50, 95))
-    about = {"tokens_p50": p50, "tokens_p95": p95, "tokens_max": max(lengths),
-             **{change: changes.count(change) for change in set(changes)}}  # fmt: skip
+    about = {"p50": p50, "p95": p95, "max": max(lengths), **{change: changes.count(change) for change in set(changes)}}
     return [ids for ids, _ in rendered], about
 
 
 def _answer_share(
-    recipe: Recipe,
-    candidate: Candidate,
-    model: "PreTrainedModel",
-    chat: Chat,
-    decoding: Decoding,
-    questions: list[Question],
-    prompts: list[list[int]],
-    done: set[str],
-    file: PredictionFile,
-    device: torch.device,
+    recipe: Recipe, asked: Prepared, model: "PreTrainedModel", done: set[str], device: torch.device
 ) -> dict[str, Any]:
     """This rank answers every so-manieth of the questions that are left, by length; returns the speed of all ranks."""
+    questions, prompts, file = asked.questions, asked.prompts, asked.file
     left = sorted((i for i, q in enumerate(questions) if q.id not in done), key=lambda i: -len(prompts[i]))
     share = left[ranks.rank() :: ranks.world_size()]
 
@@ -127,37 +147,41 @@ def _answer_share(
             "made_by": file.made_by[question.id],
         })  # fmt: skip
 
-    generate_all(model, chat, [prompts[i] for i in share[-2:]], Decoding(2), device=device, max_batch_tokens=1,
+    generate_all(model, asked.chat, [prompts[i] for i in share[-2:]], Decoding(2), device=device, max_batch_tokens=1,
                  done=lambda *_: None)  # fmt: skip
     spent = generate_all(
-        model, chat, [prompts[i] for i in share], decoding, device=device, max_batch_tokens=recipe.max_batch_tokens,
-        done=keep, show=candidate.name if ranks.rank() == 0 else None,
+        model, asked.chat, [prompts[i] for i in share], asked.decoding, device=device, done=keep,
+        max_batch_tokens=recipe.max_batch_tokens, show=asked.candidate.name if ranks.rank() == 0 else None,
     )  # fmt: skip
     everyone = ranks.gather(spent)
     seconds = max(s["seconds"] for s in everyone)
     return {
         "examples": len(left),
+        "of_examples": len(questions),
         "seconds": round(seconds, 3),
-        "examples_per_second": round(len(left) / seconds, 3) if left else None,
-        "tokens_per_second": round(sum(s["new_tokens"] for s in everyone) / seconds, 1) if left else None,
+        "examples_per_second": round(len(left) / seconds, 3),
+        "tokens_per_second": round(sum(s["new_tokens"] for s in everyone) / seconds, 1),
         "batch_size": max(s["batch_size"] for s in everyone),
-        "ranks": ranks.world_size(),
     }
 
 
-def conditions(recipe: Recipe, launch: Launch | None) -> dict[str, Any]:
-    """Under what all models were measured."""
+def place() -> dict[str, Any]:
+    """Where a model is measured."""
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "ranks": ranks.world_size(),
+    }
+
+
+def conditions(recipe: Recipe) -> dict[str, Any]:
+    """What holds for all models; device, threads, ranks, batch and versions stand with each of them."""
+    return {
         "num_shots": recipe.num_shots,
         "max_new_tokens": recipe.max_new_tokens,
-        "max_batch_tokens": recipe.max_batch_tokens,
         "decoding": "greedy" if recipe.temperature == 0 else f"temperature {recipe.temperature}, top_p {recipe.top_p}",
         "num_resamples": recipe.num_resamples,
         "seed": recipe.split_seed,
-        "versions": versions(),
         "git_commit": git_commit(),
     }

@@ -1,5 +1,7 @@
 """Answers of a model to prompts: in batches of like length, left-padded, greedy unless told, timed."""
 
+import gc
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 
 from carelm.chat import Chat
-from carelm.ranks import say
+from carelm.ranks import rank
 
 PERCENTILES = (50, 95, 99)
 WARM_UP_PROMPTS = 2
@@ -137,14 +139,18 @@ def generate_all(
         batch = left[: batch_length(len(prompts[left[0]]) + decoding.max_new_tokens, max_batch_tokens)]
         torch.manual_seed(decoding.seed * 1_000_003 + batch[0])
         started = time.perf_counter()
+        answers = None
         try:
             answers = generate(model, chat, [prompts[i] for i in batch], decoding, device=device)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
+        except RuntimeError as error:
+            if len(batch) == 1 or not _is_out_of_memory(error):
                 raise
-            max_batch_tokens = (len(prompts[left[0]]) + decoding.max_new_tokens) * (len(batch) // 2)
-            say(f"out of memory with a batch of {len(batch)}; goes on with {len(batch) // 2}")
+        if answers is None:  # here the exception no longer holds the batch's memory
+            gc.collect()
             torch.cuda.empty_cache()
+            max_batch_tokens = (len(prompts[left[0]]) + decoding.max_new_tokens) * (len(batch) // 2)
+            print(f"carelm: rank {rank()}: out of memory with a batch of {len(batch)}; goes on with {len(batch) // 2}",
+                  file=sys.stderr, flush=True)  # fmt: skip
             continue
         seconds += time.perf_counter() - started
         left = left[len(batch) :]
@@ -155,6 +161,11 @@ def generate_all(
         bar.update(len(batch))
     bar.close()
     return {"seconds": seconds, "new_tokens": new_tokens, "batch_size": batch_size}
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def batch_length(tokens: int, max_batch_tokens: int) -> int:

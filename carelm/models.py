@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 from trl import ModelConfig
 
 from carelm.chat import Chat
@@ -33,7 +40,7 @@ class Precision:
         return DTYPES[self.name]
 
 
-def choose_precision(requested: str) -> Precision:
+def choose_precision(requested: str, *, training: bool = True) -> Precision:
     """The recipe's precision, or for `auto` the best that the hardware really has.
 
     `torch.cuda.is_bf16_supported()` is true on a T4, where bf16 is emulated; the compute capability decides instead.
@@ -42,7 +49,7 @@ def choose_precision(requested: str) -> Precision:
         UserError: where the hardware lacks the precision that was asked for.
     """
     if not torch.cuda.is_available():
-        if requested == "fp16":
+        if requested == "fp16" and training:
             raise UserError("precision: a CPU does not train in fp16; set precision: auto, fp32 or bf16")
         return Precision("fp32" if requested == "auto" else requested, "CPU" if requested == "auto" else "asked for")
     capability = torch.cuda.get_device_capability()
@@ -55,22 +62,38 @@ def choose_precision(requested: str) -> Precision:
     return Precision("bf16" if has_bf16 else "fp16", card)
 
 
-def check_base(recipe: Recipe) -> None:
-    """What can be wrong with base and adapter, found on the meta device, before any weights and any output.
+def load_config(recipe: Recipe) -> PreTrainedConfig:
+    """The base's configuration.
 
     Raises:
-        UserError: where there is no such base, only pickled weights, or none of the adapter's target modules.
+        UserError: where there is no such model, or only pickled weights.
     """
-    folder, trust = Path(recipe.base), recipe.training.get("trust_remote_code", False)
+    folder = Path(recipe.base)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model_name_or_path: {folder} holds no .safetensors weights; pickled ones are not loaded: convert them with "
             "save_pretrained()"
         )
     try:
-        config = AutoConfig.from_pretrained(
-            recipe.base, revision=recipe.model.get("model_revision", "main"), trust_remote_code=trust
+        return AutoConfig.from_pretrained(
+            recipe.base,
+            revision=recipe.model.get("model_revision", "main"),
+            trust_remote_code=recipe.training.get("trust_remote_code", False),
         )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
+
+
+def check_base(recipe: Recipe) -> None:
+    """What can be wrong with base and adapter, found on the meta device, before any weights and any output.
+
+    Raises:
+        UserError: where there is no such base, only pickled weights, or none of the adapter's target modules.
+    """
+    trust = recipe.training.get("trust_remote_code", False)
+    config = load_config(recipe)
+    try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except (OSError, ValueError) as error:

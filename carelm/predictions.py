@@ -5,14 +5,17 @@ A line is {"id", "conversation", "category", "prediction", "references", "new_to
 still the one that would be made today.
 """
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from carelm.ranks import say
 from carelm.recipe import write_whole
+from carelm.runs import free_name
 
 
 class PredictionFile:
@@ -26,18 +29,14 @@ class PredictionFile:
         return {line["id"]: line for line in self._lines() if self.made_by.get(line["id"]) == line["made_by"]}
 
     def open(self) -> set[str]:
-        """The ids that are done. Where the file holds other predictions too, it is kept under another name (rank 0 only)."""
+        """The ids that are done. Where the file answers these questions otherwise, it is kept aside first (rank 0 only)."""
         done = self.read()
-        if self.path.exists() and len(done) < len(self._pieces()):
-            if any(self.made_by.get(line["id"]) != line["made_by"] for line in self._lines()):
-                number = 1
-                while (aside := self.path.with_suffix(f".old-{number}.jsonl")).exists():
-                    number += 1
-                os.link(self.path, aside)
-                say(
-                    f"{self.path} holds predictions of another model, prompt or decoding; they are kept as {aside.name}"
-                )
-            self._write(done.values())
+        if any(self.made_by.get(line["id"], line["made_by"]) != line["made_by"] for line in self._lines()):
+            aside = free_name(self.path)
+            shutil.copy2(self.path, aside)
+            say(f"{self.path} holds predictions of another model, prompt or decoding; they are kept as {aside.name}")
+        if self.path.exists():
+            self._write(done)
         if done and len(done) < len(self.made_by):
             say(f"{self.path.name}: {len(done)} of {len(self.made_by)} are there; goes on with the others")
         return set(done)
@@ -50,16 +49,16 @@ class PredictionFile:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            os.write(descriptor, data)
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(descriptor)
 
     def close(self) -> list[dict[str, Any]]:
         """All predictions in the order of the questions; the file is left in that order (rank 0 only)."""
         done = self.read()
-        lines = [done[question] for question in self.made_by]
-        self._write(lines)
-        return lines
+        self._write(done)
+        return [done[question] for question in self.made_by]
 
     def _lines(self) -> Iterable[dict[str, Any]]:
         for line in self._pieces():
@@ -74,5 +73,8 @@ class PredictionFile:
         except FileNotFoundError:
             return []
 
-    def _write(self, lines: Iterable[dict[str, Any]]) -> None:
+    def _write(self, done: dict[str, dict[str, Any]]) -> None:
+        """Those of the questions first and in their order, then those of questions that are not asked this time."""
+        lines = [done[question] for question in self.made_by if question in done]
+        lines += {line["id"]: line for line in self._lines() if line["id"] not in self.made_by}.values()
         write_whole(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

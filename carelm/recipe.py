@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -306,7 +307,12 @@ def enum_values(name: str) -> tuple[str, ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key written twice (PyYAML keeps the last one without a word)."""
+    """YAML whose only booleans are true and false (a label may be yes or no), and that refuses a key written twice."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = {}
@@ -318,6 +324,11 @@ class _Loader(yaml.SafeLoader):
                 )
             seen[key_node.value] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Recipe:
@@ -526,7 +537,7 @@ def _parse_texts(key: Key, texts: list[str]) -> Any:
     if key.annotation.replace(" | None", "") == "str":
         return " ".join(texts)
     try:
-        values = [yaml.safe_load(text) for text in texts]
+        values = [yaml.load(text, Loader=_Loader) for text in texts]
     except yaml.YAMLError:
         values = texts
     return values if len(values) > 1 else values[0]
@@ -545,8 +556,6 @@ def _typed(key: Key, value: Any, where: str) -> Any:
     if isinstance(value, bool):
         if "bool" in kinds or "Literal" in kinds:
             return value
-        if not value and kinds & {"IntervalStrategy", "SaveStrategy"}:  # YAML reads a bare `no` as false
-            return "no"
         if kinds & {"list"}:
             return [str(value).lower()]
         raise problem
@@ -557,7 +566,8 @@ def _typed(key: Key, value: Any, where: str) -> Any:
             raise problem from None
     if "list" in kinds and not isinstance(value, dict):
         values = value if isinstance(value, list) else [value]
-        return [str(v).lower() if isinstance(v, bool) else v for v in values]
+        texts = "list[str]" in key.annotation
+        return [str(v).lower() if isinstance(v, bool) else str(v) if texts else v for v in values]
     if "int" in kinds and isinstance(value, int):
         return value
     if "float" in kinds and isinstance(value, (int, float, str)):

@@ -17,6 +17,8 @@ from carelm.testset import Question
 matplotlib.use("agg")
 from matplotlib.figure import Figure  # noqa: E402
 
+UNFIT = ("old turns dropped", "prompt cut")
+FEWEST_OF_A_CATEGORY = 5
 COLOURS = ("#8b95a5", "#0b7a75", "#d1603d", "#5b5ea6", "#b08900", "#3c7dd9")  # the first is for the base
 STYLE = {"font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
          "axes.edgecolor": "#8b95a5", "axes.labelcolor": "#3d4654", "xtick.color": "#3d4654", "ytick.color": "#3d4654",
@@ -115,7 +117,7 @@ def plot_latency(results: dict[str, Any]) -> Figure:
     for k, (name, model) in enumerate(results["models"].items()):
         score, times = model[metric], model["latency"]["e2e_ms"]
         axis.errorbar(times["p50"], score["value"], xerr=[[0], [times["p95"] - times["p50"]]],
-                      yerr=[[score["value"] - score["low"]], [score["high"] - score["value"]]],
+                      yerr=[[abs(score["value"] - score["low"])], [abs(score["high"] - score["value"])]],
                       fmt="o", color=_colour(k), capsize=3, markersize=8, label=name)  # fmt: skip
     axis.legend(frameon=False, loc="best")
     axis.set_xlabel("milliseconds for one answer at batch size 1: median, line to p95")
@@ -189,15 +191,25 @@ class _Shown:
             ("examples per second", [_speed(m, "examples_per_second") for m in models]),
             ("tokens per second", [_speed(m, "tokens_per_second") for m in models]),
             ("largest batch", [str(m["throughput"].get("batch_size", "-")) for m in models]),
-            ("peak memory, GiB", [f"{m['peak_memory_bytes'] / 2**30:.2f}" for m in models]),
+            ("peak memory, GiB", [f"{m['peak_memory_bytes'] / 2**30:.2f}" if m["peak_memory_bytes"] else "-" for m in models]),
             ("seconds to load", [f"{m['load_seconds']:.1f}" for m in models]),
             ("parameters", [f"{m['total_parameters']:,}" for m in models]),
-            ("of these trained", [f"{m['trained_parameters']:,} ({m['trained_parameters'] / m['total_parameters']:.3%})"
+            ("of these trained", [f"{n:,} ({n / m['total_parameters']:.3%})" if (n := m["trained_parameters"]) else "-"
                                   for m in models]),
+            ("prompt tokens (p50 / p95 / longest)", ["{p50} / {p95} / {max}".format(**m["prompt_tokens"]) for m in models]),
+            ("prompts that did not fit", [", ".join(f"{m['prompt_tokens'][how]} {how}" for how in UNFIT if
+                                                    how in m["prompt_tokens"]) or "0" for m in models]),
             ("new tokens in the mean", [str(m["mean_new_tokens"]) for m in models]),
             ("empty answers (count as 0)", [str(m["empty_predictions"]) for m in models]),
             ("answers cut at max_new_tokens", [str(m["cut_predictions"]) for m in models]),
         ]  # fmt: skip
+
+    def conditions(self) -> dict[str, Any]:
+        """Of all models, then what is each one's own."""
+        own = {
+            name: {**m["conditions"], "generation_config": m["generation_config"]} for name, m in self.models.items()
+        }
+        return {**self.results["conditions"], **self.results["signatures"], **own}
 
     def categories(self) -> list[tuple[str, int, list[tuple[str, str]]]]:
         first = next(iter(self.models.values()))["categories"]
@@ -205,10 +217,14 @@ class _Shown:
             (
                 name,
                 part["questions"],
-                [self.ranged(self.metric, m["categories"][name][self.metric]) for m in self.models.values()],
+                [self._of_category(m["categories"][name]) for m in self.models.values()],
             )
             for name, part in first.items()
         ]
+
+    def _of_category(self, part: dict[str, Any]) -> tuple[str, str]:
+        value, ranged = self.ranged(self.metric, part[self.metric])
+        return value, ranged if part["questions"] >= FEWEST_OF_A_CATEGORY else "too few for an interval"
 
     def example(self, question_id: str) -> dict[str, Any]:
         i = self.questions[question_id]
@@ -236,8 +252,11 @@ class _Shown:
 
 
 def _speed(model: dict[str, Any], key: str) -> str:
-    value = model["throughput"].get(key)
-    return f"{value:,.1f}" if value is not None else "-"
+    speed = model["throughput"]
+    if key not in speed:
+        return "-"
+    part = f" (of the last {speed['examples']})" if speed["examples"] < speed["of_examples"] else ""
+    return f"{speed[key]:,.1f}{part}"
 
 
 def _colour(k: int) -> str:
@@ -314,7 +333,7 @@ def _markdown(shown: _Shown, results: dict[str, Any], plots: list[str]) -> str:
                      *example["answers"].items()]  # fmt: skip
             body = "\n".join(f"{label}: {text}" for label, text in texts)
             parts.append(f"{_cell(example['id'])}, {_cell(example['category'])}\n\n{_pre(body)}")
-    under = json.dumps({**results["conditions"], **results["signatures"]}, indent=1)
+    under = json.dumps(shown.conditions(), indent=1)
     parts.append(f"## Conditions\n\n{_pre(under)}")
     return "\n\n".join(parts) + "\n"
 

@@ -1,5 +1,6 @@
 """Predictions and measurements of several models -> `results.json`: scores with intervals, and which differences are real."""
 
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from carelm.recipe import Recipe
 from carelm.testset import Question
 
 MOST_CHANGED = 3
+FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
 
 
 def make_results(
@@ -54,24 +56,32 @@ def make_results(
     first = scores.Answers(
         conversations, [p["prediction"] for p in next(iter(lines.values()))], [q.references for q in questions]
     )
+    conversation_count = len(set(conversations))
     return {
         "primary_metric": recipe.primary_metric,
         "models": models,
         "pairs": pairs,
-        "verdicts": [verdict(pair, recipe.primary_metric) for pair in pairs],
-        "cautions": _cautions(measured),
+        "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
+        "cautions": _cautions(recipe, measured, len(pairs)),
         "examples": {name: _extremes(questions, turns[name][deciding]) for name in lines},
-        "signatures": {"rouge": "rouge_score 0.1.2, no stemmer, F-measure", **scores.signatures(first)},
+        "signatures": {
+            "rouge": f"rouge_score {version('rouge-score')}, no stemmer, F-measure",
+            **scores.signatures(first),
+        },
     }
 
 
-def verdict(pair: dict[str, Any], metric: str) -> str:
+def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
     """One plain sentence: which of two models is better by this metric, or that the test set does not tell."""
     a, b = pair["models"]
     score = pair["scores"][metric]
     called = scores.NAMES[metric]
     figures = f"{score['difference']:+.4g}, 95 % interval {score['low']:+.4g} to {score['high']:+.4g}"
     p_value = f"p {score['p_value_holm']:.3g} after Holm's correction"
+    if conversations < FEWEST_CONVERSATIONS:
+        return (
+            f"{b} against {a}: {conversations} conversations are too few to tell ({called} {score['difference']:+.4g})."
+        )
     if score["p_value_holm"] >= 0.05 or score["low"] <= 0 <= score["high"]:
         return f"{b} against {a}: no difference in {called} that this test set can show ({figures}, {p_value})."
     word = "better" if score["difference"] > 0 else "worse"
@@ -91,9 +101,20 @@ def _by_category(recipe: Recipe, questions: list[Question], answers: scores.Answ
     return found
 
 
-def _cautions(measured: dict[str, dict[str, Any]]) -> list[str]:
-    """What is unlike between the models and may stand behind a difference."""
+def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -> list[str]:
+    """What is unlike between the models and may stand behind a difference, and what hides one."""
     cautions = []
+    if recipe.temperature > 0:
+        cautions.append("Answers were drawn (temperature above 0): they depend on the batches and the number of ranks.")
+    if pairs and 2 * pairs / (recipe.num_resamples + 1) >= 0.05:
+        cautions.append(
+            f"With {pairs} pairs, {recipe.num_resamples} resamples cannot show any difference after Holm's correction; set "
+            f"num_resamples to {100 * pairs}."
+        )
+    if len({str(m["conditions"]) for m in measured.values()}) > 1:
+        cautions.append(
+            "The models were not measured in one place: their speeds do not compare (see the conditions of each)."
+        )
     for key, what in (("precision", "computed in"), ("bits", "held in")):
         held = {name: m[key] for name, m in measured.items()}
         if len(set(held.values())) > 1:

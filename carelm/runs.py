@@ -11,6 +11,7 @@ outputs/NAME/
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recip
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+MADE_BESIDE = {"eval", "merged"}  # what eval/run.py and train/merge.py write into the folder of a run
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
 
@@ -37,7 +39,7 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         _check_unclaimed(recipe.output_dir)
     if not saved.exists() or recipe.restart:
         return None
-    if {p.name for p in recipe.output_dir.iterdir()} <= {"recipe.yaml", "runs"}:
+    if {p.name for p in recipe.output_dir.iterdir()} <= {"recipe.yaml", "runs", *MADE_BESIDE}:
         say(f"{recipe.output_dir} holds a run that ended before its first checkpoint; it begins anew")
         return None
     check_identity(recipe, saved)
@@ -52,9 +54,23 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
 def _check_unclaimed(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"output_dir: {folder} is a file; set another output_dir")
-    if folder.is_dir() and any(folder.iterdir()):
-        there = ", ".join(sorted(p.name for p in folder.iterdir())[:3])
+    others = sorted({p.name for p in folder.iterdir()} - MADE_BESIDE) if folder.is_dir() else []
+    if others:
+        there = ", ".join(others[:3])
         raise UserError(f"output_dir: {folder} holds no run of CareLM, but files ({there}); set another output_dir")
+
+
+def free_name(path: Path) -> Path:
+    """`path` with .old-1, .old-2 ... in its name: the first that is not taken, for what is to be kept aside."""
+    path = path.resolve()
+    stem, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
+    names = (path.with_name(f"{stem}.old-{number}{suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def find_recipe(folder: Path) -> Path | None:
+    """The recipe.yaml of the run that made this adapter or checkpoint; None where it is not one of CareLM's."""
+    return next((f for f in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if f.exists()), None)
 
 
 def check_zero(recipe: Recipe, launch: Launch | None, arguments: "SFTConfig") -> int:
@@ -94,9 +110,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
     if rank() == 0:
         try:
             if recipe.restart and folder.exists():
-                number = 1
-                while (aside := folder.resolve().with_name(f"{folder.resolve().name}.old-{number}")).exists():
-                    number += 1
+                aside = free_name(folder)
                 folder.rename(aside)
                 say(f"--restart: the earlier run is kept as {aside}")
             newest = checkpoints.newest_whole(folder) if folder.exists() else None

@@ -176,9 +176,10 @@ def _mean(sums: np.ndarray) -> np.ndarray:
 
 
 def _macro_f1(sums: np.ndarray) -> np.ndarray:
-    """Mean over the labels of 2 tp / (2 tp + fp + fn); a label that neither occurs nor is predicted counts as zero."""
+    """Mean of 2 tp / (2 tp + fp + fn) over the labels that occur or are predicted, as scikit-learn's f1_score has it."""
     tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
-    return (2 * tp / np.maximum(2 * tp + fp + fn, 1)).mean(-1)
+    weight = 2 * tp + fp + fn
+    return (2 * tp / np.maximum(weight, 1)).sum(-1) / np.maximum((weight > 0).sum(-1), 1)
 
 
 def _sacrebleu() -> dict[str, BLEU | CHRF]:

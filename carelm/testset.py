@@ -1,6 +1,8 @@
 """The test split as questions: one for every assistant turn that carries loss, with the true turns before it."""
 
+import dataclasses
 import random
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,7 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
                     references=references,
                 )
             )
+    questions = _number_repeated(questions)
     for question in questions:
         if recipe.labels and parse_label(question.references[0], recipe.labels) is None:
             raise UserError(
@@ -73,6 +76,17 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
         "dropped": reports["test"].dropped,
     }
     return questions, about
+
+
+def _number_repeated(questions: list[Question]) -> list[Question]:
+    """Questions of different rows may have one id (several rows of one ticket): the second is called id#2."""
+    times: Counter[str] = Counter()
+    numbered = []
+    for question in questions:
+        times[question.id] += 1
+        again = times[question.id] > 1
+        numbered.append(dataclasses.replace(question, id=f"{question.id}#{times[question.id]}") if again else question)
+    return numbered
 
 
 def _shots(recipe: Recipe, train: list) -> list[dict[str, Any]]:

@@ -39,18 +39,24 @@ def main() -> None:
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_all_cores(launch)
-    for model in models:
-        model.check_base()
-    ranks.join()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank())
     folder = recipe.output_dir / "eval"
+    asked = [evaluation.prepare(recipe, model, questions, folder) for model in models]
+    ranks.join()
     folder.mkdir(parents=True, exist_ok=True)
     lines, measured = {}, {}
-    for model in models:
-        lines[model.name], measured[model.name] = evaluation.answer(recipe, model, questions, folder)
+    for one in asked:
+        lines[one.candidate.name], measured[one.candidate.name] = evaluation.answer(recipe, one, folder)
     ranks.leave()
     if ranks.rank() == 0:
         found = results.make_results(recipe, questions, lines, measured)
-        found |= {"test": test, "conditions": evaluation.conditions(recipe, launch)}
+        found["cautions"] += [
+            f"{model.name} was trained with other {', '.join(others)} than this evaluation has."
+            for model in models
+            if (others := model.other_data_keys(recipe))
+        ]
+        found |= {"test": test, "conditions": evaluation.conditions(recipe)}
         report.write(folder, recipe, found, questions, lines)
         for sentence in found["verdicts"] + found["cautions"]:
             ranks.say(sentence)

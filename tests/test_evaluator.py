@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import PROJECT, launch
 
-from carelm import candidates, data, generation, models, testset
+from carelm import candidates, data, generation, models, runs, testset
 from carelm.generation import Decoding
 from carelm.predictions import PredictionFile
 from carelm.recipe import UserError, load_recipe, save_recipe
@@ -158,6 +158,28 @@ def test_the_prompt_of_a_question_is_the_prefix_that_was_trained():
     assert number == len(questions) > 20
 
 
+def test_rows_of_one_ticket_are_one_conversation_of_several_questions(tmp_path):
+    rows = [{"ticket": i // 2, "q": f"Question {i}?", "a": f"Answer {i}."} for i in range(8)]
+    for name in ("train", "test"):
+        changed = [{**row, "q": f"{name}: {row['q']}"} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
+    recipe_file = tmp_path / "r.yaml"
+    recipe_file.write_text(
+        f"dataset_name: {tmp_path}\nprompt_template: '{{q}}'\ncompletion_template: '{{a}}'\nid_column: ticket\n"
+    )
+    recipe = load_recipe(["--config", str(recipe_file)], usage="")
+    questions, _ = testset.make_questions(recipe, data.make_chat(recipe))
+    assert len({q.id for q in questions}) == 8 and len({q.conversation for q in questions}) == 4
+
+
+def test_a_label_may_be_written_as_people_write_it(tmp_path):
+    """YAML 1.1 would make booleans of yes and no, and numbers of ratings."""
+    columns = "dataset_name: x.csv\nprompt_template: '{q}'\ncompletion_template: '{a}'\n"
+    (tmp_path / "r.yaml").write_text(columns + "labels: [yes, no, 3, true]\n")
+    assert load_recipe(["--config", str(tmp_path / "r.yaml")], usage="").labels == ["yes", "no", "3", "true"]
+    assert load_recipe(["--labels", "yes", "no"], usage="").labels == ["yes", "no"]
+
+
 def test_shots_stand_in_front_come_from_train_and_are_the_same_for_all():
     recipe = load_recipe(["--max_eval_samples", "3", "--num_shots", "2"], usage="")
     chat = data.make_chat(recipe)
@@ -269,22 +291,37 @@ def test_results_hold_every_promised_key(compared):
             assert model[score]["low"] <= model[score]["value"] <= model[score]["high"]
         for times in ("ttft_ms", "tpot_ms", "e2e_ms"):
             assert model["latency"][times].keys() == {"p50", "p95", "p99"}
-        assert model["throughput"]["examples_per_second"] > 0 and model["throughput"]["ranks"] == 2
+        assert model["throughput"]["examples_per_second"] > 0 and model["conditions"]["ranks"] == 2
+        assert {"device", "threads", "max_batch_tokens", "versions"} <= model["conditions"].keys()
         assert model["peak_memory_bytes"] > 10**8 and model["total_parameters"] > 3_000_000
         assert sum(part["questions"] for part in model["categories"].values()) == results["test"]["questions"]
-    assert results["models"]["adapter"]["trained_parameters"] > 0 == results["models"]["base"]["trained_parameters"]
+    assert results["models"]["adapter"]["trained_parameters"] == 1_196_032
+    assert results["models"]["base"]["trained_parameters"] is None
     pair = results["pairs"][0]["scores"][results["primary_metric"]]
     assert {"difference", "low", "high", "p_value", "p_value_holm"} == pair.keys()
     assert last["verdicts"] == results["verdicts"] and len(results["verdicts"]) == 1
-    assert {"device", "versions", "decoding", "max_new_tokens"} <= results["conditions"].keys()
+    assert {"decoding", "max_new_tokens", "num_resamples"} <= results["conditions"].keys()
 
 
 def test_what_is_answered_is_not_answered_again(compared, monkeypatch, capsys):
     folder, last = compared
-    before = (folder / "eval/predictions-adapter.jsonl").stat().st_mtime_ns
     monkeypatch.setattr(models, "load_base", lambda *_: pytest.fail("a model was loaded"))
-    again = run_here(monkeypatch, capsys, "--output_dir", str(folder), *KEYS)
-    assert again == last and (folder / "eval/predictions-adapter.jsonl").stat().st_mtime_ns >= before
+    assert run_here(monkeypatch, capsys, "--output_dir", str(folder), *KEYS) == last
+
+
+def test_a_smaller_look_leaves_the_answers_of_the_larger_one(compared, tmp_path, monkeypatch, capsys):
+    folder, _ = compared
+    shutil.copytree(folder, tmp_path / "run")
+    text = (folder / "eval/predictions-adapter.jsonl").read_text()
+    few = ("--max_eval_samples", "4", "--models", "adapter", *KEYS[2:])
+    run_here(monkeypatch, capsys, "--output_dir", str(tmp_path / "run"), *few)
+    assert (tmp_path / "run/eval/predictions-adapter.jsonl").read_text() == text
+
+
+def test_evaluating_the_base_first_does_not_claim_the_folder(tmp_path, monkeypatch, capsys):
+    few = ("--max_eval_samples", "2", "--models", "base", *KEYS[2:])
+    run_here(monkeypatch, capsys, "--output_dir", str(tmp_path / "run"), *few)
+    assert runs.find_finished(load_recipe(["--output_dir", str(tmp_path / "run")], usage="")) is None
 
 
 def test_a_killed_comparison_goes_on_with_what_is_left(compared, tmp_path, monkeypatch, capsys):
@@ -339,6 +376,7 @@ def test_reports_open_offline_and_escape_what_data_and_models_say(compared, tmp_
         (("--models", "demo/data"), "holds no model and no adapter"),
         (("--primary_metric", "accuracy"), "needs labels"),
         (("--num_shots", "5000", "--models", "base"), "is more than the"),
+        (("--models", "demo@home"), "there is no folder|after @ stands none of"),
         (("--labels", "yes", "no", "--primary_metric", "accuracy", "--models", "base"), "labels: the reference of"),
     ],
     ids=str,
@@ -401,6 +439,8 @@ def test_unlike_models_are_said_to_be_unlike(tmp_path, monkeypatch, capsys):
                                       "--max_eval_samples", "3", "--max_new_tokens", "4", "--num_resamples", "50"])  # fmt: skip
     monkeypatch.chdir(PROJECT)
     runpy.run_path("eval/run.py", run_name="__main__")
-    cautions = json.loads((tmp_path / "run/eval/results.json").read_text())["cautions"]
+    results = json.loads((tmp_path / "run/eval/results.json").read_text())
+    cautions = results["cautions"]
+    assert "3 conversations are too few to tell" in results["verdicts"][0]
     assert any("computed in base fp32, base@bf16 bf16" in c for c in cautions)
     assert any("held in base 4 bits, base@bf16 whole" in c for c in cautions)

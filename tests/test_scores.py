@@ -170,6 +170,10 @@ def test_label_scores_by_hand():
     assert scores.interval(tables["accuracy"], drawn)["value"] == pytest.approx(0.5)
     # yes: tp 1, fp 0, fn 1 -> 2/3; no: tp 1, fp 1, fn 1 -> 1/2
     assert scores.interval(tables["macro_f1"], drawn)["value"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    # a label that neither occurs nor is predicted does not count, in a resample too
+    rare = [f"l{i}" for i in range(20)]
+    perfect = scores.statistics(answers(rare, rare), [*rare, "never"])["macro_f1"]
+    assert scores.interval(perfect, scores.draws(20, 200, seed=0)) == {"value": 1, "low": 1, "high": 1}
     assert scores.confusion(found, ["yes", "no"]) == {
         "yes": {"yes": 1, "no": 1, "unparsable": 0},
         "no": {"yes": 0, "no": 1, "unparsable": 1},

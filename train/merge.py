@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 
 from carelm import ranks
-from carelm.recipe import UserError, fingerprint, load_recipe, write_whole
+from carelm.recipe import UserError, load_recipe, write_whole
+from carelm.runs import find_recipe, free_name
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -34,8 +35,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
     parser.add_argument("--onto", choices=("base", "quantized"), help="default: quantized where the base was")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's precision")
-    parser.add_argument("--num_prompts", type=int, default=32, help="test questions for the certificate (default: 32)")
-    parser.add_argument("--tolerance", type=float, help="largest mean KL, in nats (default: by --onto and --dtype)")
+    parser.add_argument("--num_prompts", type=int, default=32, help="test questions for the certificate, which loads the "
+                        "whole model; 0 for none (default: 32)")  # fmt: skip
+    parser.add_argument(
+        "--tolerance", type=float, help="largest mean KL, in nats (default: by bits, --onto and --dtype)"
+    )
     return parser.parse_known_args()
 
 
@@ -44,52 +48,76 @@ def main() -> None:
     if not (options.adapter / "adapter_config.json").exists():
         raise UserError(f"--adapter: {options.adapter} holds no adapter_config.json; name the folder of a finished run")
     if "--config" not in keys:
-        saved = options.adapter / "recipe.yaml"
-        if not saved.exists():
+        saved = find_recipe(options.adapter)
+        if saved is None:
             raise UserError(f"--adapter: {options.adapter} has no recipe.yaml; name its recipe with --config")
         keys = ["--config", str(saved), *keys]
+    if options.num_prompts < 0:
+        raise UserError(f"--num_prompts: {options.num_prompts} is below 0")
     recipe = load_recipe(keys, usage=__doc__)
     if recipe.is_local:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
     import torch
 
-    from carelm import candidates, merge, models, quiet, testset
+    from carelm import candidates, merge, quiet, testset
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     adapter = candidates.find(recipe, str(options.adapter))
     adapter.check_base()
-    precision = models.choose_precision(adapter.recipe.precision).name
+    trained_in = candidates.read_json(options.adapter / "train_metrics.json").get("precision")
+    precision = trained_in or adapter.precision().name
     held = dataclasses.replace(adapter.recipe, precision=precision)
     onto = options.onto or ("quantized" if held.bits else "base")
     if onto == "quantized" and not held.bits:
         raise UserError(f"--onto quantized: {options.adapter} was trained on whole weights; use --onto base")
     dtype = options.dtype or precision
-    about = {"onto": onto, "dtype": dtype, "adapter": adapter.fingerprint(), "bits": held.bits}
-    if (there := candidates.read_json(options.output_dir / "merge.json")).get("made_by") == fingerprint(about):
+    about = {
+        "onto": onto,
+        "dtype": dtype,
+        "adapter": candidates.adapter_fingerprint(options.adapter),
+        "bits": held.bits,
+    }
+    tolerance = options.tolerance if options.tolerance is not None else merge.tolerance(onto, held.bits, dtype)
+    there = candidates.read_json(options.output_dir / "merge.json")
+    if all(there.get(key) == value for key, value in about.items()):
+        if options.num_prompts and not (there["mean_kl"] is not None and there["mean_kl"] <= tolerance):
+            raise UserError(
+                f"--tolerance: {options.output_dir} holds this merge with a mean KL of {there['mean_kl']}, not within "
+                f"{tolerance:g}; remove the folder to merge again, or accept more"
+            )
         ranks.say(f"{options.output_dir} holds this merge; nothing to do")
         return print(json.dumps(there))
-    if options.output_dir.exists():
+    if options.output_dir.exists() and there.get("adapter", about["adapter"]) == about["adapter"]:
         raise UserError(f"--output_dir: {options.output_dir} is there already; name another folder")
-    questions, _ = testset.make_questions(recipe, adapter.make_chat())
-    questions = questions[:: max(1, len(questions) // options.num_prompts)][: options.num_prompts]
+    questions = []
+    if options.num_prompts:
+        questions, _ = testset.make_questions(recipe, adapter.make_chat())
+        questions = questions[:: max(1, len(questions) // options.num_prompts)][: options.num_prompts]
 
     aside = options.output_dir.with_name(options.output_dir.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
     try:
         merge.merge_weights(held, options.adapter, aside, onto, dtype)
         merge.save_beside(held, options.adapter, adapter.make_chat(), aside)
-        merged = candidates.find(recipe, f"{aside}@{dtype}")
-        certificate = merge.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
-        tolerance = options.tolerance if options.tolerance is not None else merge.TOLERANCES[onto, dtype]
-        result = {**about, "tolerance": tolerance, **dataclasses.asdict(certificate), "made_by": fingerprint(about)}
-        ranks.say(f"mean KL {certificate.mean_kl:.3g} nats (tolerance {tolerance:g}), top-1 agreement "
-                  f"{certificate.top1_agreement:.4f}, same answer {certificate.same_text_share:.4f}")  # fmt: skip
-        if not certificate.mean_kl <= tolerance:
-            ranks.say(f"error: the merge is beyond its tolerance; {options.output_dir} is not made. --onto quantized or "
-                      "--dtype fp32 is nearer, --tolerance accepts more")  # fmt: skip
-            sys.exit(1)
+        result = {**about, "tolerance": tolerance, "prompts": 0, "mean_kl": None}
+        if questions:
+            merged = candidates.find(recipe, f"{aside}@{dtype}")
+            certificate = merge.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
+            result |= dataclasses.asdict(certificate)
+            ranks.say(f"mean KL {certificate.mean_kl:.3g} nats (tolerance {tolerance:g}), top-1 agreement "
+                      f"{certificate.top1_agreement:.4f}, same answer {certificate.same_text_share:.4f}")  # fmt: skip
+            if not certificate.mean_kl <= tolerance:
+                ranks.say(f"error: the merge is beyond its tolerance; {options.output_dir} is not made. --onto quantized or "
+                          "--dtype fp32 is nearer, --tolerance accepts more")  # fmt: skip
+                sys.exit(1)
+        else:
+            ranks.say("no certificate was asked for: how far the merge is from its adapter is not known")
         write_whole(aside / "merge.json", json.dumps(result, indent=1))
+        if options.output_dir.exists():
+            earlier = free_name(options.output_dir)
+            options.output_dir.rename(earlier)
+            ranks.say(f"the merge of an earlier adapter is kept as {earlier}")
         aside.rename(options.output_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
