@@ -5,7 +5,7 @@
 (a) carelm.generation, as eval/run.py calls it; (b) one prompt at a time with transformers' generate; (c) EleutherAI's
 lm-evaluation-harness (pip install lm_eval), its `hf` model with generate_until, at every batch size of --batch_sizes and with
 its own automatic one. The same model in the same process, the same prompts of bitext_support, and the same number of new
-tokens: the demo's base never ends an answer by itself. Then eval/run.py on the same rows: one rank with all cores as threads,
+tokens: those that would end an answer are suppressed. Then eval/run.py on the same rows: one rank with all cores as threads,
 and two ranks that share them.
 """
 
@@ -77,6 +77,7 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
     candidate = candidates.find(recipe, "base")
     chat = candidate.make_chat()
     model, _ = candidate.load(chat)
+    model.generation_config.suppress_tokens = chat.tokenizer.all_special_ids  # no answer ends early, in any of the ways
     questions, _ = testset.make_questions(recipe, data.make_chat(recipe))
     texts = [chat.text(q.messages, for_answer=True) for q in questions]
     decoding, cpu, largest = generation.Decoding(NEW_TOKENS), torch.device("cpu"), 0

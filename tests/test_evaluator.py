@@ -363,6 +363,24 @@ def test_reports_open_offline_and_escape_what_data_and_models_say(compared, tmp_
     assert list((run / "eval").glob("events.out.tfevents.*"))
 
 
+def test_a_recipe_with_labels_has_its_confusion_table_in_the_report(tmp_path, monkeypatch, capsys):
+    kinds = [f"kind{i}" for i in range(12)]
+    for name in ("train", "test"):
+        rows = [{"q": f"{name}: ticket {k}?", "a": f"It is {k}."} for k in kinds]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "r.yaml").write_text(
+        f"dataset_name: {tmp_path}\nprompt_template: '{{q}}'\ncompletion_template: '{{a}}'\nlabels: {kinds}\n"
+        "primary_metric: macro_f1\nmodel_name_or_path: demo/base\n"
+    )
+    run_here(monkeypatch, capsys, "--config", str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path / "run"),
+             "--models", "base", *KEYS)  # fmt: skip
+    base = json.loads((tmp_path / "run/eval/results.json").read_text())["models"]["base"]
+    assert base["macro_f1"] == base["accuracy"] == {"value": 0, "low": 0, "high": 0}
+    assert all(base["confusion"][kind]["unparsable"] == 1 for kind in kinds)
+    assert "Labels, base" in (tmp_path / "run/eval/report.html").read_text()
+    assert "| kind11 |" in (tmp_path / "run/eval/report.md").read_text()
+
+
 # What is refused
 
 
