@@ -29,7 +29,7 @@ from carelm.testset import Question
 # The largest mean KL divergence (nats per token) that a merge may have. Where the merged weights are those that the adapter
 # computes with, all that differs is the rounding of the dtype; else the weights (4 bits onto the base), or what is done with
 # them (8 bits: LLM.int8 rounds the inputs too). The first is promised. The others leave room over what was measured: 2.4e-5
-# and 3.7e-7 for bf16 and fp16, 3e-3 onto the base (the demo, benchmarks/results/merging.json), 1.4e-3 for 8 bits (drawn weights).
+# and 3.7e-7 for bf16 and fp16, 3e-3 onto the base (the demo, benchmarks/results/merging.json), 1.4e-3 for 8 bits (drawn).
 ROUNDING = {"fp32": 1e-6, "bf16": 2e-3, "fp16": 1e-4}
 OTHER_FUNCTION = {4: 2e-2, 8: 1e-2}
 ANSWER_TOKENS = 32  # of each prompt's reference, over which the divergence is taken
