@@ -21,11 +21,11 @@ ROWS = 200
 RUNS = {
     "bitext_support": ([], []),
     "dialogsum": (
-        ["--max_steps", "100"],
+        ["--max_steps", "60"],
         ["--dataset_test_split", "test_multiref", "--reference_columns", "summary1", "summary2", "summary3"],
     ),
-    "medquad": (["--max_steps", "100"], []),
-    "rqe_question_pairs": (["--max_steps", "200"], []),
+    "medquad": (["--max_steps", "60"], []),
+    "rqe_question_pairs": (["--max_steps", "120"], []),
 }
 TRAINED = ("eval_loss_before", "eval_loss", "global_step", "world_size", "zero_stage", "global_batch_size", "num_train_tokens",
            "peak_memory_bytes", "trainable_percent", "git_commit")  # fmt: skip
@@ -65,7 +65,8 @@ def train_and_evaluate(name: str, rows: Path, folder: Path) -> dict[str, object]
     training, evaluating = RUNS[name]
     common = ["--config", f"recipes/{name}.yaml", "--dataset_name", rows, "--output_dir", folder]
     launch(accelerate(PROJECT / "accelerate_configs/cpu_zero2.yaml", "train/sft.py", *common, *training), ranks=2)
-    launch(accelerate(ONE_PROCESS, "eval/run.py", *common, *evaluating, "--max_eval_samples", ROWS), ranks=1)
+    launch(accelerate(ONE_PROCESS, "eval/run.py", *common, *evaluating, "--max_eval_samples", ROWS,
+                      "--num_latency_prompts", 1), ranks=1)  # fmt: skip
     trained = json.loads((folder / "train_metrics.json").read_text())
     found = json.loads((folder / "eval/results.json").read_text())
     return {
