@@ -73,7 +73,7 @@ def train_and_evaluate(name: str, rows: Path, folder: Path) -> dict[str, object]
         "train": ["accelerate_configs/cpu_zero2.yaml", f"recipes/{name}.yaml", *training],
         "trained": {key: trained.get(key) for key in TRAINED},
         "evaluate": [f"recipes/{name}.yaml", *evaluating, "--max_eval_samples", str(ROWS)],
-        "test": found["test"],
+        "test": {key: value for key, value in found["test"].items() if key != "dataset"},
         "primary_metric": found["primary_metric"],
         "models": {
             model: {key: values[key] for key in EVALUATED if key in values} for model, values in found["models"].items()
