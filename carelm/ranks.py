@@ -40,27 +40,32 @@ def say(message: str) -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs a launched file's `main`; a UserError or a full disk becomes one line, printed once, and exit status 2."""
+    """Runs a launched file's `main`; a UserError or a full disk becomes one line, printed once, and its exit status."""
     try:
-        main()
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            error = (
-                f"output_dir: the disk is full ({error}); the newest whole checkpoint stays; make room and run again"
-            )
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # the message begins a line of its own
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            # A launcher kills the other ranks once one has ended: rank 0 must come first, with the message.
-            time.sleep(10)
-            print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        # Other threads (a process group that waits for its peers) must not keep a rank that has nothing left to do.
-        os._exit(2)
+        return main()
+    except UserError as caught:
+        error = caught
+    except KeyboardInterrupt:
+        error = UserError("interrupted before there was anything to save")
+    except OSError as caught:
+        if caught.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        error = UserError(
+            f"output_dir: the disk is full ({caught}); the newest whole checkpoint stays; make room and run again"
+        )
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # the message begins a line of its own
+    if rank() == 0:
+        print(f"{error.label}: {error}", file=sys.stderr, flush=True)
+        if "CARELM_STATUS_FILE" in os.environ:  # the launcher turns every status into 1
+            Path(os.environ["CARELM_STATUS_FILE"]).write_text(f"{error.exit_status}\n")
+    elif error.label == "error":
+        # A launcher kills the other ranks once one has ended: rank 0 must come first, with the message.
+        time.sleep(10)
+        print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Other threads (a process group that waits for its peers) must not keep a rank that has nothing left to do.
+    os._exit(error.exit_status)
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,18 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def any_rank(flag: bool, device: "torch.device") -> bool:
+    """Whether `flag` is true on at least one rank; every rank calls it."""
+    if world_size() == 1:
+        return flag
+    import torch
+    import torch.distributed
+
+    flags = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def use_all_cores(launch: Launch | None) -> None:

@@ -28,7 +28,10 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 class UserError(Exception):
-    """What a user can mend: one line that names the key, file or row and the fix. Scripts exit with status 2."""
+    """What a user can mend: one line that names the key, file or row and the fix."""
+
+    exit_status = 2  # of the launched file
+    label = "error"
 
 
 def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -119,6 +122,10 @@ class Recipe:
     num_resamples: int = _key(1000, "Resamples of the test conversations for the intervals.")
     num_latency_prompts: int = _key(50, "Prompts that are timed one at a time (all, where there are fewer).")
     # the run
+    max_hours: float | None = _key(None, "Save and stop in time to be done after this many hours from the launch.")
+    stall_timeout: int = _key(
+        1800, "Seconds without a step after which every rank writes its stacks to the log and ends; 0: never."
+    )
     restart: bool = _key(False, "Begin anew; an earlier run in output_dir is renamed, never deleted.")
     preview: int = _key(0, "Print this many rendered examples with the trained tokens marked, and exit.")
 
@@ -183,7 +190,7 @@ FREE_PREFIXES = (
 FREE_KEYS = {
     "output_dir", "max_steps", "num_train_epochs", "report_to", "run_name", "project", "push_to_hub", "disable_tqdm",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
-    "max_empty_share", "torch_empty_cache_steps", "precision", "tf32", "debug",
+    "max_empty_share", "max_hours", "stall_timeout", "torch_empty_cache_steps", "precision", "tf32", "debug",
     "include_num_input_tokens_seen", "attn_implementation", *EVALUATION_KEYS,
 }  # fmt: skip
 
@@ -594,6 +601,8 @@ def _check(recipe: Recipe) -> None:
     for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
         if recipe.training.get(key, 1) is None or recipe.training.get(key, 1) < 1:
             raise UserError(f"{key}: {recipe.training[key]} is not at least 1")
+    if recipe.stall_timeout < 0 or (recipe.max_hours or 1) <= 0:
+        raise UserError("max_hours must be above 0, stall_timeout at least 0; leave them out for none")
     for key in ("max_samples", "max_eval_samples", "early_stopping_patience"):
         if getattr(recipe, key) is not None and getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1; leave it out for no limit")

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from carelm.data import Prepared, PreparedSplit
 from carelm.models import Precision
 from carelm.ranks import say, share, world_size
 from carelm.recipe import Recipe, UserError, micro_batch_size
+from carelm.stops import StopRequested, StopRequests
 
 BLANK = -1  # stands for an example with nothing to learn, where a rank would have none
 LENGTH_POOL = 50  # batches of like length are cut from pools of this many global batches
@@ -205,6 +206,7 @@ class Trainer(transformers.Trainer):
         prepared: its data in tokens.
         chat: renders the sample answers.
         base_fingerprint: of the base's weights, for the completion marks.
+        stops: is looked at after every step and every batch of an evaluation.
         model, args, callbacks: as in transformers.
     """
 
@@ -214,13 +216,15 @@ class Trainer(transformers.Trainer):
         prepared: Prepared,
         chat: Chat,
         base_fingerprint: str,
+        stops: StopRequests,
         *,
         model: torch.nn.Module,
         args: SFTConfig,
         callbacks: list[transformers.TrainerCallback],
     ):
         self.recipe, self.prepared, self.chat = recipe, prepared, chat
-        self.base_fingerprint = base_fingerprint
+        self.base_fingerprint, self.stops = base_fingerprint, stops
+        self.saved_step, self.evaluation_is_due = 0, False
         self.started = time.time()
         self.wall_seconds_before = 0.0
         self.stopped_early = False
@@ -313,6 +317,8 @@ class Trainer(transformers.Trainer):
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         for inputs in self._loader(self.eval_dataset, batches):
+            if reason := self.stops.look(self.args.device):
+                self._stop(reason, evaluation_is_due=True)
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
                 # num_items_in_batch=1 makes the loss a sum over tokens; compute_loss scales it by the ranks for training
@@ -335,17 +341,38 @@ class Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # Checkpoints
+    # Stops and checkpoints
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """After a step: logs, evaluates and saves what is due. Asked to stop, it saves at once and puts the evaluation off."""
+        reason, evaluation_is_due = self.stops.look(self.args.device), self.control.should_evaluate
+        if reason:
+            self.control.should_log, self.control.should_evaluate, self.control.should_save = True, False, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if reason:
+            self._stop(reason, evaluation_is_due)
+
+    def _stop(self, reason: str, evaluation_is_due: bool) -> NoReturn:
+        """Saves this step where that is not done, and ends the run; every rank calls it."""
+        step = self.state.global_step
+        if self.saved_step != step:
+            self.evaluation_is_due = evaluation_is_due
+            self._save_checkpoint(self.model, None)
+        seconds = self.stops.answered()
+        saved = (
+            f"saved as checkpoint-{step}; the same command goes on from there" if step else "there is nothing to save"
+        )
+        raise StopRequested(f"after step {step}, {seconds:.1f} s after it was asked to ({reason}); {saved}")
 
     def _save_checkpoint(self, model, trial) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, transformers.trainer_callback.ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         folder = self.recipe.output_dir / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(folder.with_name(f"checkpoint-{self.state.best_global_step}"))
+        self._name_best()
         about = {
             "step": self.state.global_step,
+            "evaluation_is_due": self.evaluation_is_due,
             "world_size": self.args.world_size,
             "zero_stage": self.zero_stage,
             "wall_seconds": round(self.wall_seconds, 3),
@@ -353,9 +380,15 @@ class Trainer(transformers.Trainer):
             "base_fingerprint": self.base_fingerprint,
         }
         checkpoints.save(self, folder, about)
+        self.saved_step = self.state.global_step
         if self.is_world_process_zero():
             keep = self.recipe.training["save_total_limit"]
             checkpoints.remove_old(self.recipe.output_dir, keep, self.state.best_global_step)
+
+    def _name_best(self) -> None:
+        if self.state.best_global_step:
+            best = self.recipe.output_dir / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
 
     def check_checkpoint(self, folder: Path) -> None:
         """Raises UserError where a checkpoint belongs to other data, another base or, for `full`, other ranks."""
@@ -372,7 +405,8 @@ class Trainer(transformers.Trainer):
                 f"num_processes: {folder} was written by {was[0]} ranks at ZeRO stage {was[1]}, this launch has {now[0]} at "
                 f"{now[1]}; a full fine-tune under DeepSpeed goes on only as it was"
             )
-        self.wall_seconds_before = mark["wall_seconds"]
+        self.wall_seconds_before, self.saved_step = mark["wall_seconds"], mark["step"]
+        self.evaluation_is_due = mark.get("evaluation_is_due", False)
         state = transformers.TrainerState.load_from_json(str(folder / "trainer_state.json"))
         control = state.stateful_callbacks["TrainerControl"]["args"]
         self.stopped_early = control["should_training_stop"] and state.global_step < state.max_steps
@@ -384,12 +418,18 @@ class Trainer(transformers.Trainer):
             checkpoints.load_state(self, Path(resume_from_checkpoint))
         return prepared
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, **kwargs) -> None:
         """One epoch, or none where the checkpoint is the run's last one: transformers would take one step more."""
+        if self.evaluation_is_due:  # a stop came before it
+            self.control.should_evaluate = True
+            words = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
+            super()._maybe_log_save_evaluate(self._tr_loss, None, **{word: kwargs[word] for word in words})
+            self.evaluation_is_due = False
+            self._name_best()
         if self.state.global_step >= self.state.max_steps or self.stopped_early:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+        if not self.control.should_training_stop:
+            super()._run_epoch(**kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         """What DeepSpeed keeps itself it has loaded by now; the schedule is ours."""

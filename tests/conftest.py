@@ -5,7 +5,28 @@ from pathlib import Path
 
 import pytest
 
+# Two workers share two cores: threads that wait for one another would take most of the time. Set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 PROJECT = Path(__file__).resolve().parent.parent
+
+
+LAUNCH_MOST = (
+    "test_curve",
+    "test_evaluator",
+    "test_slurm",
+    "test_resume",
+    "test_stops",
+    "test_merge",
+    "test_real_rows",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker is left with one of them at the end."""
+    items.sort(
+        key=lambda item: LAUNCH_MOST.index(item.path.stem) if item.path.stem in LAUNCH_MOST else len(LAUNCH_MOST)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,10 @@ Without --config the recipe is recipes/demo.yaml: offline, on whatever the machi
 overridden as --key value. The same command again goes on from the newest whole checkpoint; a finished run says so and
 changes nothing. The last line on standard output is the run's figures as one JSON object.
 
-exit status: 0 the run is finished, 2 something in the recipe, the data or the launch is to be mended.
+Ctrl-C, SIGTERM, max_hours or a file `stop_request` in the output folder save at the end of the step and stop.
+
+exit status: 0 the run is finished, 2 something in the recipe, the data or the launch is to be mended, 75 it was stopped and
+saved (a launcher turns each into its own).
 """
 
 import json
@@ -19,7 +22,7 @@ import time
 
 STARTED = time.time()
 
-from carelm import data, quiet, ranks, runs  # noqa: E402
+from carelm import data, quiet, ranks, runs, stops  # noqa: E402
 from carelm.recipe import load_recipe, micro_batch_size  # noqa: E402
 
 
@@ -50,6 +53,7 @@ def main() -> None:
     arguments = trainer.make_training_args(recipe, prepared, precision)
     zero_stage = runs.check_zero(recipe, launch, arguments)
     checkpoint = runs.open_output(recipe, arguments)
+    stop_requests = stops.StopRequests(recipe, launch)
 
     model = models.load_model(recipe, chat, precision, zero_stage)
     trainable, total = models.count_parameters(model)
@@ -58,11 +62,12 @@ def main() -> None:
 
     speed = callbacks.Speed()
     fingerprint = models.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
-    run = trainer.Trainer(recipe, prepared, chat, fingerprint, model=model, args=arguments,
+    run = trainer.Trainer(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
                           callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
     run.started = STARTED
     run.follow(speed, checkpoint)
     run.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    stop_requests.close()
 
     run.save_result(recipe.output_dir)
     metrics = run.metrics() | {

@@ -1,0 +1,164 @@
+"""A real SLURM cluster on this machine for the tests: a head and some nodes, each in Linux namespaces of its own.
+
+Each has its own host name, network, mounts and process tree, so that what only works on one host fails here as on a
+cluster. Files are those of this machine. Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "unshare", "nsenter")
+NETWORK = "10.78.0"  # exists inside the namespaces only
+CONF = """\
+ClusterName=carelm
+SlurmctldHost=head
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+EnforcePartLimits=ALL
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+SlurmdTimeout=10
+MessageTimeout=5
+ReturnToService=1
+MinJobAge=86400
+NodeName=node[1-{nodes}] CPUs=4 RealMemory=1000000
+PartitionName=main Nodes=ALL Default=YES GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+"""
+# The first process of a machine: when it ends, the kernel ends all others of it. A node waits for its network cable.
+BOOT = """\
+set -e
+hostname {name}
+mount --bind {folder}/hosts /etc/hosts
+ip link set lo up
+if [ {name} = head ]; then
+    ip link add br0 type bridge && ip address add {network}.1/24 dev br0 && ip link set br0 up
+    munged --foreground --force --key-file={folder}/munge.key --socket={folder}/munge.socket \
+        --pid-file={folder}/munge.pid --seed-file={folder}/munge.seed --log-file={folder}/munge.log &
+    slurmctld -D &
+else
+    mount -t tmpfs tmpfs /dev/shm
+    until ip link set eth0 up 2>/dev/null; do sleep 0.02; done
+    ip address add {network}.{number}/24 dev eth0
+    slurmd -D -b &
+fi
+wait -n
+"""
+
+
+def what_is_missing() -> str | None:
+    """Why there can be no cluster here, or None."""
+    if os.geteuid() != 0:
+        return "needs root"
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    return f"needs SLURM's daemons ({', '.join(absent)} not installed)" if absent else None
+
+
+class Cluster:
+    """Up from the start; `down` ends it. The folder's path must be short (its sockets)."""
+
+    def __init__(self, folder: Path, nodes: int = 2):
+        self.folder, self.machines = folder, ["head", *(f"node{i + 1}" for i in range(nodes))]
+        self._first: dict[str, subprocess.Popen] = {}
+        (folder / "state").mkdir(parents=True)
+        subprocess.run(["mungekey", "--create", f"--keyfile={folder}/munge.key"], check=True)
+        hosts = "".join(f"{NETWORK}.{i + 1} {name}\n" for i, name in enumerate(self.machines))
+        (folder / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
+        (folder / "slurm.conf").write_text(CONF.format(folder=folder, nodes=nodes))
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+        self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
+        for name in self.machines:
+            self.boot(name)
+        self.wait_for_nodes()
+
+    def boot(self, name: str) -> None:
+        number = self.machines.index(name) + 1
+        script = BOOT.format(name=name, folder=self.folder, network=NETWORK, number=number)
+        options = ["--mount", "--uts", "--net", "--pid", "--fork", "--kill-child"]
+        if name != "head":  # the head keeps this machine's processes, so that commands that join it can be killed
+            options.append("--mount-proc")
+        with open(self.folder / f"{name}.log", "a") as log:
+            self._first[name] = subprocess.Popen(["unshare", *options, "bash", "-c", script], env=self.environment,
+                                                 stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
+        namespace = f"/proc/{self._first[name].pid}/ns/net"
+        _until(lambda: os.readlink(namespace) != os.readlink("/proc/self/ns/net"), 5, f"{name} does not start")
+        if name != "head":
+            head = ["nsenter", "--net", "--target", str(self._first["head"].pid), "ip", "link"]
+            subprocess.run([*head, "delete", name], stderr=subprocess.DEVNULL)
+            mac = f"02:00:00:00:00:{number:02x}"  # the same from boot to boot, as the others remember it
+            cable = ["add", name, "type", "veth", "peer", "name", "eth0", "address", mac, "netns"]
+            subprocess.run([*head, *cable, str(self._first[name].pid)], check=True)
+            subprocess.run([*head, "set", name, "master", "br0", "up"], check=True)
+
+    def crash(self, name: str) -> None:
+        """Cuts the power of a machine."""
+        first = self._first.pop(name)
+        for child in Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+        first.wait()
+
+    def down(self) -> None:
+        for name in reversed(list(self._first)):
+            self.crash(name)
+
+    def wait_for_nodes(self) -> None:
+        """Until every node takes jobs; one that is down although it answers (it has lost jobs) is resumed."""
+
+        def ready() -> bool:
+            states = self.run("sinfo", "-h", "-p", "main", "-N", "-o", "%N %T", check=False).stdout.split()
+            states = dict(zip(states[::2], states[1::2]))
+            for node in (n for n, state in states.items() if re.fullmatch("down|drained", state)):
+                self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+            return len(states) == len(self.machines) - 1 and all(
+                re.fullmatch("idle|mixed|allocated|completing", state) for state in states.values()
+            )
+
+        _until(ready, 40, "the nodes do not come up")
+
+    def run(self, *command, machine: str = "head", check: bool = True, cwd: Path | None = None, **extra: str):
+        """Runs a command on a machine; `extra` are environment variables."""
+        outer = self._first[machine].pid
+        join = ["nsenter", "--mount", "--uts", "--net", "--target", str(outer)]
+        if machine != "head":
+            join.insert(1, f"--pid=/proc/{outer}/ns/pid_for_children")
+        words = [*join, "env", "-C", str(cwd or Path.cwd()), *map(str, command)]
+        done = subprocess.run(words, env={**self.environment, **extra}, capture_output=True, text=True, timeout=120)
+        assert not check or done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
+        return done
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM says of a job."""
+        text = self.run("scontrol", "show", "job", "-o", number).stdout
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def wait(self, number: str, seconds: float = 300) -> dict[str, str]:
+        """Until a job has ended for good."""
+        _until(lambda: not self.run("squeue", "-h", "-j", number, check=False).stdout.strip(), seconds,
+               f"job {number} does not end")  # fmt: skip
+        return self.job(number)
+
+
+def _until(condition, seconds: float, problem: str) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, problem
+        time.sleep(0.05)
