@@ -2,51 +2,66 @@
 # Trains a recipe on all nodes of a SLURM job; the same file for one node and for eight.
 #
 #     sbatch --nodes 2 slurm/train.sh recipes/bitext_support.yaml --learning_rate 1e-4
-#     slurm/train.sh --prefetch recipes/bitext_support.yaml       on a login node, where the others have no internet
+#     slurm/train.sh --prefetch recipes/bitext_support.yaml       on a login node, for nodes without internet
 #
-# The job is stopped in time before its time limit and by a preemption, saves, requeues itself and goes on; after a plain
-# scancel it saves and stays away. ACCELERATE_CONFIG_FILE names another file than accelerate_configs/nodes_zero2.yaml.
-# Lines marked SITE are what a site may have to change; each can be given to sbatch instead, as --time or --gpus-per-node.
-#SBATCH --job-name=carelm
-#SBATCH --ntasks-per-node=1
-#SBATCH --signal=B:USR1@180
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output=slurm-%j.log
-#SBATCH --exclusive
+# Before its time limit and when it is preempted the job saves, requeues itself and goes on. After a plain scancel it saves
+# and stays away. ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero3.yaml names another ZeRO stage.
+# SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --time ...)
 #SBATCH --time=24:00:00
-# SITE: the line above, and where the cluster wants them: #SBATCH --partition, --account, --gpus-per-node
+#SBATCH --exclusive
+#SBATCH --job-name=carelm
+#SBATCH --output=slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@180
 set -euo pipefail
 
-# A batch script is a copy in SLURM's spool folder: the job knows where it came from.
+# What SLURM runs is a copy in its spool folder; the job knows where it came from.
 script=${BASH_SOURCE[0]}
 [[ -z ${SLURM_JOB_ID-} ]] || script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
 project=$(realpath "$(dirname "$script")/..")
-
-# SITE: the environment; a module in its place where the cluster has one.
-source "${VENV:-$project/.venv}/bin/activate"
-# SITE: what is read again and again lies on the node's own disk; the output must be on one that all nodes share.
-export CARELM_CACHE=${CARELM_CACHE:-${TMPDIR:-/tmp}/carelm-cache-$USER}
-# SITE: where the nodes have several networks: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
-
-if [[ ${1-} == --prefetch ]]; then
+source "$project/slurm/job.sh"
+if [[ ${1-} == --prefetch && $# -ge 2 ]]; then
     exec python -m carelm.job prefetch --config "${@:2}"
-fi
-if [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
+elif [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
     echo "usage: sbatch [--nodes N] slurm/train.sh RECIPE [--key value ...]" >&2
     exit 2
 fi
 
-ranks_per_node=${SLURM_GPUS_ON_NODE:-1}
-ranks=$((SLURM_NNODES * ranks_per_node))
-output=$(python -m carelm.job check "$ranks" --config "$@")
+prepare_job "$1"
+set -- --config "$recipe" "${@:2}"
+export ACCELERATE_CONFIG_FILE=${ACCELERATE_CONFIG_FILE:-accelerate_configs/nodes_zero2.yaml}
+output=$(python -m carelm.job check "$RANKS" "$@")
 
-reason=
-request_stop() {
-    reason=$1
+# A stop request is a file in the output folder that all ranks look for; a signal does no more than write it.
+asked=""
+ask_to_stop() {
+    asked=$1
+    mkdir -p "$output"
     echo "$1" >"$output/stop_request"
+    echo "carelm: $(date +%T) $1: the ranks are asked to save and stop"
 }
-trap 'request_stop "the time limit or a preemption"' USR1
-trap 'request_stop SIGTERM' TERM
+trap 'ask_to_stop "time limit or preemption"' USR1
+trap 'ask_to_stop SIGTERM' TERM
 
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+call_roll "$@"
+status=0
+[[ -n $asked ]] || launch train/sft.py "$@" || status=$?
+[[ $status != 0 || -n $asked ]] || exit 0
+
+# Not finished. What the launched file ended with, 2: something is to be mended first, and the log says what; 75: saved.
+ended=$(cat "$CARELM_STATUS_FILE" 2>/dev/null || true)
+[[ $ended != 2 ]] || exit 2
+is_wanted || exit 1
+if [[ -z $asked && $ended == 75 ]]; then
+    exit 75 # max_hours, or the stop request of a person
+elif [[ -z $asked ]]; then
+    # Crashed: tried again, unless the last try has crashed as well and brought no new checkpoint.
+    newest=$(find "$output" -path '*/checkpoint-*/complete.json' 2>/dev/null | sort --version-sort | tail -n 1)
+    if [[ -f $NODE_LOG.crashed && $(<"$NODE_LOG.crashed") == "$newest" ]]; then
+        echo "carelm: crashed twice after ${newest:-no checkpoint at all}; it is not requeued again" >&2
+        exit 1
+    fi
+    echo "$newest" >"$NODE_LOG.crashed"
+fi
+requeue

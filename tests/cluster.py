@@ -12,6 +12,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "unshare", "nsenter")
 NETWORK = "10.78.0"  # exists inside the namespaces only
 CONF = """\
@@ -86,9 +88,13 @@ class Cluster:
         (folder / "slurm.conf").write_text(CONF.format(folder=folder, nodes=nodes))
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
-        for name in self.machines:
-            self.boot(name)
-        self.wait_for_nodes()
+        try:
+            for name in self.machines:
+                self.boot(name)
+            self.wait_for_nodes()
+        except BaseException:
+            self.down()
+            raise
 
     def boot(self, name: str) -> None:
         number = self.machines.index(name) + 1
@@ -101,8 +107,10 @@ class Cluster:
                                                  stdin=subprocess.DEVNULL, stdout=log, stderr=log)  # fmt: skip
         namespace = f"/proc/{self._first[name].pid}/ns/net"
         _until(lambda: os.readlink(namespace) != os.readlink("/proc/self/ns/net"), 5, f"{name} does not start")
-        if name != "head":
-            head = ["nsenter", "--net", "--target", str(self._first["head"].pid), "ip", "link"]
+        head = ["nsenter", "--net", "--target", str(self._first["head"].pid), "ip", "link"]
+        if name == "head":
+            _until(lambda: subprocess.run([*head, "show", "br0"], capture_output=True).returncode == 0, 5, "no network")
+        else:
             subprocess.run([*head, "delete", name], stderr=subprocess.DEVNULL)
             mac = f"02:00:00:00:00:{number:02x}"  # the same from boot to boot, as the others remember it
             cable = ["add", name, "type", "veth", "peer", "name", "eth0", "address", mac, "netns"]
@@ -144,6 +152,11 @@ class Cluster:
         done = subprocess.run(words, env={**self.environment, **extra}, capture_output=True, text=True, timeout=120)
         assert not check or done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
         return done
+
+    def processes(self, machine: str, word: str) -> list[int]:
+        """The processes of a machine whose command line holds a word; numbers as this machine has them."""
+        everything = psutil.Process(self._first[machine].pid).children(recursive=True)
+        return [p.pid for p in everything if p.is_running() and word in " ".join(p.cmdline())]
 
     def job(self, number: str) -> dict[str, str]:
         """What SLURM says of a job."""

@@ -1,0 +1,150 @@
+"""The roll call of a SLURM job: every rank reports in, before anything slow begins and in less than a minute.
+
+    srun --ntasks=RANKS --ntasks-per-node=N python -m carelm.rollcall --config RECIPE [--key value ...]
+
+One task per rank. A node that is missing, does not see the output's file system, or has another copy of the recipe, of this
+code or of a package is named; then one all-reduce of the ranks is timed. exit status: 0 all are there and alike, 2 otherwise.
+"""
+
+import datetime
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from carelm import ranks, runs
+from carelm.recipe import PROJECT, Recipe, UserError, fingerprint, load_recipe
+
+PATIENCE = 40  # seconds until a rank counts as missing
+MEBIBYTES = 64  # of the all-reduce
+
+
+def main() -> None:
+    rank, number, hosts = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]), os.environ["HOSTS"].split()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
+    recipe = load_recipe(sys.argv[1:], usage=__doc__)
+    began = time.monotonic()
+    store = open_store(rank)
+    shared = shared_folder(recipe)
+    sign = shared / f".carelm-{os.environ['SLURM_JOB_ID']}"
+    if rank == 0:
+        try:
+            sign.touch()
+        except OSError as error:
+            raise UserError(f"output_dir: {shared} cannot be written ({error.strerror})") from None
+        store.set("sign", "there")
+    try:
+        store.wait(["sign"], datetime.timedelta(seconds=PATIENCE))
+        store.set(f"rank-{rank}", json.dumps(report(recipe, sign)))
+        if rank == 0:
+            store.set("verdict", judge(store, number, hosts) or "alike")
+        store.wait(["verdict"], datetime.timedelta(seconds=2 * PATIENCE))
+        verdict = store.get("verdict").decode()
+        if verdict != "alike":
+            raise UserError(verdict)
+        seconds = time_all_reduce(store, rank, number)
+    finally:
+        if rank == 0:
+            sign.unlink(missing_ok=True)
+    rate = 2 * (number - 1) / number * MEBIBYTES / 1024 / seconds
+    ranks.say(f"{number} ranks on {len(hosts)} nodes ({', '.join(hosts)}) are there after {time.monotonic() - began:.1f} s; an "
+              f"all-reduce of {MEBIBYTES} MiB takes {1000 * seconds:.0f} ms ({rate:.2f} GiB/s on each link)")  # fmt: skip
+
+
+def open_store(rank: int):
+    """The place where the ranks meet, kept by rank 0."""
+    from torch.distributed import DistStoreError, TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["ROLL_CALL_PORT"])
+    try:
+        return TCPStore(host, port, is_master=rank == 0, wait_for_workers=False,
+                        timeout=datetime.timedelta(seconds=PATIENCE))  # fmt: skip
+    except (DistStoreError, RuntimeError) as error:
+        time.sleep(2 * (rank != 0))  # rank 0's own message first
+        problem = str(error).splitlines()[0]
+        print(f"error ({socket.gethostname()}): {host}:{port} cannot be reached ({problem}); is a firewall between the nodes?",
+              file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(2)
+
+
+def shared_folder(recipe: Recipe) -> Path:
+    """The output folder, or what is there of its parents."""
+    folder = recipe.output_dir.resolve()
+    return next(p for p in (folder, *folder.parents) if p.is_dir())
+
+
+def report(recipe: Recipe, sign: Path) -> dict[str, Any]:
+    """What has to be the same on every rank."""
+    code = [
+        file.read_bytes() for folder in ("carelm", "train", "eval") for file in sorted((PROJECT / folder).glob("*.py"))
+    ]
+    return {
+        "host": socket.gethostname(),
+        "sees_output": sign.exists(),
+        "recipe": fingerprint(recipe.keys()),
+        "code of CareLM": fingerprint(*code),
+        "python": platform.python_version(),
+        **runs.versions(),
+    }
+
+
+def judge(store, number: int, hosts: list[str]) -> str | None:
+    """What is wrong, in one line, or None; rank 0 alone."""
+    reports, missing, until = {}, [], time.monotonic() + PATIENCE
+    for rank in range(number):
+        left = max(0.1, until - time.monotonic())
+        try:
+            store.wait([f"rank-{rank}"], datetime.timedelta(seconds=left))
+            reports[rank] = json.loads(store.get(f"rank-{rank}"))
+        except RuntimeError:  # torch's DistStoreError: nothing came in time
+            missing.append(rank)
+    if missing:
+        names = ", ".join(sorted({hosts[rank * len(hosts) // number] for rank in missing}))
+        return (f"{len(missing)} of {number} ranks did not report within {PATIENCE} s, those of {names}; "
+                f"sbatch --exclude={names.replace(', ', ',')} leaves out what is broken")  # fmt: skip
+    first = reports[0]
+    for other in reports.values():
+        if not other["sees_output"]:
+            return (f"output_dir: {other['host']} does not see what {first['host']} writes there; set output_dir to a folder "
+                    "on a file system that all nodes share")  # fmt: skip
+        for what in first:
+            if what not in ("host", "sees_output") and other[what] != first[what]:
+                return f"{other['host']} has another {what} than {first['host']} ({other[what]}, {first[what]})"
+    return None
+
+
+def time_all_reduce(store, rank: int, number: int) -> float:
+    """Seconds of one all-reduce in fp32 between all ranks, the best of three."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["SLURM_LOCALID"]) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=rank,
+                                world_size=number, timeout=datetime.timedelta(seconds=PATIENCE))  # fmt: skip
+        numbers, times = torch.ones(MEBIBYTES * 2**20 // 4, device=device), []
+        for _ in range(3):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(numbers)
+            float(numbers[0])  # waits for the device
+            times.append(time.perf_counter() - began)
+        dist.barrier()
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        raise UserError(
+            f"the ranks cannot talk to each other ({str(error).splitlines()[0]}); where the nodes have several networks, set "
+            "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME in slurm/train.sh"
+        ) from None
+    return min(times)
+
+
+if __name__ == "__main__":
+    ranks.run_main(main)
