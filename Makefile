@@ -30,6 +30,7 @@ bench-gpu: $(READY)
 check: $(READY)
 	ruff check .
 	ruff format --check .
+	! command -v shellcheck >/dev/null || shellcheck -x slurm/*.sh
 
 style: $(READY)
 	ruff check --fix .

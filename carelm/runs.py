@@ -24,7 +24,12 @@ from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recip
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-MADE_BESIDE = {"eval", "merged"}  # what eval/run.py and train/merge.py write into the folder of a run
+MADE_BESIDE = {
+    "eval",
+    "merged",
+    "stop_request",
+}  # what eval/run.py, train/merge.py and slurm/train.sh write beside a run
+RESTARTED = "restarted_by_job"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
 
@@ -37,9 +42,9 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
     saved = recipe.output_dir / "recipe.yaml"
     if not saved.exists():
         _check_unclaimed(recipe.output_dir)
-    if not saved.exists() or recipe.restart:
+    if not saved.exists() or _restarts(recipe):
         return None
-    if {p.name for p in recipe.output_dir.iterdir()} <= {"recipe.yaml", "runs", *MADE_BESIDE}:
+    if {p.name for p in recipe.output_dir.iterdir()} <= {"recipe.yaml", "runs", RESTARTED, *MADE_BESIDE}:
         say(f"{recipe.output_dir} holds a run that ended before its first checkpoint; it begins anew")
         return None
     check_identity(recipe, saved)
@@ -49,6 +54,15 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         return None
     budget = {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")}
     return metrics if metrics.get("budget") == budget else None
+
+
+def _restarts(recipe: Recipe) -> bool:
+    """Whether to begin anew: a job that SLURM has requeued goes on with what its first start began."""
+    try:
+        begun_by = (recipe.output_dir / RESTARTED).read_text()
+    except OSError:
+        begun_by = None
+    return recipe.restart and (begun_by is None or begun_by != os.environ.get("SLURM_JOB_ID"))
 
 
 def _check_unclaimed(folder: Path) -> None:
@@ -109,10 +123,13 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
     folder, problem, newest = recipe.output_dir, None, None
     if rank() == 0:
         try:
-            if recipe.restart and folder.exists():
+            if _restarts(recipe) and folder.exists():
                 aside = free_name(folder)
                 folder.rename(aside)
                 say(f"--restart: the earlier run is kept as {aside}")
+                if "SLURM_JOB_ID" in os.environ:
+                    folder.mkdir()
+                    (folder / RESTARTED).write_text(os.environ["SLURM_JOB_ID"])
             newest = checkpoints.newest_whole(folder) if folder.exists() else None
             folder.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, folder / "recipe.yaml")

@@ -1,0 +1,128 @@
+"""Kills a random rank at a random moment, again and again, on a real SLURM cluster of two nodes: is the result the same?
+
+    python benchmarks/kills.py [--trials 20] [--seed 0]
+
+Each trial is one job of slurm/train.sh: two nodes under ZeRO-2, 12 steps with a save after each second. Once its training
+processes are there, a rank drawn by the seed is killed (SIGKILL) after a drawn time, in every second trial in the middle of a
+drawn save. The job requeues itself and ends; its adapter is compared bit by bit with that of a run that nobody disturbed.
+Before that, jobs are stopped by the signal of a time limit: seconds until saved, and from the restart to the next step.
+Needs root and SLURM's daemons. Results: benchmarks/results/kills.json, with what the log of each trial said.
+"""
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from launches import PROJECT, describe_machine, say, write_results
+
+sys.path.insert(0, str(PROJECT / "tests"))
+from cluster import Cluster, what_is_missing  # noqa: E402
+from test_slurm import Jobs  # noqa: E402
+from test_stops import same_bits  # noqa: E402
+
+STEPS = 12
+KEYS = ("--max_steps", STEPS, "--eval_steps", 4, "--save_steps", 2, "--save_total_limit", 2, "--num_sample_answers", 0,
+        "--max_samples", 50, "--max_eval_samples", 24, "--lora_dropout", 0.1)  # fmt: skip
+TOLD = re.compile(
+    r"^carelm: (?:going on from .*|.* is not whole .*|.*requeued.*|job \d+, start \d+.*)|^stopped: .*", re.M
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--stops", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if what_is_missing():
+        sys.exit(what_is_missing())
+    draw = random.Random(options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    cluster = Cluster(folder / "cluster")
+    try:
+        began = time.time()
+        undisturbed = Jobs(cluster, folder / "undisturbed")
+        finish(undisturbed, undisturbed.train(*KEYS))
+        result = {
+            "machine": describe_machine(),
+            "undisturbed_seconds": round(time.time() - began, 1),
+            "stops": [],
+            "kills": [],
+        }
+        for number in range(options.stops):
+            result["stops"].append(stop(Jobs(cluster, folder / f"stop-{number}"), undisturbed))
+            say(str(result["stops"][-1]))
+            write_results("kills", result)
+        for number in range(options.trials):
+            in_save = draw.randrange(2, STEPS + 1, 2) if number % 2 else None
+            trial = kill(Jobs(cluster, folder / f"kill-{number}"), undisturbed, f"node{draw.randint(1, 2)}",
+                         draw.uniform(0, 30), in_save)  # fmt: skip
+            result["kills"].append(trial)
+            say(f"{number + 1}: {trial}")
+            write_results("kills", result)
+    finally:
+        cluster.down()
+    shutil.rmtree(folder)
+    if not all(trial["same_bits"] for trial in result["kills"] + result["stops"]):
+        sys.exit("an adapter differs")
+
+
+def finish(jobs: Jobs, job: str) -> None:
+    state = jobs.wait(job)["JobState"]
+    if state != "COMPLETED":
+        sys.exit(f"job {job} ended {state}:\n{jobs.log(job)[-5000:]}")
+
+
+def stop(jobs: Jobs, undisturbed: Jobs) -> dict[str, object]:
+    """The price of a stop: the signal of a time limit after the third step."""
+    job = jobs.train(*KEYS)
+    jobs.wait_for(job, rf"\| 3/{STEPS}")
+    jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    jobs.wait_for(job, "start 2")
+    restarted = time.time()
+    step, seconds = re.search(r"stopped: after step (\d+), ([\d.]+) s after", jobs.log(job)).groups()
+    jobs.wait_for(job, rf"\| {int(step) + 1}/{STEPS}")
+    first_step = time.time()
+    finish(jobs, job)
+    return {
+        "seconds_from_signal_to_saved": float(seconds),
+        "seconds_from_restart_to_first_new_step": round(first_step - restarted, 1),
+        "same_bits": same_bits(jobs.folder / "run", undisturbed.folder / "run"),
+    }
+
+
+def kill(jobs: Jobs, undisturbed: Jobs, node: str, seconds: float, in_save: int | None) -> dict[str, object]:
+    job = jobs.train(*KEYS)
+    run = jobs.folder / "run"
+    while not (victims := jobs.cluster.processes(node, "-u train/sft.py")):
+        time.sleep(0.05)
+    if in_save is None:
+        time.sleep(seconds)
+    else:
+        partial, whole = run / f"checkpoint-{in_save}.partial", run / f"checkpoint-{in_save}"
+        while not partial.exists() and not whole.exists():
+            pass
+    try:
+        os.kill(victims[-1], signal.SIGKILL)
+    except ProcessLookupError:  # the run was over already: no trial
+        return kill(
+            Jobs(jobs.cluster, jobs.folder.with_name(jobs.folder.name + "x")), undisturbed, node, seconds / 2, in_save
+        )
+    finish(jobs, job)
+    return {
+        "node": node,
+        "at": f"{seconds:.1f} s after the start of the rank" if in_save is None else f"in the save of step {in_save}",
+        "same_bits": same_bits(run, undisturbed.folder / "run"),
+        "log": TOLD.findall(jobs.log(job).replace(str(jobs.folder), "OUTPUTS")),
+    }
+
+
+if __name__ == "__main__":
+    main()
