@@ -217,3 +217,17 @@ def test_the_roll_call_names_the_node_that_is_not_like_the_others(jobs, cluster,
         cluster.run(*repair, machine="node2")
         assert message in jobs.log(job), jobs.log(job)[-2000:]
         assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0" and time.time() - began < 75
+
+
+def test_a_job_that_crashes_twice_without_a_new_checkpoint_is_not_requeued_again(jobs, cluster):
+    job = jobs.train()
+    for start in (1, 2):
+        jobs.wait_for(job, f"start {start}")
+        until = time.time() + 120
+        while not (victims := cluster.processes("node2", "-u train/sft.py")):
+            assert time.time() < until, jobs.log(job)[-3000:]
+            time.sleep(0.1)
+        os.kill(victims[-1], signal.SIGKILL)
+    ended = jobs.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "1")
+    assert "crashed twice after no checkpoint at all" in jobs.log(job)
