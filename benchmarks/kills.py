@@ -108,7 +108,7 @@ def kill(jobs: Jobs, undisturbed: Jobs, node: str, seconds: float, in_save: int 
     else:
         partial, whole = run / f"checkpoint-{in_save}.partial", run / f"checkpoint-{in_save}"
         while not partial.exists() and not whole.exists():
-            pass
+            time.sleep(0.002)
     try:
         os.kill(victims[-1], signal.SIGKILL)
     except ProcessLookupError:  # the run was over already: no trial

@@ -26,20 +26,14 @@ MEBIBYTES = 64  # of the all-reduce
 def main() -> None:
     rank, number, hosts = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]), os.environ["HOSTS"].split()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": os.environ["SLURM_LOCALID"]}
-    recipe = load_recipe(sys.argv[1:], usage=__doc__)
-    began = time.monotonic()
+    began, sign = time.monotonic(), None
     store = open_store(rank)
-    shared = shared_folder(recipe)
-    sign = shared / f".carelm-{os.environ['SLURM_JOB_ID']}"
-    if rank == 0:
-        try:
-            sign.touch()
-        except OSError as error:
-            raise UserError(f"output_dir: {shared} cannot be written ({error.strerror})") from None
-        store.set("sign", "there")
     try:
+        if rank == 0:
+            sign = leave_sign(load_recipe(sys.argv[1:], usage=__doc__))
+            store.set("sign", str(sign))
         store.wait(["sign"], datetime.timedelta(seconds=PATIENCE))
-        store.set(f"rank-{rank}", json.dumps(report(recipe, sign)))
+        store.set(f"rank-{rank}", json.dumps(report(Path(store.get("sign").decode()))))
         if rank == 0:
             store.set("verdict", judge(store, number, hosts) or "alike")
         store.wait(["verdict"], datetime.timedelta(seconds=2 * PATIENCE))
@@ -48,7 +42,7 @@ def main() -> None:
             raise UserError(verdict)
         seconds = time_all_reduce(store, rank, number)
     finally:
-        if rank == 0:
+        if sign is not None:
             sign.unlink(missing_ok=True)
     rate = 2 * (number - 1) / number * MEBIBYTES / 1024 / seconds
     ranks.say(f"{number} ranks on {len(hosts)} nodes ({', '.join(hosts)}) are there after {time.monotonic() - began:.1f} s; an "
@@ -71,25 +65,28 @@ def open_store(rank: int):
         os._exit(2)
 
 
-def shared_folder(recipe: Recipe) -> Path:
-    """The output folder, or what is there of its parents."""
+def leave_sign(recipe: Recipe) -> Path:
+    """A file in the output folder, or in what is there of its parents, for the other nodes to see."""
     folder = recipe.output_dir.resolve()
-    return next(p for p in (folder, *folder.parents) if p.is_dir())
+    sign = next(p for p in (folder, *folder.parents) if p.is_dir()) / f".carelm-{os.environ['SLURM_JOB_ID']}"
+    try:
+        sign.touch()
+    except OSError as error:
+        raise UserError(f"output_dir: {sign.parent} cannot be written ({error.strerror})") from None
+    return sign
 
 
-def report(recipe: Recipe, sign: Path) -> dict[str, Any]:
-    """What has to be the same on every rank."""
+def report(sign: Path) -> dict[str, Any]:
+    """What has to be the same on every rank, and what is wrong on this one."""
     code = [
         file.read_bytes() for folder in ("carelm", "train", "eval") for file in sorted((PROJECT / folder).glob("*.py"))
     ]
-    return {
-        "host": socket.gethostname(),
-        "sees_output": sign.exists(),
-        "recipe": fingerprint(recipe.keys()),
-        "code of CareLM": fingerprint(*code),
-        "python": platform.python_version(),
-        **runs.versions(),
-    }
+    about = {"host": socket.gethostname(), "sees_output": sign.exists(), "problem": None}
+    try:
+        about["recipe"] = fingerprint(load_recipe(sys.argv[1:], usage=__doc__).keys())
+    except UserError as error:
+        about["problem"] = str(error)
+    return about | {"code of CareLM": fingerprint(*code), "python": platform.python_version(), **runs.versions()}
 
 
 def judge(store, number: int, hosts: list[str]) -> str | None:
@@ -111,8 +108,10 @@ def judge(store, number: int, hosts: list[str]) -> str | None:
         if not other["sees_output"]:
             return (f"output_dir: {other['host']} does not see what {first['host']} writes there; set output_dir to a folder "
                     "on a file system that all nodes share")  # fmt: skip
-        for what in first:
-            if what not in ("host", "sees_output") and other[what] != first[what]:
+        if other["problem"]:
+            return f"on {other['host']}: {other['problem']}"
+        for what in first.keys() - {"host", "sees_output", "problem"}:
+            if other[what] != first[what]:
                 return f"{other['host']} has another {what} than {first['host']} ({other[what]}, {first[what]})"
     return None
 

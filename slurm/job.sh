@@ -48,7 +48,7 @@ call_roll() {
 # One launcher per node. The first node writes to the job's log, each other one to a log of its own.
 launch() {
     # shellcheck disable=SC2016
-    run_step srun --kill-on-bad-exit --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c '
+    run_step srun --kill-on-bad-exit --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" bash -c '
         trap "" USR1 # the launcher would die of it
         ((SLURM_PROCID == 0)) || exec >>"$NODE_LOG-$SLURMD_NODENAME.log" 2>&1
         exec accelerate launch --config_file "$ACCELERATE_CONFIG_FILE" \

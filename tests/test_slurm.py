@@ -1,10 +1,12 @@
 """slurm/train.sh and slurm/eval.sh on a real SLURM cluster of two nodes (tests/cluster.py), on CPU ranks under DeepSpeed."""
 
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -144,6 +146,7 @@ def test_a_crash_in_mid_save_and_a_lost_node_go_on_from_the_whole_checkpoint(job
     until = time.time() + 180
     while not partial.exists() and not whole.exists():
         assert time.time() < until, jobs.log(job)[-3000:]
+        time.sleep(0.002)
     os.kill(cluster.processes("node1", "-u train/sft.py")[-1], signal.SIGKILL)
     jobs.wait_for(job, "start 2")
     assert "requeued, to go on where it was" in jobs.log(job)
@@ -151,6 +154,7 @@ def test_a_crash_in_mid_save_and_a_lost_node_go_on_from_the_whole_checkpoint(job
     jobs.wait_for(job, r"start 2[^$]*\| 12/20")
     cluster.crash("node2")
     cluster.boot("node2")
+    jobs.wait_for(job, "Node failure on node2")
     cluster.wait_for_nodes()
     jobs.wait_for(job, "start 3")
     assert jobs.wait(job)["JobState"] == "COMPLETED", jobs.log(job)[-3000:]
@@ -198,16 +202,21 @@ def test_misuse_ends_with_what_to_do(jobs, cluster):
 
 
 def test_the_roll_call_names_the_node_that_is_not_like_the_others(jobs, cluster, tmp_path):
-    recipe = tmp_path / "shop.yaml"
+    """Each fault is a real one, on node2 alone."""
+    recipe, other = tmp_path / "shop.yaml", tmp_path / "other.yaml"
     recipe.write_text((PROJECT / "recipes/demo.yaml").read_text())
-    other = tmp_path / "other.yaml"
     other.write_text(recipe.read_text().replace("seed: 42", "seed: 43"))
-    assert other.read_text() != recipe.read_text()
+    package = Path(importlib.metadata.distribution("peft")._path) / "METADATA"
+    older = tmp_path / "METADATA"
+    older.write_text(re.sub(r"^Version: .*", "Version: 0.1.2", package.read_text(), flags=re.M))
+    python, frozen = Path(sys.executable).resolve(), tmp_path / "frozen"
+    frozen.write_text("#!/bin/sh\nsleep 600\n")
+    frozen.chmod(0o755)
     faults = (
         (("mount", "--bind", other, recipe), ("umount", recipe), "node2 has another recipe than node1"),
+        (("mount", "--bind", older, package), ("umount", package), "node2 has another peft than node1 (0.1.2, "),
         (("mount", "-t", "tmpfs", "tmpfs", jobs.folder), ("umount", jobs.folder), "node2 does not see what node1 writes there"),
-        (("ip", "route", "add", "blackhole", "10.78.0.2"), ("ip", "route", "del", "blackhole", "10.78.0.2"),
-         "1 of 2 ranks did not report within 40 s, those of node2"),
+        (("mount", "--bind", frozen, python), ("umount", python), "1 of 2 ranks did not report within 40 s, those of node2"),
     )  # fmt: skip
     for fault, repair, message in faults:
         cluster.run(*fault, machine="node2")
