@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from carelm.chat import Chat, load_tokenizer
 from carelm.recipe import DEFAULTS, FREE_KEYS, Recipe, UserError, fingerprint, locate
@@ -144,7 +145,8 @@ def find_candidates(recipe: Recipe) -> list[Candidate]:
     return found
 
 
-def find(recipe: Recipe, name: str) -> Candidate:
+def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
+    """The model of this name; `is_own` says that the recipe is the one that made it, so that the base is the recipe's."""
     word, at, held = name.rpartition("@")
     if not at or (held not in HELD and Path(locate(name)).is_dir()):
         word, held = name, ""
@@ -152,9 +154,8 @@ def find(recipe: Recipe, name: str) -> Candidate:
         raise UserError(f"models: '{name}': after @ stands none of {', '.join(HELD)}")
     if word == "base":
         return _candidate(name, "base", recipe, recipe.base, recipe.model, held, None)
-    run = f"accelerate launch train/sft.py --config recipes/{recipe.name}.yaml"
     if word == "adapter":
-        folder, hint = recipe.output_dir, f"train first: {run}"
+        folder, hint, is_own = recipe.output_dir, "train first, with train/sft.py and the same keys", True
         if recipe.method == "full":
             raise UserError(
                 f"models: method: full makes no adapter; name its folder: --models base {recipe.output_dir}"
@@ -177,7 +178,7 @@ def find(recipe: Recipe, name: str) -> Candidate:
             raise UserError(f"models: {folder} holds an adapter without adapter_model.safetensors; {hint}")
         own = _keys_of(folder) or recipe.model
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base = locate(str(base))
+        base = recipe.base if is_own else locate(str(base))
         if base.startswith(("/", ".")) and not Path(base).is_dir():
             if not Path(recipe.base).is_dir():
                 raise UserError(f"models: the base of {folder} is missing ({base}); set model_name_or_path to it")
@@ -187,6 +188,13 @@ def find(recipe: Recipe, name: str) -> Candidate:
         raise UserError(f"models: {folder} holds no model and no adapter; {hint}")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"models: {folder} holds no .safetensors weights; pickled ones are not loaded")
+    if not (folder / "tokenizer.json").exists() and not any(folder.glob("*.model")):
+        raise UserError(f"models: {folder} holds no tokenizer (no tokenizer.json, no *.model); {hint}")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(file, "numpy")
+        except SafetensorError as error:
+            raise UserError(f"models: {file} is damaged ({error}); make the folder again: {hint}") from None
     return _candidate(label, "checkpoint", recipe, str(folder), {}, held, None)
 
 

@@ -288,7 +288,7 @@ def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool,
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"model_name_or_path: no tokenizer can be loaded from {name_or_path} ({reason})") from None
     if template_file is not None:
         try:

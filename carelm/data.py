@@ -238,7 +238,7 @@ def load_splits(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
     for split, rows in splits.items():
         if not rows:
             raise UserError(f"dataset_name: the {split} split of {recipe.dataset_name} has no rows")
-        _check_columns(recipe, rows, split)
+        _check_columns(recipe, rows, split, with_references=_holds_test(split, splits))
         for column, wanted in (recipe.row_filter or {}).items():
             wanted = [str(w) for w in (wanted if isinstance(wanted, list) else [wanted])]
             rows = [pair for pair in rows if str(pair[1].get(column)) in wanted]
@@ -248,7 +248,12 @@ def load_splits(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
     return splits
 
 
-def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str) -> None:
+def _holds_test(split: str, splits: dict[str, Any]) -> bool:
+    """Whether test rows are among a split's: where the data has no test split, they are cut from train."""
+    return split == ("test" if "test" in splits else "train")
+
+
+def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, with_references: bool) -> None:
     there = {column for _, row in rows for column in row}
     needed = {"messages_column": [recipe.messages_column] if recipe.messages_column else []}
     for key in ("prompt_template", "completion_template", "system_prompt"):
@@ -256,8 +261,10 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str) -> 
     for key in ("category_column", "id_column"):
         needed[key] = [getattr(recipe, key)] if getattr(recipe, key) else []
     needed["row_filter"] = list(recipe.row_filter or {})
-    if split == "test" and recipe.reference_columns:
-        needed |= {"completion_template": [], "reference_columns": recipe.reference_columns}
+    if with_references:
+        needed["reference_columns"] = recipe.reference_columns
+        if split == "test" and recipe.reference_columns:  # such rows may have no other answer
+            needed["completion_template"] = []
     for key, columns in needed.items():
         for column in columns:
             if column not in there:
@@ -272,22 +279,24 @@ class NoAnswer(Exception):
     """A row that holds nothing to learn; the text says why."""
 
 
-def to_example(recipe: Recipe, source: str, row: dict[str, Any], split: str = "train") -> Example:
+def to_example(
+    recipe: Recipe, source: str, row: dict[str, Any], split: str = "train", with_references: bool = False
+) -> Example:
     """One row as an example; rows of the test split may have several references instead of a completion.
 
     Raises:
         NoAnswer: for a row whose answer is empty, not text or not there.
         UserError: for a message of an unknown shape or role.
     """
-    references: list[str] = []
-    if split == "test" and recipe.reference_columns:
-        references = [text for c in recipe.reference_columns if isinstance(text := row.get(c), str) and text.strip()]
-        if not references:
-            raise NoAnswer("no reference")
+    columns = recipe.reference_columns if with_references else []
+    references = [text for c in columns if isinstance(text := row.get(c), str) and text.strip()]
+    instead = columns and split == "test"
+    if instead and not references:
+        raise NoAnswer("no reference")
     if recipe.messages_column:
         prompt, completion = _from_messages(recipe, source, row[recipe.messages_column])
     else:
-        answer = references[0] if references else _fill(recipe.completion_template, row, source, answer=True)
+        answer = references[0] if instead else _fill(recipe.completion_template, row, source, answer=True)
         if not answer.strip():
             raise NoAnswer("empty answer")
         prompt = [{"role": "user", "content": _fill(recipe.prompt_template, row, source)}]
@@ -401,8 +410,9 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
     """
     examples: dict[str, list[Example]] = {}
     reports: dict[str, SplitReport] = {}
-    for split, rows in load_splits(recipe).items():
-        examples[split], reports[split] = _clean(recipe, split, rows)
+    splits = load_splits(recipe)
+    for split, rows in splits.items():
+        examples[split], reports[split] = _clean(recipe, split, rows, with_references=_holds_test(split, splits))
     _cut_splits(recipe, examples, reports)
     _keep_apart(recipe, examples, reports)
     for split, limit in (
@@ -419,13 +429,15 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
     return examples, reports
 
 
-def _clean(recipe: Recipe, split: str, rows: list[tuple[str, dict]]) -> tuple[list[Example], SplitReport]:
+def _clean(
+    recipe: Recipe, split: str, rows: list[tuple[str, dict]], with_references: bool
+) -> tuple[list[Example], SplitReport]:
     report, kept, seen = SplitReport(rows=len(rows)), [], set()
     dropped: Counter = Counter()
     without_answer = 0
     for source, row in rows:
         try:
-            example = to_example(recipe, source, row, split)
+            example = to_example(recipe, source, row, split, with_references)
         except NoAnswer as reason:
             dropped[str(reason)] += 1
             without_answer += 1

@@ -344,7 +344,7 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
     Args:
         arguments: the command line without the script's name.
         usage: the text above the list of keys in `--help`.
-        only_own: `--help` lists CareLM's keys alone, for files that train nothing.
+        only_own: `--help` lists CareLM's keys and few others, for files that train nothing.
 
     Raises:
         UserError: for an unreadable file, and for a key that is unknown, abbreviated, doubled, refused or wrongly typed.
@@ -473,8 +473,9 @@ def _print_help(usage: str, only_own: bool) -> NoReturn:
         "model": parser.add_argument_group("keys of TRL's ModelConfig"),
         "training": parser.add_argument_group("keys of TRL's SFTConfig and transformers' TrainingArguments"),
     }
+    shared = ("output_dir", "model_name_or_path", "max_length", "seed")
     for key in known_keys().values():
-        if key.name in REFUSED or (only_own and key.owner != "own"):
+        if key.name in REFUSED or (only_own and key.owner != "own" and key.name not in shared):
             continue
         default = repr(DEFAULTS[key.name]) if key.name in DEFAULTS else key.default
         choices = f" One of: {', '.join(key.choices)}." if key.choices else ""
@@ -601,8 +602,10 @@ def _check(recipe: Recipe) -> None:
     for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
         if recipe.training.get(key, 1) is None or recipe.training.get(key, 1) < 1:
             raise UserError(f"{key}: {recipe.training[key]} is not at least 1")
-    if recipe.stall_timeout < 0 or (recipe.max_hours or 1) <= 0:
-        raise UserError("max_hours must be above 0, stall_timeout at least 0; leave them out for none")
+    if recipe.stall_timeout < 0:
+        raise UserError(f"stall_timeout: {recipe.stall_timeout} is below 0; 0 is for never")
+    if recipe.max_hours is not None and recipe.max_hours <= 0:
+        raise UserError(f"max_hours: {recipe.max_hours} is not above 0; leave it out for no limit")
     for key in ("max_samples", "max_eval_samples", "early_stopping_patience"):
         if getattr(recipe, key) is not None and getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1; leave it out for no limit")
@@ -623,8 +626,9 @@ def _check(recipe: Recipe) -> None:
             raise UserError(f"{key}: {given[key]} is below 0")
     if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:
         raise UserError(f"max_steps: {given['max_steps']} is not at least 1; leave it out to train num_train_epochs")
-    if recipe.num_shots < 0 or recipe.temperature < 0:
-        raise UserError("num_shots and temperature: neither can be below 0")
+    for key in ("num_shots", "temperature"):
+        if getattr(recipe, key) < 0:
+            raise UserError(f"{key}: {getattr(recipe, key)} is below 0")
     if recipe.primary_metric in ("accuracy", "macro_f1") and not recipe.labels:
         raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
     for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):

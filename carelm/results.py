@@ -62,7 +62,7 @@ def make_results(
         "models": models,
         "pairs": pairs,
         "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
-        "cautions": _cautions(recipe, measured, len(pairs)),
+        "cautions": _cautions(recipe, measured, len(pairs)) + _about_answers(recipe, questions, models),
         "examples": {name: _extremes(questions, turns[name][deciding]) for name in lines},
         "signatures": {
             "rouge": f"rouge_score {version('rouge-score')}, no stemmer, F-measure",
@@ -122,6 +122,39 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
                 f"{name} {value or 'whole'}{' bits' if key == 'bits' and value else ''}" for name, value in held.items()
             )
             cautions.append(f"The models are unlike: {what} {each}.")
+    return cautions
+
+
+def _about_answers(recipe: Recipe, questions: list[Question], models: dict[str, Any]) -> list[str]:
+    """What a score alone does not say: letters that ROUGE does not see, answers cut off, labels that never change."""
+    cautions = []
+    letters = [c for q in questions for text in q.references for c in text if c.isalpha()]
+    unseen = sum(not c.isascii() for c in letters) / max(1, len(letters))
+    if unseen > 0.01 and recipe.primary_metric.startswith("rouge"):
+        cautions.append(
+            f"ROUGE as rouge_score defines it sees a-z and 0-9 only, and {unseen:.0%} of the references' letters are others: "
+            "set primary_metric: chrf."
+        )
+    for name, model in models.items():
+        if model["cut_predictions"] > len(questions) / 2:
+            cautions.append(
+                f"{name}: {model['cut_predictions']} of {len(questions)} answers were cut at max_new_tokens "
+                f"{recipe.max_new_tokens}; set it higher."
+            )
+        if recipe.labels:
+            table = model["confusion"].values()
+            answered = {label: sum(row[label] for row in table) for label in next(iter(table))}
+            given = [label for label, count in answered.items() if count and label != scores.UNPARSABLE]
+            if answered[scores.UNPARSABLE]:
+                cautions.append(f"{name}: {answered[scores.UNPARSABLE]} of {len(questions)} answers hold no label.")
+            if len(given) == 1:
+                cautions.append(
+                    f"{name}: every label that it gives is {given[0]}; it does not tell the questions apart."
+                )
+    if recipe.labels:
+        commonest, count = max(((label, sum(row.values())) for label, row in next(iter(models.values()))["confusion"].items()),
+                               key=lambda pair: pair[1])  # fmt: skip
+        cautions.append(f"Always answering {commonest} would have an accuracy of {count / len(questions):.3f}.")
     return cautions
 
 

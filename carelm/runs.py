@@ -14,9 +14,11 @@ import importlib.metadata
 import itertools
 import json
 import os
+import socket
 import subprocess
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from carelm.ranks import Launch, rank, say, share
 from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recipe, write_whole
@@ -24,12 +26,10 @@ from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recip
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-MADE_BESIDE = {
-    "eval",
-    "merged",
-    "stop_request",
-}  # what eval/run.py, train/merge.py and slurm/train.sh write beside a run
-RESTARTED = "restarted_by_job"
+LOCK = ".lock"  # held by the first rank of the run that writes there
+RESTARTED = ".restarted_by_job"
+MADE_BESIDE = {"eval", "merged", "stop_request", LOCK}  # by eval/run.py, train/merge.py, slurm/train.sh, and below
+LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
 
@@ -68,6 +68,9 @@ def _restarts(recipe: Recipe) -> bool:
 def _check_unclaimed(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"output_dir: {folder} is a file; set another output_dir")
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output_dir: {there} cannot be written; set another output_dir")
     others = sorted({p.name for p in folder.iterdir()} - MADE_BESIDE) if folder.is_dir() else []
     if others:
         there = ", ".join(others[:3])
@@ -116,13 +119,15 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
     """Makes the folder ready (rank 0) and returns the checkpoint to go on from, the same one on every rank.
 
     Raises:
-        UserError: where there are checkpoints and none is whole, or the folder cannot be written.
+        UserError: where another run writes there, there are checkpoints and none is whole, or the folder cannot be written.
     """
     from carelm import checkpoints
 
     folder, problem, newest = recipe.output_dir, None, None
     if rank() == 0:
         try:
+            if folder.exists():
+                _lock(folder)
             if _restarts(recipe) and folder.exists():
                 aside = free_name(folder)
                 folder.rename(aside)
@@ -132,6 +137,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
                     (folder / RESTARTED).write_text(os.environ["SLURM_JOB_ID"])
             newest = checkpoints.newest_whole(folder) if folder.exists() else None
             folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder)
             save_recipe(recipe, folder / "recipe.yaml")
             if newest is not None:
                 say(f"going on from {newest}")
@@ -143,6 +149,38 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
     if problem is not None:
         raise UserError(problem)
     return newest
+
+
+_locks: list[IO[str]] = []
+
+
+def _lock(folder: Path) -> None:
+    """Keeps other runs out of the folder until this process ends; raises UserError where one is in it."""
+    import fcntl
+
+    path = folder / LOCK
+    if path.exists() and any(os.path.samestat(os.fstat(held.fileno()), path.stat()) for held in _locks):
+        return  # opening it again, and closing it, would give the lock back
+    file = open(path, "a+")  # noqa: SIM115 - stays open as long as this process
+    until = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):  # POSIX allows both for a lock that is held
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > until:
+                raise UserError(
+                    f"output_dir: {folder} is in use by {holder}; wait for it, or set another output_dir"
+                ) from None
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            break
+    _locks.append(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class StopRequests:
         if not ranks.any_rank(seen, device):
             return None
         reasons = ranks.gather(self.file.read_text().strip() if seen else None)
-        return next(filter(None, reasons), "no reason given")
+        return next(filter(None, reasons), f"the file {FILE}")
 
     def answered(self) -> float:
         """Takes the request away, once the run is saved; returns the seconds since it was made. Later signals are ignored."""

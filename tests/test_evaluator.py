@@ -1,6 +1,7 @@
 """The evaluator: the same answers whatever the batch and the ranks, nothing answered twice, figures where they belong."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import PROJECT, launch
+from safetensors.torch import load_file, save_file
 
 from carelm import candidates, data, generation, models, runs, testset
 from carelm.generation import Decoding
@@ -189,6 +191,19 @@ def test_shots_stand_in_front_come_from_train_and_are_the_same_for_all():
     assert about["num_shots"] == 2 and questions[0].messages[0]["role"] == "system"
     assert all(s[:2] == shots[0][:2] for s in shots) and shots[0][0]["content"] in train
     assert [m["role"] for m in shots[0][:2]] == ["user", "assistant"]
+
+
+def test_references_of_a_test_split_that_is_cut_from_train(tmp_path):
+    rows = [{"q": f"Question {i}?", "a": f"Answer {i}.", "other": f"Another {i}."} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    keys = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--prompt_template", "{q}", "--completion_template", "{a}"]
+    (tmp_path / "r.yaml").write_text("model_name_or_path: demo/base\n")
+    keys = ["--config", str(tmp_path / "r.yaml"), *keys, "--reference_columns"]
+    recipe = load_recipe([*keys, "a", "other"], usage="")
+    questions, _ = testset.make_questions(recipe, data.make_chat(recipe))
+    assert all(q.references[1].startswith("Another") and len(q.references) == 2 for q in questions)
+    with pytest.raises(UserError, match="reference_columns: .* has no column 'othr'"):
+        data.make_examples(load_recipe([*keys, "othr"], usage=""))
 
 
 def test_several_references_come_from_their_columns(tmp_path):
@@ -379,6 +394,9 @@ def test_a_recipe_with_labels_has_its_confusion_table_in_the_report(tmp_path, mo
     assert base["macro_f1"] == base["accuracy"] == {"value": 0, "low": 0, "high": 0}
     assert all(base["confusion"][kind]["unparsable"] == 1 for kind in kinds)
     assert "Labels, base" in (tmp_path / "run/eval/report.html").read_text()
+    cautions = json.loads((tmp_path / "run/eval/results.json").read_text())["cautions"]
+    assert "base: 12 of 12 answers hold no label." in cautions
+    assert "Always answering kind0 would have an accuracy of 0.083." in cautions
     assert "| kind11 |" in (tmp_path / "run/eval/report.md").read_text()
 
 
@@ -421,6 +439,32 @@ def test_an_adapter_whose_base_is_gone_is_refused(tmp_path):
     recipe.model["model_name_or_path"] = "/gone/base"
     with pytest.raises(UserError, match="base of .* is missing"):
         candidates.find(recipe, "adapter")
+
+
+def test_another_base_than_the_adapters_own_is_refused(tmp_path, base):
+    make_adapter(tmp_path / "run")
+    weights = load_file(base / "model.safetensors")
+    shutil.copytree(base, tmp_path / "base")
+    save_file({k: v * 1.5 for k, v in weights.items()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    metrics = {"base_fingerprint": models.base_fingerprint(str(base))}
+    (tmp_path / "run/train_metrics.json").write_text(json.dumps(metrics))
+    recipe = load_recipe(
+        ["--output_dir", str(tmp_path / "run"), "--model_name_or_path", str(tmp_path / "base")], usage=""
+    )
+    with pytest.raises(UserError, match="was trained on another base than .*/base now holds"):
+        candidates.find(recipe, "adapter").check_base()
+
+
+def test_a_damaged_checkpoint_and_one_without_tokenizer_are_refused(tmp_path, base):
+    recipe = load_recipe([], usage="")
+    shutil.copytree(base, tmp_path / "model")
+    (tmp_path / "model/tokenizer.json").unlink()
+    with pytest.raises(UserError, match="models: .*/model holds no tokenizer"):
+        candidates.find(recipe, str(tmp_path / "model"))
+    shutil.copy(base / "tokenizer.json", tmp_path / "model")
+    os.truncate(tmp_path / "model/model.safetensors", 100_000)
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        candidates.find(recipe, str(tmp_path / "model"))
 
 
 def test_pickled_weights_are_refused(tmp_path, base):

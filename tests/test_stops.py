@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import psutil
-from launching import PROJECT, command, environment, eval_losses, launch, losses
+from launching import PROJECT, command, environment, eval_losses, launch, losses, script
 from safetensors.torch import load_file
 
 ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
@@ -100,6 +100,8 @@ def test_one_process_stops_with_its_launcher_in_time_and_before_it_has_begun(tmp
 
     run = Run(folder, *keys)
     run.wait_for(rf"\| {first + 1}/2000")
+    second = script("--output_dir", folder, *keys)  # a second run in the same folder
+    assert second.returncode == 2 and re.search(r"error: output_dir: .* is in use by process \d+ on ", second.stderr)
     ranks = run.ranks
     run.process.terminate()  # ends this launcher at once
     log = run.ends(ranks)

@@ -52,8 +52,8 @@ def main() -> None:
         if saved is None:
             raise UserError(f"--adapter: {options.adapter} has no recipe.yaml; name its recipe with --config")
         keys = ["--config", str(saved), *keys]
-    if options.num_prompts < 0:
-        raise UserError(f"--num_prompts: {options.num_prompts} is below 0")
+    if options.num_prompts < 0 or (options.tolerance or 0) < 0:
+        raise UserError("--num_prompts and --tolerance: neither can be below 0")
     recipe = load_recipe(keys, usage=__doc__)
     if recipe.is_local:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -63,7 +63,7 @@ def main() -> None:
     from carelm import candidates, merge, quiet, testset
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
-    adapter = candidates.find(recipe, str(options.adapter))
+    adapter = candidates.find(recipe, str(options.adapter), is_own=True)
     adapter.check_base()
     trained_in = candidates.read_json(options.adapter / "train_metrics.json").get("precision")
     precision = trained_in or adapter.precision().name
@@ -108,8 +108,12 @@ def main() -> None:
             ranks.say(f"mean KL {certificate.mean_kl:.3g} nats (tolerance {tolerance:g}), top-1 agreement "
                       f"{certificate.top1_agreement:.4f}, same answer {certificate.same_text_share:.4f}")  # fmt: skip
             if not certificate.mean_kl <= tolerance:
-                ranks.say(f"error: the merge is beyond its tolerance; {options.output_dir} is not made. --onto quantized or "
-                          "--dtype fp32 is nearer, --tolerance accepts more")  # fmt: skip
+                nearer = ["--onto quantized"] * (onto == "base" and bool(held.bits)) + ["--dtype fp32"] * (
+                    dtype != "fp32"
+                )
+                advice = f"{' and '.join(nearer)} would be nearer; " if nearer else ""
+                print(f"error: the merge is beyond its tolerance; {options.output_dir} is not made. {advice}--tolerance "
+                      "accepts more", file=sys.stderr)  # fmt: skip
                 sys.exit(1)
         else:
             ranks.say("no certificate was asked for: how far the merge is from its adapter is not known")

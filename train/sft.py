@@ -41,6 +41,10 @@ def main() -> None:
         return print(data.preview(recipe, chat, recipe.preview)) if ranks.rank() == 0 else None
     prepared = data.prepare(recipe, chat)
     ranks.say("data\n" + data.format_report(prepared.report))
+    if prepared.validation is not None and len(prepared.validation) < 20:
+        ranks.say(
+            f"the eval loss is that of {len(prepared.validation)} examples only; validation_fraction holds out more"
+        )
 
     import torch
 
