@@ -57,7 +57,7 @@ if [[ -z $asked && $ended == 75 ]]; then
     exit 75 # max_hours, or the stop request of a person
 elif [[ -z $asked ]]; then
     # Crashed: tried again, unless the last try has crashed as well and brought no new checkpoint.
-    newest=$(find "$output" -path '*/checkpoint-*/complete.json' 2>/dev/null | sort --version-sort | tail -n 1)
+    newest=$(find "$output" -path '*/checkpoint-*/complete.json' 2>/dev/null | sort --version-sort | tail -n 1 || true)
     if [[ -f $NODE_LOG.crashed && $(<"$NODE_LOG.crashed") == "$newest" ]]; then
         echo "carelm: crashed twice after ${newest:-no checkpoint at all}; it is not requeued again" >&2
         exit 1
