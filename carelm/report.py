@@ -19,6 +19,15 @@ from matplotlib.figure import Figure  # noqa: E402
 
 UNFIT = ("old turns dropped", "prompt cut")
 FEWEST_OF_A_CATEGORY = 5
+WORDS = {
+    "ROUGE-1, -2, -L, -Lsum": "words, pairs of words and longest run of words in order that answer and reference share, 0 to 1",
+    "BLEU, chrF": "runs of words, and of letters, that they share, 0 to 100; chrF reads every script",
+    "exact match, accuracy": "share of answers that are the reference, or hold the right label",
+    "macro F1": "right and complete for each label, in the mean over the labels: a rare one counts as much",
+    "95 % interval": "the middle 95 % of the figures over resampled test sets",
+    "p, Holm-adjusted": "how often chance makes such a difference, raised for the number of pairs; below 0.05 it counts as real",
+    "p50 / p95 / p99": "half, 95 % and 99 % of the timed prompts were at most that slow",
+}
 COLOURS = ("#8b95a5", "#0b7a75", "#d1603d", "#5b5ea6", "#b08900", "#3c7dd9")  # the first is for the base
 STYLE = {"font.family": "sans-serif", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
          "axes.edgecolor": "#8b95a5", "axes.labelcolor": "#3d4654", "xtick.color": "#3d4654", "ytick.color": "#3d4654",
@@ -156,7 +165,7 @@ class _Shown:
     def __init__(self, recipe: Recipe, results: dict[str, Any], questions: list[Question], lines: dict[str, list]):
         self.title, self.models, self.metric = recipe.name, results["models"], results["primary_metric"]
         self.results, self.lines = results, lines
-        self.names = NAMES
+        self.names, self.words = NAMES, WORDS
         self.questions = {q.id: i for i, q in enumerate(questions)}
         self._questions = questions
         first = next(iter(self.models.values()))
@@ -185,6 +194,7 @@ class _Shown:
         return [
             ("what it is", [m["kind"] for m in models]),
             ("computed in", [held(m) for m in models]),
+            ("prompts timed one at a time", [str(m["latency"]["prompts"]) for m in models]),
             ("time to first token, ms (p50 / p95 / p99)", times("ttft_ms")),
             ("time per further token, ms", times("tpot_ms")),
             ("whole answer, ms", times("e2e_ms")),
@@ -333,6 +343,7 @@ def _markdown(shown: _Shown, results: dict[str, Any], plots: list[str]) -> str:
                      *example["answers"].items()]  # fmt: skip
             body = "\n".join(f"{label}: {text}" for label, text in texts)
             parts.append(f"{_cell(example['id'])}, {_cell(example['category'])}\n\n{_pre(body)}")
+    parts.append("## The words\n\n" + table(["", ""], [[_cell(word), _cell(text)] for word, text in WORDS.items()]))
     under = json.dumps(shown.conditions(), indent=1)
     parts.append(f"## Conditions\n\n{_pre(under)}")
     return "\n\n".join(parts) + "\n"
