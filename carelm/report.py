@@ -25,7 +25,7 @@ WORDS = {
     "exact match, accuracy": "share of answers that are the reference, or hold the right label",
     "macro F1": "right and complete for each label, in the mean over the labels: a rare one counts as much",
     "95 % interval": "the middle 95 % of the figures over resampled test sets",
-    "p, Holm-adjusted": "how often chance makes such a difference, raised for the number of pairs; below 0.05 it counts as real",
+    "p, Holm-adjusted": "how often chance makes such a difference, raised for the number of pairs; real below 0.05",
     "p50 / p95 / p99": "half, 95 % and 99 % of the timed prompts were at most that slow",
 }
 COLOURS = ("#8b95a5", "#0b7a75", "#d1603d", "#5b5ea6", "#b08900", "#3c7dd9")  # the first is for the base
