@@ -101,13 +101,16 @@ def stop(jobs: Jobs, undisturbed: Jobs) -> dict[str, object]:
 def kill(jobs: Jobs, undisturbed: Jobs, node: str, seconds: float, in_save: int | None) -> dict[str, object]:
     job = jobs.train(*KEYS)
     run = jobs.folder / "run"
+    until = time.time() + 180
     while not (victims := jobs.cluster.processes(node, "-u train/sft.py")):
-        time.sleep(0.05)
+        if time.time() > until:
+            sys.exit(f"job {job} starts no rank:\n{jobs.log(job)[-5000:]}")
+        time.sleep(0.1)
     if in_save is None:
         time.sleep(seconds)
     else:
         partial, whole = run / f"checkpoint-{in_save}.partial", run / f"checkpoint-{in_save}"
-        while not partial.exists() and not whole.exists():
+        while not partial.exists() and not whole.exists() and time.time() < until:
             time.sleep(0.002)
     try:
         os.kill(victims[-1], signal.SIGKILL)

@@ -1,7 +1,8 @@
 """What the batch scripts in slurm/ ask before they start a rank. Imports no torch, but to prefetch.
 
-python -m carelm.job check RANKS --config RECIPE [--key value ...]     prints the output folder, or says what is wrong
-python -m carelm.job prefetch --config RECIPE [--key value ...]        downloads base and data for nodes without internet
+python -m carelm.job check RANKS --config RECIPE [--key value ...]    the output folder, or what is wrong; RANKS of a
+                                                                      training, 0 for an evaluation
+python -m carelm.job prefetch --config RECIPE [--key value ...]       downloads base and data for nodes without internet
 """
 
 import sys
@@ -16,7 +17,8 @@ def main() -> None:
         prefetch(load_recipe(words, usage=__doc__))
     else:
         recipe = load_recipe(words[1:], usage=__doc__)
-        micro_batch_size(recipe, int(words[0]))
+        if int(words[0]):
+            micro_batch_size(recipe, int(words[0]))
         print(recipe.output_dir.resolve())
 
 

@@ -58,7 +58,8 @@ def run_main(main: Callable[[], None]) -> None:
     if rank() == 0:
         print(f"{error.label}: {error}", file=sys.stderr, flush=True)
         if "CARELM_STATUS_FILE" in os.environ:  # the launcher turns every status into 1
-            Path(os.environ["CARELM_STATUS_FILE"]).write_text(f"{error.exit_status}\n")
+            reason = getattr(error, "reason", "")
+            Path(os.environ["CARELM_STATUS_FILE"]).write_text(f"{error.exit_status} {reason}\n")
     elif error.label == "error":
         # A launcher kills the other ranks once one has ended: rank 0 must come first, with the message.
         time.sleep(10)

@@ -7,11 +7,13 @@ code or of a package is named; then one all-reduce of the ranks is timed. exit s
 """
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 from carelm import ranks, runs
 from carelm.recipe import PROJECT, Recipe, UserError, fingerprint, load_recipe
 
-PATIENCE = 40  # seconds until a rank counts as missing
+PATIENCE = int(os.environ.get("ROLL_CALL_PATIENCE", 40))  # seconds until a rank counts as missing
 MEBIBYTES = 64  # of the all-reduce
 
 
@@ -45,8 +47,11 @@ def main() -> None:
         if sign is not None:
             sign.unlink(missing_ok=True)
     rate = 2 * (number - 1) / number * MEBIBYTES / 1024 / seconds
-    ranks.say(f"{number} ranks on {len(hosts)} nodes ({', '.join(hosts)}) are there after {time.monotonic() - began:.1f} s; an "
-              f"all-reduce of {MEBIBYTES} MiB takes {1000 * seconds:.0f} ms ({rate:.2f} GiB/s on each link)")  # fmt: skip
+    speed = f"; an all-reduce of {MEBIBYTES} MiB takes {1000 * seconds:.0f} ms ({rate:.2f} GiB/s on each link)"
+    there = (
+        f"{number} ranks on {len(hosts)} nodes ({', '.join(hosts)}) are there after {time.monotonic() - began:.1f} s"
+    )
+    ranks.say(there + (speed if number > 1 else ""))
 
 
 def open_store(rank: int):
@@ -59,9 +64,13 @@ def open_store(rank: int):
                         timeout=datetime.timedelta(seconds=PATIENCE))  # fmt: skip
     except (DistStoreError, RuntimeError) as error:
         time.sleep(2 * (rank != 0))  # rank 0's own message first
+        hint = (
+            "is the port taken?"
+            if rank == 0
+            else f"is {host} slow to start (ROLL_CALL_PATIENCE), or a firewall between?"
+        )
         problem = str(error).splitlines()[0]
-        print(f"error ({socket.gethostname()}): {host}:{port} cannot be reached ({problem}); is a firewall between the nodes?",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(f"error ({socket.gethostname()}): {host}:{port} ({problem}); {hint}", file=sys.stderr, flush=True)
         os._exit(2)
 
 
@@ -78,15 +87,26 @@ def leave_sign(recipe: Recipe) -> Path:
 
 def report(sign: Path) -> dict[str, Any]:
     """What has to be the same on every rank, and what is wrong on this one."""
-    code = [
-        file.read_bytes() for folder in ("carelm", "train", "eval") for file in sorted((PROJECT / folder).glob("*.py"))
-    ]
-    about = {"host": socket.gethostname(), "sees_output": sign.exists(), "problem": None}
+    import torch
+
+    folders = ("carelm", "train", "eval", "accelerate_configs", "ds_configs")
+    code = [file.read_bytes() for folder in folders for file in sorted((PROJECT / folder).glob("*.[pyj]*"))]
+    gpus, given = torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE", 0))
+    names = sorted({torch.cuda.get_device_name(i) for i in range(gpus)})
+    about = {
+        "host": socket.gethostname(),
+        "problem": f"SLURM gave {given} GPUs and torch sees {gpus}; look at nvidia-smi there" if gpus < given else None,
+        "sees_output": sign.exists(),
+        "code of CareLM": fingerprint(*code),
+        "set of GPUs": f"{gpus} {', '.join(names)}".strip(),
+        "python": platform.python_version(),
+    }
     try:
         about["recipe"] = fingerprint(load_recipe(sys.argv[1:], usage=__doc__).keys())
-    except UserError as error:
+        about |= runs.versions()
+    except (UserError, importlib.metadata.PackageNotFoundError) as error:
         about["problem"] = str(error)
-    return about | {"code of CareLM": fingerprint(*code), "python": platform.python_version(), **runs.versions()}
+    return about
 
 
 def judge(store, number: int, hosts: list[str]) -> str | None:
@@ -111,8 +131,8 @@ def judge(store, number: int, hosts: list[str]) -> str | None:
         if other["problem"]:
             return f"on {other['host']}: {other['problem']}"
         for what in first.keys() - {"host", "sees_output", "problem"}:
-            if other[what] != first[what]:
-                return f"{other['host']} has another {what} than {first['host']} ({other[what]}, {first[what]})"
+            if other.get(what) != first[what]:
+                return f"{other['host']} has another {what} than {first['host']} ({other.get(what)}, {first[what]})"
     return None
 
 
@@ -125,6 +145,11 @@ def time_all_reduce(store, rank: int, number: int) -> float:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["SLURM_LOCALID"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    advice = "where the nodes have several networks, set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME in slurm/job.sh"
+    watch = threading.Timer(
+        PATIENCE, _give_up, [f"the ranks cannot talk to each other; {advice}"]
+    )  # NCCL may wait for ever
+    watch.start()
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=rank,
                                 world_size=number, timeout=datetime.timedelta(seconds=PATIENCE))  # fmt: skip
@@ -138,11 +163,16 @@ def time_all_reduce(store, rank: int, number: int) -> float:
         dist.barrier()
         dist.destroy_process_group()
     except RuntimeError as error:
-        raise UserError(
-            f"the ranks cannot talk to each other ({str(error).splitlines()[0]}); where the nodes have several networks, set "
-            "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME in slurm/train.sh"
-        ) from None
+        raise UserError(f"the ranks cannot talk to each other ({str(error).splitlines()[0]}); {advice}") from None
+    finally:
+        watch.cancel()
     return min(times)
+
+
+def _give_up(message: str) -> None:
+    if ranks.rank() == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"  # held by the first rank of the run that writes there
 RESTARTED = ".restarted_by_job"
-MADE_BESIDE = {"eval", "merged", "stop_request", LOCK}  # by eval/run.py, train/merge.py, slurm/train.sh, and below
+MADE_BESIDE = {"eval", "merged"}  # by eval/run.py and train/merge.py
 LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
@@ -44,7 +44,7 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         _check_unclaimed(recipe.output_dir)
     if not saved.exists() or _restarts(recipe):
         return None
-    if {p.name for p in recipe.output_dir.iterdir()} <= {"recipe.yaml", "runs", RESTARTED, *MADE_BESIDE}:
+    if _names(recipe.output_dir) <= {"recipe.yaml", "runs", *MADE_BESIDE}:
         say(f"{recipe.output_dir} holds a run that ended before its first checkpoint; it begins anew")
         return None
     check_identity(recipe, saved)
@@ -57,12 +57,18 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _restarts(recipe: Recipe) -> bool:
-    """Whether to begin anew: a job that SLURM has requeued goes on with what its first start began."""
+    """Whether to begin anew: a job that SLURM starts again goes on with what its first start began."""
+    if not recipe.restart or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return recipe.restart
     try:
-        begun_by = (recipe.output_dir / RESTARTED).read_text()
+        return (recipe.output_dir / RESTARTED).read_text() != os.environ["SLURM_JOB_ID"]
     except OSError:
-        begun_by = None
-    return recipe.restart and (begun_by is None or begun_by != os.environ.get("SLURM_JOB_ID"))
+        return True
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies there, without requests, locks and marks."""
+    return {p.name for p in folder.iterdir() if not p.name.startswith((".", "stop_request"))}
 
 
 def _check_unclaimed(folder: Path) -> None:
@@ -71,7 +77,7 @@ def _check_unclaimed(folder: Path) -> None:
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not os.access(there, os.W_OK):
         raise UserError(f"output_dir: {there} cannot be written; set another output_dir")
-    others = sorted({p.name for p in folder.iterdir()} - MADE_BESIDE) if folder.is_dir() else []
+    others = sorted(_names(folder) - MADE_BESIDE) if folder.is_dir() else []
     if others:
         there = ", ".join(others[:3])
         raise UserError(f"output_dir: {folder} holds no run of CareLM, but files ({there}); set another output_dir")
@@ -132,12 +138,11 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
                 aside = free_name(folder)
                 folder.rename(aside)
                 say(f"--restart: the earlier run is kept as {aside}")
-                if "SLURM_JOB_ID" in os.environ:
-                    folder.mkdir()
-                    (folder / RESTARTED).write_text(os.environ["SLURM_JOB_ID"])
             newest = checkpoints.newest_whole(folder) if folder.exists() else None
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder)
+            if recipe.restart and "SLURM_JOB_ID" in os.environ:
+                (folder / RESTARTED).write_text(os.environ["SLURM_JOB_ID"])
             save_recipe(recipe, folder / "recipe.yaml")
             if newest is not None:
                 say(f"going on from {newest}")
@@ -170,16 +175,20 @@ def _lock(folder: Path) -> None:
         except (BlockingIOError, PermissionError):  # POSIX allows both for a lock that is held
             file.seek(0)
             holder = file.read().strip() or "another process"
+            if "SLURM_JOB_ID" in os.environ and f"job {os.environ['SLURM_JOB_ID']}," in holder:
+                break  # an earlier start of this job, on a node that is lost
             if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > until:
                 raise UserError(
-                    f"output_dir: {folder} is in use by {holder}; wait for it, or set another output_dir"
+                    f"output_dir: {folder} is in use by {holder}; wait for it, or set another output_dir (if that machine "
+                    f"is gone, remove {path})"
                 ) from None
             time.sleep(1)
         except OSError:  # a file system without locks
             break
     _locks.append(file)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    job = f"job {os.environ['SLURM_JOB_ID']}, " if "SLURM_JOB_ID" in os.environ else ""
+    file.write(f"{job}process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
 
 

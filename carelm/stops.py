@@ -8,6 +8,7 @@ The looks also feed the watch on hangs: `stall_timeout` seconds without one, and
 the log and ends.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -28,6 +29,10 @@ class StopRequested(UserError):
     exit_status = os.EX_TEMPFAIL  # 75: the same command goes on
     label = "stopped"
 
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
 
 class StopRequests:
     """Watches for stop requests and hangs from here on; every rank makes one, once the output folder is there."""
@@ -39,8 +44,9 @@ class StopRequests:
         self._launcher = launcher.pid if launcher is not None else None
         began = (launcher or psutil.Process()).create_time()
         self._ends = began + 3600 * recipe.max_hours if recipe.max_hours else float("inf")
-        self._last_look, self._longest = time.time(), 0.0
-        if ranks.rank() == 0 and self.file.exists() and self.file.stat().st_mtime < began:
+        self._last_look, self._longest = None, 0.0
+        in_job = "CARELM_STATUS_FILE" in os.environ  # whose script has removed what was left, before its own requests
+        if ranks.rank() == 0 and not in_job and self.file.exists() and self.file.stat().st_mtime < began:
             ranks.say(f"{self.file} is from before this launch; it is removed")
             self.file.unlink(missing_ok=True)
         for number in SIGNALS:
@@ -57,7 +63,8 @@ class StopRequests:
     def look(self, device) -> str | None:
         """The reason of a request, the same on every rank, or None; every rank calls it at the same place."""
         now = time.time()
-        self._last_look, self._longest = now, max(self._longest, now - self._last_look)
+        self._longest = max(self._longest, now - (self._last_look or now))
+        self._last_look = now
         self._watch()
         if os.getppid() != self._launcher and self._launcher is not None:
             self.request("the launcher has died")
@@ -66,7 +73,11 @@ class StopRequests:
         seen = self.file.exists()
         if not ranks.any_rank(seen, device):
             return None
-        reasons = ranks.gather(self.file.read_text().strip() if seen else None)
+        try:
+            reason = self.file.read_text().strip()
+        except FileNotFoundError:  # another node's, which a network disk does not show here yet
+            reason = None
+        reasons = ranks.gather(reason)
         return next(filter(None, reasons), f"the file {FILE}")
 
     def answered(self) -> float:
@@ -76,9 +87,10 @@ class StopRequests:
         self.close()
         seconds = 0.0
         if ranks.rank() == 0:
-            seconds = max(0.0, time.time() - self.file.stat().st_mtime)
-            self.file.unlink()
-        ranks.share(None)
+            with contextlib.suppress(FileNotFoundError):
+                seconds = max(0.0, time.time() - self.file.stat().st_mtime)
+            self.file.unlink(missing_ok=True)
+        ranks.gather(None)  # none ends before all are here
         return seconds
 
     def close(self) -> None:

@@ -346,6 +346,8 @@ class Trainer(transformers.Trainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         """After a step: logs, evaluates and saves what is due. Asked to stop, it saves at once and puts the evaluation off."""
         reason, evaluation_is_due = self.stops.look(self.args.device), self.control.should_evaluate
+        if self.args.eval_strategy == "epoch" and self.state.global_step % self.batches.steps_per_epoch == 0:
+            evaluation_is_due = True  # the epoch's end comes after this look
         if reason:
             self.control.should_log, self.control.should_evaluate, self.control.should_save = True, False, False
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -362,7 +364,7 @@ class Trainer(transformers.Trainer):
         saved = (
             f"saved as checkpoint-{step}; the same command goes on from there" if step else "there is nothing to save"
         )
-        raise StopRequested(f"after step {step}, {seconds:.1f} s after it was asked to ({reason}); {saved}")
+        raise StopRequested(f"after step {step}, {seconds:.1f} s after it was asked to ({reason}); {saved}", reason)
 
     def _save_checkpoint(self, model, trial) -> None:
         for callback in [*self.callback_handler.callbacks, self.control]:
@@ -420,16 +422,23 @@ class Trainer(transformers.Trainer):
 
     def _run_epoch(self, **kwargs) -> None:
         """One epoch, or none where the checkpoint is the run's last one: transformers would take one step more."""
-        if self.evaluation_is_due:  # a stop came before it
-            self.control.should_evaluate = True
-            words = ("model", "trial", "epoch", "ignore_keys_for_eval", "start_time")
-            super()._maybe_log_save_evaluate(self._tr_loss, None, **{word: kwargs[word] for word in words})
-            self.evaluation_is_due = False
-            self._name_best()
+        self._evaluate_where_due()
         if self.state.global_step >= self.state.max_steps or self.stopped_early:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
             super()._run_epoch(**kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        self._evaluate_where_due()  # where the checkpoint is that of the last epoch's end, there was no epoch to run
+        return super()._finalize_training(*args, **kwargs)
+
+    def _evaluate_where_due(self) -> None:
+        """The evaluation that a stop has put off."""
+        if self.evaluation_is_due:
+            metrics = self._evaluate(None, None)
+            self._determine_best_metric(metrics=metrics, trial=None)
+            self._name_best()
+            self.evaluation_is_due = False
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         """What DeepSpeed keeps itself it has loaded by now; the schedule is ours."""

@@ -4,37 +4,39 @@
 #     job=$(sbatch --parsable --nodes 2 slurm/train.sh recipes/bitext_support.yaml)
 #     sbatch --dependency=afterok:$job slurm/eval.sh recipes/bitext_support.yaml --models base adapter
 #
-# Answers are kept as they are made: before its time limit and when it is preempted the job requeues itself and goes on.
-# SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --time ...)
+# Paths other than the recipe's are as seen from the project's folder. Answers are kept as they are made: before its time
+# limit and when it is preempted the job requeues itself and goes on.
+# SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --exclusive --mem=0 ...)
 #SBATCH --time=24:00:00
-#SBATCH --exclusive
 #SBATCH --job-name=carelm-eval
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@60
 set -euo pipefail
+asked="" step=""
+trap 'asked=1; [[ -z $step ]] || kill "$step"' USR1 TERM
 
-# What SLURM runs is a copy in its spool folder; the job knows where it came from.
 if [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
     echo "usage: sbatch [--nodes N] slurm/eval.sh RECIPE [--key value ...]" >&2
     exit 2
 fi
-script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
-project=$(realpath "$(dirname "$script")/..")
+# What SLURM runs is a copy in its spool folder; the job knows where it came from.
+here=$(dirname "${BASH_SOURCE[0]}")
+[[ -f $here/job.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/slurm\)/eval\.sh.*|\1|p' | head -n 1)
+project=$(realpath "$here/..")
 source "$project/slurm/job.sh"
 
 prepare_job "$1"
 set -- --config "$recipe" "${@:2}"
 export ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero2.yaml # as a way to start the ranks: nothing is trained
-python -m carelm.job check 1 "$@" >/dev/null
+output=$(python -m carelm.job check 0 "$@")
 
-asked="" step=""
-trap 'asked=1; [[ -z $step ]] || kill "$step"' USR1 TERM
-call_roll "$@"
-status=0
-[[ -n $asked ]] || launch eval/run.py "$@" || status=$?
-[[ $status != 0 || -n $asked ]] || exit 0
-[[ -n $asked ]] || exit "$status"
+if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch eval/run.py "$@"; then
+    exit 0
+fi
+
+# Not finished: goes on where SLURM wanted the place, and not where something is to be mended.
 is_wanted || exit 1
-requeue
+[[ -n $asked || $(job_field PreemptTime) != None ]] || exit 1
+requeue "$(cat "$output"/eval/predictions-*.jsonl 2>/dev/null | wc -l) answers"

@@ -2,28 +2,49 @@
 # What train.sh and eval.sh share: the environment, the nodes of the job, a step that signals do not cut off, the end.
 # They source it with $project set. Lines marked SITE are what a site may have to change, with the #SBATCH lines there.
 
-# SITE: the environment; `module load ...` in its place where the cluster has one.
-# shellcheck source=/dev/null
-source "${VENV:-$project/.venv}/bin/activate"
+# SITE: the environment; `module load ...` here where the cluster has one.
+if [[ -f ${VENV:-$project/.venv}/bin/activate ]]; then
+    # shellcheck source=/dev/null
+    source "${VENV:-$project/.venv}/bin/activate"
+fi
 # SITE: prepared data lies on the node's own disk; checkpoints and reports need a file system that all nodes share.
 export CARELM_CACHE=${CARELM_CACHE:-${TMPDIR:-/tmp}/carelm-cache-$(id -un)}
 # SITE: nodes without internet, after `slurm/train.sh --prefetch RECIPE` on a login node: export HF_HUB_OFFLINE=1
 # SITE: nodes with several networks: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+# SITE: seconds until a rank counts as missing; more where Python starts slowly from a network disk.
+export ROLL_CALL_PATIENCE=${ROLL_CALL_PATIENCE:-40}
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30} # seconds between two lines of a progress bar in the log
+
+# One field of what SLURM says of this job; asked again where the controller does not answer.
+job_field() {
+    local text=""
+    for _ in 1 2 3 4 5; do
+        text=$(scontrol show job "$job" 2>/dev/null) && break
+        sleep 3
+    done
+    sed -n "s/^.*\b$1=\([^ ]*\).*/\1/p" <<<"$text" | head -n 1
+}
 
 # Sets what the nodes have to know of one another, and `recipe`.
 prepare_job() {
     local host_list log
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
     host_list=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     mapfile -t hosts <<<"$host_list"
     ranks_per_node=${SLURM_GPUS_ON_NODE:-1}
+    # Every step sees all GPUs of the job's nodes, and its processes share them by local rank.
+    unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK
+    gpus=()
+    [[ -z ${SLURM_GPUS_ON_NODE-} ]] || gpus=(--gpus-per-node="$ranks_per_node")
     # Jobs may share a node: the ports follow from the job's number.
+    export MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 5000)))
+    export ROLL_CALL_PORT=$((MASTER_PORT + 1))
     export RANKS=$((SLURM_NNODES * ranks_per_node)) HOSTS="${hosts[*]}" MASTER_ADDR=${hosts[0]}
-    export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) ROLL_CALL_PORT=$((30000 + SLURM_JOB_ID % 10000))
-    log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
-    export NODE_LOG=${log%.*} CARELM_STATUS_FILE=${log%.*}.status
+    log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p')
+    export NODE_LOG=${log%.log} CARELM_STATUS_FILE=${log%.log}.status
     rm -f "$CARELM_STATUS_FILE"
-    echo "carelm: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $RANKS ranks on ${hosts[*]}"
+    echo "carelm: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $RANKS ranks on ${hosts[*]}"
     recipe=$1
     [[ ! -f $recipe ]] || recipe=$(realpath --no-symlinks "$recipe")
     cd "$project" || exit
@@ -31,24 +52,31 @@ prepare_job() {
 
 # Runs a step in the background, so that a signal to this script is served while it runs; returns the step's status.
 run_step() {
-    local status=0
+    local status=0 own=0
     "$@" &
     step=$!
-    while wait "$step" && status=0 || status=$?; kill -0 "$step" 2>/dev/null; do :; done
+    wait "$step" || status=$?
+    while kill -0 "$step" 2>/dev/null; do # a trap has cut the wait short
+        status=0
+        wait "$step" || status=$?
+    done
+    wait "$step" || own=$? # 127 where the last wait has told it already
     step=""
+    ((own == 127)) || status=$own
     return "$status"
 }
 
 # Every rank reports in, or the job ends with the name of the node that does not.
 call_roll() {
-    run_step srun --kill-on-bad-exit --overcommit --ntasks="$RANKS" --ntasks-per-node="$ranks_per_node" \
-        python -m carelm.rollcall "$@"
+    run_step srun --kill-on-bad-exit --overcommit --cpu-bind=none --distribution=block "${gpus[@]}" \
+        --ntasks="$RANKS" --ntasks-per-node="$ranks_per_node" python -m carelm.rollcall "$@"
 }
 
 # One launcher per node. The first node writes to the job's log, each other one to a log of its own.
 launch() {
     # shellcheck disable=SC2016
-    run_step srun --kill-on-bad-exit --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" bash -c '
+    run_step srun --kill-on-bad-exit --cpu-bind=none --distribution=block "${gpus[@]}" \
+        --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c '
         trap "" USR1 # the launcher would die of it
         ((SLURM_PROCID == 0)) || exec >>"$NODE_LOG-$SLURMD_NODENAME.log" 2>&1
         exec accelerate launch --config_file "$ACCELERATE_CONFIG_FILE" \
@@ -57,15 +85,30 @@ launch() {
         ' launcher "$@"
 }
 
-# Whether SLURM still wants this job; false after scancel, and after a requeue that SLURM sees to itself.
+# Whether SLURM still wants this job; not after scancel, nor after a requeue that SLURM sees to itself.
 is_wanted() {
     local state
-    state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p')
-    [[ $state == RUNNING ]] || echo "carelm: the job is $state: it ends here, or SLURM starts it again"
-    [[ $state == RUNNING ]]
+    state=$(job_field JobState)
+    [[ -z $state || $state == RUNNING ]] && return
+    echo "carelm: the job is $state: it ends here, or SLURM starts it again"
+    return 1
 }
 
+# Starts the job again, unless three starts in a row have ended with the same progress ($1).
 requeue() {
+    local before="" times=0
+    [[ ! -f $NODE_LOG.progress ]] || { read -r times && read -r before; } <"$NODE_LOG.progress" || true
+    [[ $before == "$1" ]] || times=0
+    times=$((times + 1))
+    printf '%s\n%s\n' "$times" "$1" >"$NODE_LOG.progress"
+    if ((times >= 3)); then
+        echo "carelm: three starts have ended after ${1:-nothing at all}; it is not requeued again" >&2
+        exit 1
+    fi
     echo "carelm: $(date +%T) requeued, to go on where it was"
-    scontrol requeue "$SLURM_JOB_ID"
+    for _ in 1 2 3 4 5; do
+        scontrol requeue "$job" && return
+        sleep 3
+    done
+    return 1
 }

@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
 # Trains a recipe on all nodes of a SLURM job; the same file for one node and for eight.
 #
-#     sbatch --nodes 2 slurm/train.sh recipes/bitext_support.yaml --learning_rate 1e-4
+#     sbatch --nodes 2 --gpus-per-node 4 slurm/train.sh recipes/bitext_support.yaml --learning_rate 1e-4
 #     slurm/train.sh --prefetch recipes/bitext_support.yaml       on a login node, for nodes without internet
 #
-# Before its time limit and when it is preempted the job saves, requeues itself and goes on. After a plain scancel it saves
-# and stays away. ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero3.yaml names another ZeRO stage.
-# SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --time ...)
+# Paths other than the recipe's are as seen from the project's folder. Before its time limit and when it is preempted the
+# job saves, requeues itself and goes on. After a plain scancel it saves and stays away.
+# ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero3.yaml names another ZeRO stage.
+# SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --exclusive --mem=0 ...)
 #SBATCH --time=24:00:00
-#SBATCH --exclusive
 #SBATCH --job-name=carelm
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
+asked=""
+trap 'asked="a signal before the start"' USR1 TERM
 
 # What SLURM runs is a copy in its spool folder; the job knows where it came from.
-script=${BASH_SOURCE[0]}
-[[ -z ${SLURM_JOB_ID-} ]] || script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
-project=$(realpath "$(dirname "$script")/..")
+here=$(dirname "${BASH_SOURCE[0]}")
+[[ -f $here/job.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/slurm\)/train\.sh.*|\1|p' | head -n 1)
+project=$(realpath "$here/..")
 source "$project/slurm/job.sh"
 if [[ ${1-} == --prefetch && $# -ge 2 ]]; then
     exec python -m carelm.job prefetch --config "${@:2}"
@@ -34,34 +36,26 @@ export ACCELERATE_CONFIG_FILE=${ACCELERATE_CONFIG_FILE:-accelerate_configs/nodes
 output=$(python -m carelm.job check "$RANKS" "$@")
 
 # A stop request is a file in the output folder that all ranks look for; a signal does no more than write it.
-asked=""
 ask_to_stop() {
     asked=$1
     mkdir -p "$output"
     echo "$1" >"$output/stop_request"
     echo "carelm: $(date +%T) $1: the ranks are asked to save and stop"
 }
+rm -f "$output/stop_request" # of an earlier start
 trap 'ask_to_stop "time limit or preemption"' USR1
 trap 'ask_to_stop SIGTERM' TERM
 
-call_roll "$@"
-status=0
-[[ -n $asked ]] || launch train/sft.py "$@" || status=$?
-[[ $status != 0 || -n $asked ]] || exit 0
+if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch train/sft.py "$@"; then
+    exit 0
+fi
 
-# Not finished. What the launched file ended with, 2: something is to be mended first, and the log says what; 75: saved.
-ended=$(cat "$CARELM_STATUS_FILE" 2>/dev/null || true)
+# Not finished. How the first rank ended, 2: something is to be mended first, and the log says what; 75: saved, and why.
+ended="" why=""
+[[ ! -f $CARELM_STATUS_FILE ]] || read -r ended why <"$CARELM_STATUS_FILE" || true
 [[ $ended != 2 ]] || exit 2
 is_wanted || exit 1
-if [[ -z $asked && $ended == 75 ]]; then
-    exit 75 # max_hours, or the stop request of a person
-elif [[ -z $asked ]]; then
-    # Crashed: tried again, unless the last try has crashed as well and brought no new checkpoint.
-    newest=$(find "$output" -path '*/checkpoint-*/complete.json' 2>/dev/null | sort --version-sort | tail -n 1 || true)
-    if [[ -f $NODE_LOG.crashed && $(<"$NODE_LOG.crashed") == "$newest" ]]; then
-        echo "carelm: crashed twice after ${newest:-no checkpoint at all}; it is not requeued again" >&2
-        exit 1
-    fi
-    echo "$newest" >"$NODE_LOG.crashed"
+if [[ -z $asked && $ended == 75 && $why != SIG* && $why != "the launcher has died" ]]; then
+    exit 75 # max_hours, or a person's stop request
 fi
-requeue
+requeue "$(find "$output" -path '*/checkpoint-*/complete.json' 2>/dev/null | sort --version-sort | tail -n 1 || true)"

@@ -4,10 +4,12 @@ Each has its own host name, network, mounts and process tree, so that what only 
 cluster. Files are those of this machine. Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -39,7 +41,8 @@ SlurmdTimeout=10
 MessageTimeout=5
 ReturnToService=1
 MinJobAge=86400
-NodeName=node[1-{nodes}] CPUs=4 RealMemory=1000000
+GresTypes=gpu
+NodeName=node[1-{nodes}] CPUs=4 RealMemory=1000000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES GraceTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=2
 PreemptType=preempt/partition_prio
@@ -71,6 +74,9 @@ def what_is_missing() -> str | None:
     """Why there can be no cluster here, or None."""
     if os.geteuid() != 0:
         return "needs root"
+    namespaces = ["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "true"]
+    if shutil.which("unshare") and subprocess.run(namespaces, capture_output=True).returncode != 0:
+        return "needs root's right to make namespaces"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     return f"needs SLURM's daemons ({', '.join(absent)} not installed)" if absent else None
 
@@ -86,6 +92,9 @@ class Cluster:
         hosts = "".join(f"{NETWORK}.{i + 1} {name}\n" for i, name in enumerate(self.machines))
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         (folder / "slurm.conf").write_text(CONF.format(folder=folder, nodes=nodes))
+        for i in range(2):  # GPUs that are only counted
+            os.mknod(folder / f"gpu{i}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        (folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File={folder}/gpu[0-1]\n")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
         try:
@@ -155,8 +164,12 @@ class Cluster:
 
     def processes(self, machine: str, word: str) -> list[int]:
         """The processes of a machine whose command line holds a word; numbers as this machine has them."""
-        everything = psutil.Process(self._first[machine].pid).children(recursive=True)
-        return [p.pid for p in everything if p.is_running() and word in " ".join(p.cmdline())]
+        found = []
+        for process in psutil.Process(self._first[machine].pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                if word in " ".join(process.cmdline()):
+                    found.append(process.pid)
+        return found
 
     def job(self, number: str) -> dict[str, str]:
         """What SLURM says of a job."""

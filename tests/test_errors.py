@@ -181,8 +181,10 @@ def test_another_run_in_the_folder_and_restart(finished, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["global_step"] == 2
     assert (tmp_path / "out.old-1/train_metrics.json").exists()
-    for expected in ("the earlier run is kept as", "nothing to do"):  # a job that SLURM starts a second time
-        done = script("--config", recipe, "--output_dir", out, "--restart", SLURM_JOB_ID="7")
+    for again, expected in enumerate(("the earlier run is kept as", "nothing to do")):  # a job that SLURM starts twice
+        done = script(
+            "--config", recipe, "--output_dir", out, "--restart", SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(again)
+        )
         assert done.returncode == 0 and expected in done.stderr, done.stderr
     assert not (tmp_path / "out.old-3").exists()
 

@@ -116,6 +116,20 @@ def test_one_process_stops_with_its_launcher_in_time_and_before_it_has_begun(tmp
     assert "(SIGINT)" in run.ends(ranks)
 
 
+def test_a_stop_in_the_last_evaluation_of_an_epoch_puts_it_off(tmp_path):
+    """The checkpoint is that of the run's last step, and the evaluation is all that is left to do."""
+    keys = ("--num_train_epochs", 1, "--max_samples", 24, "--num_sample_answers", 0, "--max_eval_samples", 120,
+            "--per_device_eval_batch_size", 1)  # fmt: skip
+    run = Run(tmp_path / "run", *keys)
+    run.wait_for(r"\| 3/3")
+    (tmp_path / "run/stop_request").touch()
+    assert stopped_at(log := run.ends([])) == 3 and "(the file stop_request)" in log
+    assert mark(tmp_path / "run", 3)["evaluation_is_due"] and list(eval_losses(tmp_path / "run")) == [0]
+    done = launch("--output_dir", tmp_path / "run", *keys)
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert metrics["global_step"] == 3 and metrics["eval_loss"] < metrics["eval_loss_before"] - 0.1
+
+
 def test_a_hang_is_noticed_and_every_rank_says_where(tmp_path):
     run = Run(tmp_path / "run", "--max_steps", 2000, "--eval_strategy", "no", "--dataloader_num_workers", 1,
               "--stall_timeout", 15, config_file=ZERO2)  # fmt: skip
