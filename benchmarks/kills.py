@@ -24,8 +24,8 @@ from launches import PROJECT, describe_machine, say, write_results
 
 sys.path.insert(0, str(PROJECT / "tests"))
 from cluster import Cluster, what_is_missing  # noqa: E402
+from launching import same_bits  # noqa: E402
 from test_slurm import Jobs  # noqa: E402
-from test_stops import same_bits  # noqa: E402
 
 STEPS = 12
 KEYS = ("--max_steps", STEPS, "--eval_steps", 4, "--save_steps", 2, "--save_total_limit", 2, "--num_sample_answers", 0,

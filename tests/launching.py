@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 from carelm.checkpoints import find_checkpoints
@@ -84,3 +87,45 @@ def relative_distance(folder: Path, other: Path) -> float:
     assert a.keys() == b.keys()
     difference = sum((a[k].double() - b[k].double()).square().sum() for k in a)
     return float((difference / sum(b[k].double().square().sum() for k in b)).sqrt())
+
+
+class Run:
+    """A launch in the background, with its standard error in a file."""
+
+    def __init__(self, folder, *keys, config_file=None):
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        words = command("--output_dir", folder, *keys, config_file=config_file)
+        self.process = subprocess.Popen(words, cwd=PROJECT, env=environment(), stdout=subprocess.DEVNULL,
+                                        stderr=self.log.open("w"), start_new_session=True)  # fmt: skip
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> None:
+        until = time.time() + seconds
+        while not re.search(pattern, self.log.read_text()):
+            assert self.process.poll() is None and time.time() < until, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        return [p for p in psutil.Process(self.process.pid).children() if "train/sft.py" in " ".join(p.cmdline())]
+
+    def ends(self, ranks: list[psutil.Process]) -> str:
+        """Waits until launcher and ranks have ended, none of them well, and returns the log."""
+        assert self.process.wait(60) != 0
+        gone, left = psutil.wait_procs(ranks, 60)
+        assert not left, "a rank trains on without its launcher"
+        return self.log.read_text()
+
+
+def stopped_at(log: str) -> int:
+    return int(re.search(r"^stopped: after step (\d+), .* saved as checkpoint-", log, re.M).group(1))
+
+
+def mark(folder, step: int) -> dict:
+    return json.loads((folder / f"checkpoint-{step}/complete.json").read_text())
+
+
+def same_bits(run, other) -> bool:
+    from safetensors.torch import load_file
+
+    a, b = (load_file(f / "adapter_model.safetensors") for f in (run, other))
+    return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in b)

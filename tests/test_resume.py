@@ -10,12 +10,17 @@ import time
 import pytest
 from launching import (
     PROJECT,
+    Run,
     command,
     environment,
+    eval_losses,
     history,
     launch,
     losses,
+    mark,
     relative_distance,
+    same_bits,
+    stopped_at,
 )
 from safetensors.torch import load_file
 
@@ -23,7 +28,8 @@ ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
 # Dropout is on: a resumed run must draw what the unbroken one drew. An epoch is seven steps, the last of two examples, so
 # that it goes on within the second.
 KEYS = ("--max_steps", 12, "--eval_steps", 4, "--save_steps", 4, "--save_total_limit", 9, "--num_sample_answers", 1,
-        "--sample_max_new_tokens", 8, "--max_eval_samples", 24, "--max_samples", 50, "--lora_dropout", 0.1)  # fmt: skip
+        "--sample_max_new_tokens", 8, "--max_eval_samples", 96, "--per_device_eval_batch_size", 1, "--max_samples", 50,
+        "--lora_dropout", 0.1)  # fmt: skip
 
 
 KEYS_EARLY = ("--max_steps", 40, "--eval_steps", 2, "--learning_rate", 0.3, "--early_stopping_patience", 2,
@@ -61,6 +67,29 @@ def test_a_killed_run_ends_with_the_same_bits(runs, tmp_path):
     assert all((a[k] == b[k]).all() for k in b)
     check_tensorboard(tmp_path / "run")
     check_finished_run_changes_nothing(tmp_path / "run")
+
+
+def test_a_run_that_is_stopped_twice_ends_with_the_same_bits(runs, tmp_path):
+    folder = tmp_path / "run"
+    run = Run(folder, *KEYS, config_file=ZERO2)
+    run.wait_for(r"step 0: eval loss")
+    ranks = run.ranks
+    run.process.send_signal(signal.SIGTERM)
+    first = stopped_at(log := run.ends(ranks))
+    assert "(SIGTERM)" in log and mark(folder, first)["step"] == first < 4
+
+    run = Run(folder, *KEYS, config_file=ZERO2)
+    run.wait_for(r"\| 4/12")  # its evaluation comes now
+    (folder / "stop_request").write_text("enough for today\n")
+    log = run.ends(run.ranks)
+    assert stopped_at(log) == 4 and "(enough for today)" in log
+    assert mark(folder, 4)["evaluation_is_due"] and not (folder / "stop_request").exists()
+
+    done = launch("--output_dir", folder, *KEYS, config_file=ZERO2)
+    assert f"going on from {folder / 'checkpoint-4'}" in done.stderr
+    assert losses(folder) == losses(runs / "unbroken")
+    assert eval_losses(folder) == eval_losses(runs / "unbroken")
+    assert same_bits(folder, runs / "unbroken")
 
 
 def check_tensorboard(run):

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, what_is_missing
-from launching import PROJECT, eval_losses, launch, losses
-from test_stops import mark, same_bits, stopped_at
+from launching import PROJECT, eval_losses, launch, losses, mark, same_bits, stopped_at
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "")]
 
@@ -57,6 +56,18 @@ class Jobs:
         while not re.search(pattern, self.log(job)):
             assert time.time() < until and self.cluster.run("squeue", "-h", "-j", job).stdout, self.log(job)[-3000:]
             time.sleep(0.03)
+
+    def goes_on(self, job: str, start: int) -> None:
+        """Waits for the first new step of a start, which must be the one after the last stop: none is done twice."""
+        stopped = stopped_at(self.log(job).partition(f"start {start}")[0].rpartition("start ")[2])
+        going_on = rf"start {start}[^$]*going on from \S*checkpoint-{stopped}\n[^$]*\| {stopped + 1}/20"
+        self.wait_for(job, going_on)
+
+    def ends_like(self, job: str, unbroken: Path) -> None:
+        assert self.wait(job)["JobState"] == "COMPLETED", self.log(job)[-3000:]
+        run = self.folder / "run"
+        assert losses(run) == losses(unbroken) and eval_losses(run) == eval_losses(unbroken)
+        assert same_bits(run, unbroken)
 
     def wait(self, job: str) -> dict[str, str]:
         return self.cluster.wait(job)
@@ -108,6 +119,7 @@ def test_two_nodes_have_the_losses_of_one_process_and_the_scores_of_a_local_eval
         assert there[score] == here[score]
 
 
+@pytest.mark.long
 def test_zero3_on_two_nodes_has_them_too(jobs, one_process):
     job = jobs.train(ACCELERATE_CONFIG_FILE="accelerate_configs/nodes_zero3.yaml")
     assert jobs.wait(job)["JobState"] == "COMPLETED", jobs.log(job)[-3000:]
@@ -115,59 +127,55 @@ def test_zero3_on_two_nodes_has_them_too(jobs, one_process):
     assert json.loads((jobs.folder / "run/train_metrics.json").read_text())["zero_stage"] == 3
 
 
-def test_time_limit_and_preemption_and_requeue_save_and_go_on(jobs, cluster, unbroken):
+def test_a_time_limit_and_a_kill_in_mid_save_end_with_the_same_bits(jobs, cluster, unbroken):
     job = jobs.train()
     jobs.wait_for(job, r"\| 1/20")
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@180 does when the time comes
     jobs.wait_for(job, "start 2")
     assert cluster.job(job)["Restarts"] == "1"
-    first = stopped_at(jobs.log(job))
+    jobs.goes_on(job, 2)
 
-    jobs.wait_for(
-        job, rf"start 2[^$]*going on from \S*checkpoint-{first}\n[^$]*\| {first + 1}/20"
-    )  # no step is done twice
-    urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1",
-                         cwd=jobs.folder).stdout.strip()  # fmt: skip
-    jobs.wait_for(job, "start 3")
-    assert cluster.job(urgent)["JobState"] == "COMPLETED"
-    second = stopped_at(jobs.log(job).partition("start 3")[0].partition("start 2")[2])
-
-    jobs.wait_for(job, rf"start 3[^$]*going on from \S*checkpoint-{second}\n[^$]*\| {second + 1}/20")
-    cluster.run("scontrol", "requeue", job)
-    jobs.wait_for(job, "start 4")
-    third = stopped_at(jobs.log(job).partition("start 4")[0].partition("start 3")[2])
-    jobs.wait_for(job, rf"start 4[^$]*going on from \S*checkpoint-{third}\n[^$]*\| {third + 1}/20")
-    cluster.run(
-        "scancel", "--signal=TERM", job
-    )  # reaches the steps only, as a preemption does where sites have no user signal
-    jobs.wait_for(job, "start 5")
-    assert jobs.wait(job)["JobState"] == "COMPLETED", jobs.log(job)[-3000:]
-    assert jobs.log(job).count("stopped: after step") == 4
-    assert losses(jobs.folder / "run") == losses(unbroken)
-    assert eval_losses(jobs.folder / "run") == eval_losses(unbroken)
-    assert same_bits(jobs.folder / "run", unbroken)
-
-
-def test_a_crash_in_mid_save_and_a_lost_node_go_on_from_the_whole_checkpoint(jobs, cluster, unbroken):
-    job = jobs.train()
-    partial, whole = jobs.folder / "run/checkpoint-10.partial", jobs.folder / "run/checkpoint-10"
+    partial, whole = jobs.folder / "run/checkpoint-15.partial", jobs.folder / "run/checkpoint-15"
     until = time.time() + 180
     while not partial.exists() and not whole.exists():
         assert time.time() < until, jobs.log(job)[-3000:]
         time.sleep(0.002)
     os.kill(cluster.processes("node1", "-u train/sft.py")[-1], signal.SIGKILL)
-    jobs.wait_for(job, "start 2")
-    assert "requeued, to go on where it was" in jobs.log(job)
+    jobs.wait_for(job, "start 3")
+    jobs.ends_like(job, unbroken)
 
-    jobs.wait_for(job, r"start 2[^$]*\| 12/20")
+
+@pytest.mark.long
+def test_preemption_and_requeue_save_and_go_on(jobs, cluster, unbroken):
+    job = jobs.train()
+    jobs.wait_for(job, r"\| 1/20")
+    urgent = cluster.run("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "--wrap", "sleep 1",
+                         cwd=jobs.folder).stdout.strip()  # fmt: skip
+    jobs.wait_for(job, "start 2")
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    jobs.goes_on(job, 2)
+    cluster.run("scontrol", "requeue", job)
+    jobs.wait_for(job, "start 3")
+    jobs.goes_on(job, 3)
+    cluster.run(
+        "scancel", "--signal=TERM", job
+    )  # reaches the steps only, as a preemption where sites send no user signal
+    jobs.wait_for(job, "start 4")
+    jobs.goes_on(job, 4)
+    jobs.ends_like(job, unbroken)
+    assert jobs.log(job).count("stopped: after step") == 3
+
+
+@pytest.mark.long
+def test_a_lost_node_comes_back_and_the_job_goes_on(jobs, cluster, unbroken):
+    job = jobs.train()
+    jobs.wait_for(job, r"\| 7/20")
     cluster.crash("node2")
     cluster.boot("node2")
     jobs.wait_for(job, "Node failure on node2")
     cluster.wait_for_nodes()
-    jobs.wait_for(job, "start 3")
-    assert jobs.wait(job)["JobState"] == "COMPLETED", jobs.log(job)[-3000:]
-    assert losses(jobs.folder / "run") == losses(unbroken)
-    assert same_bits(jobs.folder / "run", unbroken)
+    jobs.wait_for(job, "start 2")
+    jobs.ends_like(job, unbroken)
 
 
 def test_scancel_ends_for_good_and_the_run_goes_on_on_one_node_and_again_on_two(jobs, cluster, unbroken):
@@ -245,6 +253,7 @@ def test_the_roll_call_names_the_node_that_is_not_like_the_others(jobs, cluster,
         assert ended["JobState"] == "FAILED" and ended["Restarts"] == "0" and time.time() - began < 75
 
 
+@pytest.mark.long
 def test_a_job_that_crashes_again_and_again_is_not_requeued_for_ever(jobs, cluster):
     job = jobs.train()
     for start in (1, 2, 3):
