@@ -6,10 +6,11 @@ Each trial is one job of slurm/train.sh: two nodes under ZeRO-2, 12 steps with a
 processes are there, a rank drawn by the seed is killed (SIGKILL) after a drawn time, in every second trial in the middle of a
 drawn save. The job requeues itself and ends; its adapter is compared bit by bit with that of a run that nobody disturbed.
 Before that, jobs are stopped by the signal of a time limit: seconds until saved, and from the restart to the next step.
-Needs root and SLURM's daemons. Results: benchmarks/results/kills.json, with what the log of each trial said.
+The same call again adds the trials that are missing. Needs root and SLURM's daemons. Results: benchmarks/results/kills.json, with what the log of each trial said.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -20,12 +21,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from launches import PROJECT, describe_machine, say, write_results
+from launches import PROJECT, RESULTS, describe_machine, say, write_results
 
 sys.path.insert(0, str(PROJECT / "tests"))
 from cluster import Cluster, what_is_missing  # noqa: E402
 from launching import same_bits  # noqa: E402
 from test_slurm import Jobs  # noqa: E402
+
+from carelm.runs import git_commit  # noqa: E402
 
 STEPS = 12
 KEYS = ("--max_steps", STEPS, "--eval_steps", 4, "--save_steps", 2, "--save_total_limit", 2, "--num_sample_answers", 0,
@@ -43,28 +46,25 @@ def main() -> None:
     options = parser.parse_args()
     if what_is_missing():
         sys.exit(what_is_missing())
-    draw = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     cluster = Cluster(folder / "cluster")
     try:
         began = time.time()
         undisturbed = Jobs(cluster, folder / "undisturbed")
         finish(undisturbed, undisturbed.train(*KEYS))
-        result = {
-            "machine": describe_machine(),
-            "undisturbed_seconds": round(time.time() - began, 1),
-            "stops": [],
-            "kills": [],
-        }
-        for number in range(options.stops):
+        file = RESULTS / "kills.json"  # trials add up from call to call
+        result = json.loads(file.read_text()) if file.exists() else {"stops": [], "kills": []}
+        result |= {"machine": describe_machine(), "undisturbed_seconds": round(time.time() - began, 1)}
+        for number in range(len(result["stops"]), options.stops):
             result["stops"].append(stop(Jobs(cluster, folder / f"stop-{number}"), undisturbed))
             say(str(result["stops"][-1]))
             write_results("kills", result)
-        for number in range(options.trials):
+        for number in range(len(result["kills"]), options.trials):
+            draw = random.Random(f"{options.seed} {number}")
             in_save = draw.randrange(2, STEPS + 1, 2) if number % 2 else None
             trial = kill(Jobs(cluster, folder / f"kill-{number}"), undisturbed, f"node{draw.randint(1, 2)}",
                          draw.uniform(0, 30), in_save)  # fmt: skip
-            result["kills"].append(trial)
+            result["kills"].append({**trial, "git_commit": git_commit()})
             say(f"{number + 1}: {trial}")
             write_results("kills", result)
     finally:
