@@ -6,7 +6,8 @@ Each trial is one job of slurm/train.sh: two nodes under ZeRO-2, 12 steps with a
 processes are there, a rank drawn by the seed is killed (SIGKILL) after a drawn time, in every second trial in the middle of a
 drawn save. The job requeues itself and ends; its adapter is compared bit by bit with that of a run that nobody disturbed.
 Before that, jobs are stopped by the signal of a time limit: seconds until saved, and from the restart to the next step.
-The same call again adds the trials that are missing. Needs root and SLURM's daemons. Results: benchmarks/results/kills.json, with what the log of each trial said.
+The same call again adds the trials that are missing. Needs root and SLURM's daemons. Results: benchmarks/results/kills.json,
+with what the log of each trial said.
 """
 
 import argparse
