@@ -132,13 +132,15 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
     folder, problem, newest = recipe.output_dir, None, None
     if rank() == 0:
         try:
+            anew = _restarts(recipe)
+            if folder.exists() and not anew:
+                newest = checkpoints.newest_whole(folder)
             if folder.exists():
                 _lock(folder)
-            if _restarts(recipe) and folder.exists():
+            if folder.exists() and anew:
                 aside = free_name(folder)
                 folder.rename(aside)
                 say(f"--restart: the earlier run is kept as {aside}")
-            newest = checkpoints.newest_whole(folder) if folder.exists() else None
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder)
             if recipe.restart and "SLURM_JOB_ID" in os.environ:
