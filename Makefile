@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # DeepSpeed compiles a small extension once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train eval test test-cluster bench bench-gpu check style
+.PHONY: train eval test test-long bench bench-gpu check style
 
 train: $(READY)
 	accelerate launch train/sft.py
@@ -18,9 +18,9 @@ eval: $(READY)
 test: $(READY)
 	python -m pytest
 
-# Every way to stop a job, on a SLURM cluster of its own: some ten minutes, as root.
-test-cluster: $(READY)
-	python -m pytest -n 0 -m slurm tests/test_slurm.py
+# The tests that take a minute or more each, most of them every other way to stop a job of a SLURM cluster.
+test-long: $(READY)
+	python -m pytest -n 0 -m long
 
 bench: $(READY)
 	python benchmarks/methods.py

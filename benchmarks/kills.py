@@ -25,18 +25,15 @@ from pathlib import Path
 from launches import PROJECT, RESULTS, describe_machine, say, write_results
 
 sys.path.insert(0, str(PROJECT / "tests"))
-from cluster import Cluster, what_is_missing  # noqa: E402
+from cluster import Cluster, Jobs, what_is_missing  # noqa: E402
 from launching import same_bits  # noqa: E402
-from test_slurm import Jobs  # noqa: E402
 
 from carelm.runs import git_commit  # noqa: E402
 
 STEPS = 12
 KEYS = ("--max_steps", STEPS, "--eval_steps", 4, "--save_steps", 2, "--save_total_limit", 2, "--num_sample_answers", 0,
         "--max_samples", 50, "--max_eval_samples", 24, "--lora_dropout", 0.1)  # fmt: skip
-TOLD = re.compile(
-    r"^carelm: (?:going on from .*|.* is not whole .*|.*requeued.*|job \d+, start \d+.*)|^stopped: .*", re.M
-)
+TOLD = re.compile(r"^carelm: (going on from .*|.* is not whole .*|.*requeued.*|job \d+, start .*)|^stopped: .*", re.M)
 
 
 def main() -> None:
@@ -52,7 +49,7 @@ def main() -> None:
     try:
         began = time.time()
         undisturbed = Jobs(cluster, folder / "undisturbed")
-        finish(undisturbed, undisturbed.train(*KEYS))
+        undisturbed.completes(undisturbed.train(*KEYS))
         file = RESULTS / "kills.json"  # trials add up from call to call
         result = json.loads(file.read_text()) if file.exists() else {"stops": [], "kills": []}
         result |= {"machine": describe_machine(), "undisturbed_seconds": round(time.time() - began, 1)}
@@ -75,12 +72,6 @@ def main() -> None:
         sys.exit("an adapter differs")
 
 
-def finish(jobs: Jobs, job: str) -> None:
-    state = jobs.wait(job)["JobState"]
-    if state != "COMPLETED":
-        sys.exit(f"job {job} ended {state}:\n{jobs.log(job)[-5000:]}")
-
-
 def stop(jobs: Jobs, undisturbed: Jobs) -> dict[str, object]:
     """The price of a stop: the signal of a time limit after the third step."""
     job = jobs.train(*KEYS)
@@ -91,40 +82,32 @@ def stop(jobs: Jobs, undisturbed: Jobs) -> dict[str, object]:
     step, seconds = re.search(r"stopped: after step (\d+), ([\d.]+) s after", jobs.log(job)).groups()
     jobs.wait_for(job, rf"\| {int(step) + 1}/{STEPS}")
     first_step = time.time()
-    finish(jobs, job)
+    jobs.completes(job)
     return {
         "seconds_from_signal_to_saved": float(seconds),
         "seconds_from_restart_to_first_new_step": round(first_step - restarted, 1),
-        "same_bits": same_bits(jobs.folder / "run", undisturbed.folder / "run"),
+        "same_bits": same_bits(jobs.run, undisturbed.run),
     }
 
 
 def kill(jobs: Jobs, undisturbed: Jobs, node: str, seconds: float, in_save: int | None) -> dict[str, object]:
     job = jobs.train(*KEYS)
-    run = jobs.folder / "run"
-    until = time.time() + 180
-    while not (victims := jobs.cluster.processes(node, "-u train/sft.py")):
-        if time.time() > until:
-            sys.exit(f"job {job} starts no rank:\n{jobs.log(job)[-5000:]}")
-        time.sleep(0.1)
+    victim = jobs.wait_for_rank(job, node)
     if in_save is None:
         time.sleep(seconds)
     else:
-        partial, whole = run / f"checkpoint-{in_save}.partial", run / f"checkpoint-{in_save}"
-        while not partial.exists() and not whole.exists() and time.time() < until:
-            time.sleep(0.002)
+        jobs.wait_for_save(job, in_save)
     try:
-        os.kill(victims[-1], signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
     except ProcessLookupError:  # the run was over already: no trial
-        return kill(
-            Jobs(jobs.cluster, jobs.folder.with_name(jobs.folder.name + "x")), undisturbed, node, seconds / 2, in_save
-        )
-    finish(jobs, job)
+        again = Jobs(jobs.cluster, jobs.folder.with_name(f"{jobs.folder.name}-again"))
+        return kill(again, undisturbed, node, seconds / 2, in_save)
+    jobs.completes(job)
     return {
         "node": node,
         "at": f"{seconds:.1f} s after the start of the rank" if in_save is None else f"in the save of step {in_save}",
-        "same_bits": same_bits(run, undisturbed.folder / "run"),
-        "log": TOLD.findall(jobs.log(job).replace(str(jobs.folder), "OUTPUTS")),
+        "same_bits": same_bits(jobs.run, undisturbed.run),
+        "log": [m.group() for m in TOLD.finditer(jobs.log(job).replace(str(jobs.folder), "OUTPUTS"))],
     }
 
 

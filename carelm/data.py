@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,7 @@ def load_splits(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
     for split, rows in splits.items():
         if not rows:
             raise UserError(f"dataset_name: the {split} split of {recipe.dataset_name} has no rows")
-        _check_columns(recipe, rows, split, with_references=_holds_test(split, splits))
+        _check_columns(recipe, rows, split, _reference_columns(recipe, split, splits))
         for column, wanted in (recipe.row_filter or {}).items():
             wanted = [str(w) for w in (wanted if isinstance(wanted, list) else [wanted])]
             rows = [pair for pair in rows if str(pair[1].get(column)) in wanted]
@@ -248,12 +248,12 @@ def load_splits(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
     return splits
 
 
-def _holds_test(split: str, splits: dict[str, Any]) -> bool:
-    """Whether test rows are among a split's: where the data has no test split, they are cut from train."""
-    return split == ("test" if "test" in splits else "train")
+def _reference_columns(recipe: Recipe, split: str, splits: dict[str, Any]) -> list[str]:
+    """`reference_columns` where test rows are among a split's: without a test split they are cut from train."""
+    return recipe.reference_columns if split == ("test" if "test" in splits else "train") else []
 
 
-def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, with_references: bool) -> None:
+def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, references: list[str]) -> None:
     there = {column for _, row in rows for column in row}
     needed = {"messages_column": [recipe.messages_column] if recipe.messages_column else []}
     for key in ("prompt_template", "completion_template", "system_prompt"):
@@ -261,10 +261,9 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, wit
     for key in ("category_column", "id_column"):
         needed[key] = [getattr(recipe, key)] if getattr(recipe, key) else []
     needed["row_filter"] = list(recipe.row_filter or {})
-    if with_references:
-        needed["reference_columns"] = recipe.reference_columns
-        if split == "test" and recipe.reference_columns:  # such rows may have no other answer
-            needed["completion_template"] = []
+    needed["reference_columns"] = references
+    if split == "test" and references:  # such rows may have no other answer
+        needed["completion_template"] = []
     for key, columns in needed.items():
         for column in columns:
             if column not in there:
@@ -280,7 +279,7 @@ class NoAnswer(Exception):
 
 
 def to_example(
-    recipe: Recipe, source: str, row: dict[str, Any], split: str = "train", with_references: bool = False
+    recipe: Recipe, source: str, row: dict[str, Any], split: str = "train", reference_columns: Sequence[str] = ()
 ) -> Example:
     """One row as an example; rows of the test split may have several references instead of a completion.
 
@@ -288,9 +287,8 @@ def to_example(
         NoAnswer: for a row whose answer is empty, not text or not there.
         UserError: for a message of an unknown shape or role.
     """
-    columns = recipe.reference_columns if with_references else []
-    references = [text for c in columns if isinstance(text := row.get(c), str) and text.strip()]
-    instead = columns and split == "test"
+    references = [text for c in reference_columns if isinstance(text := row.get(c), str) and text.strip()]
+    instead = reference_columns and split == "test"
     if instead and not references:
         raise NoAnswer("no reference")
     if recipe.messages_column:
@@ -412,7 +410,7 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
     reports: dict[str, SplitReport] = {}
     splits = load_splits(recipe)
     for split, rows in splits.items():
-        examples[split], reports[split] = _clean(recipe, split, rows, with_references=_holds_test(split, splits))
+        examples[split], reports[split] = _clean(recipe, split, rows, _reference_columns(recipe, split, splits))
     _cut_splits(recipe, examples, reports)
     _keep_apart(recipe, examples, reports)
     for split, limit in (
@@ -430,14 +428,14 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
 
 
 def _clean(
-    recipe: Recipe, split: str, rows: list[tuple[str, dict]], with_references: bool
+    recipe: Recipe, split: str, rows: list[tuple[str, dict]], reference_columns: list[str]
 ) -> tuple[list[Example], SplitReport]:
     report, kept, seen = SplitReport(rows=len(rows)), [], set()
     dropped: Counter = Counter()
     without_answer = 0
     for source, row in rows:
         try:
-            example = to_example(recipe, source, row, split, with_references)
+            example = to_example(recipe, source, row, split, reference_columns)
         except NoAnswer as reason:
             dropped[str(reason)] += 1
             without_answer += 1

@@ -6,6 +6,7 @@ One task per rank. A node that is missing, does not see the output's file system
 code or of a package is named; then one all-reduce of the ranks is timed. exit status: 0 all are there and alike, 2 otherwise.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -34,13 +35,12 @@ def main() -> None:
         if rank == 0:
             sign = leave_sign(load_recipe(sys.argv[1:], usage=__doc__))
             store.set("sign", str(sign))
-        store.wait(["sign"], datetime.timedelta(seconds=PATIENCE))
-        store.set(f"rank-{rank}", json.dumps(report(Path(store.get("sign").decode()))))
+        store.set(f"rank-{rank}", json.dumps(report(Path(hear(store, "sign", PATIENCE)))))
         if rank == 0:
             store.set("verdict", judge(store, number, hosts) or "alike")
-        store.wait(["verdict"], datetime.timedelta(seconds=2 * PATIENCE))
-        verdict = store.get("verdict").decode()
+        verdict = hear(store, "verdict", 2 * PATIENCE)
         if verdict != "alike":
+            tell_that_heard(store, rank, number)
             raise UserError(verdict)
         seconds = time_all_reduce(store, rank, number)
     finally:
@@ -72,6 +72,23 @@ def open_store(rank: int):
         problem = str(error).splitlines()[0]
         print(f"error ({socket.gethostname()}): {host}:{port} ({problem}); {hint}", file=sys.stderr, flush=True)
         os._exit(2)
+
+
+def hear(store, what: str, seconds: float) -> str:
+    """What rank 0 has to say."""
+    try:
+        store.wait([what], datetime.timedelta(seconds=seconds))
+        return store.get(what).decode()
+    except RuntimeError:  # torch's DistStoreError and DistNetworkError
+        raise UserError("rank 0 has left the roll call; its own message says why") from None
+
+
+def tell_that_heard(store, rank: int, number: int) -> None:
+    """Rank 0, which keeps the store, leaves it last, so that no other rank is cut off in the middle of a word."""
+    store.set(f"heard-{rank}", "")
+    if rank == 0:
+        with contextlib.suppress(RuntimeError):  # those that are missing
+            store.wait([f"heard-{other}" for other in range(number)], datetime.timedelta(seconds=2))
 
 
 def leave_sign(recipe: Recipe) -> Path:

@@ -52,8 +52,12 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         metrics = json.loads((recipe.output_dir / "train_metrics.json").read_text())
     except OSError:
         return None
-    budget = {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")}
-    return metrics if metrics.get("budget") == budget else None
+    return metrics if metrics.get("budget") == _budget(recipe) else None
+
+
+def _budget(recipe: Recipe) -> dict[str, Any]:
+    """How long to train: with more of it, a finished run goes on."""
+    return {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")}
 
 
 def _restarts(recipe: Recipe) -> bool:
@@ -199,11 +203,7 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
     from carelm import hub
 
     folder = recipe.output_dir
-    metrics = metrics | {
-        "budget": {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")},
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
+    metrics = metrics | {"budget": _budget(recipe), "versions": versions(), "git_commit": git_commit()}
     try:
         write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
         write_whole(folder / "README.md", hub.model_card(recipe, metrics, report))

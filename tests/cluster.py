@@ -11,12 +11,15 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
+from launching import PROJECT
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "unshare", "nsenter")
+VENV = Path(shutil.which("accelerate") or sys.executable).parent.parent  # of the jobs too
 NETWORK = "10.78.0"  # exists inside the namespaces only
 CONF = """\
 ClusterName=carelm
@@ -176,11 +179,63 @@ class Cluster:
         text = self.run("scontrol", "show", "job", "-o", number).stdout
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
+    def is_queued(self, number: str) -> bool:
+        """Whether a job waits or runs."""
+        return bool(self.run("squeue", "-h", "-j", number, check=False).stdout.strip())
+
     def wait(self, number: str, seconds: float = 300) -> dict[str, str]:
         """Until a job has ended for good."""
-        _until(lambda: not self.run("squeue", "-h", "-j", number, check=False).stdout.strip(), seconds,
-               f"job {number} does not end")  # fmt: skip
+        _until(lambda: not self.is_queued(number), seconds, f"job {number} does not end")
         return self.job(number)
+
+
+class Jobs:
+    """The jobs of one training, submitted in a folder of their own, in which the logs are."""
+
+    def __init__(self, cluster: Cluster, folder: Path):
+        self.cluster, self.folder, self.run = cluster, folder, folder / "run"
+        folder.mkdir(exist_ok=True)
+
+    def submit(self, *words, options=("--nodes=2",), script="train.sh", check=True, **extra) -> str:
+        """The job's number, or what sbatch complained of where it must not be checked; `extra` are environment variables."""
+        done = self.cluster.run(
+            "sbatch", "--parsable", *options, PROJECT / "slurm" / script, *words, cwd=self.folder, check=check,
+            OMP_NUM_THREADS="1", HF_HOME="/nonexistent", CUDA_VISIBLE_DEVICES="", TQDM_MININTERVAL="0.1",
+            VENV=str(VENV), **extra,
+        )  # fmt: skip
+        return done.stdout.strip() if check else done.stderr
+
+    def train(self, *keys, recipe="recipes/demo.yaml", **kwargs) -> str:
+        return self.submit(recipe, "--output_dir", self.run, *keys, **kwargs)
+
+    def log(self, job: str) -> str:
+        return "".join(f.read_text() for f in sorted(self.folder.glob(f"slurm-{job}*.log")))
+
+    def wait_for(self, job: str, pattern: str) -> None:
+        """Until the log holds it."""
+        self._until(job, lambda: re.search(pattern, self.log(job)), 0.03)
+
+    def wait_for_rank(self, job: str, node: str) -> int:
+        """The process number of a node's training rank, once it is there."""
+        return self._until(job, lambda: self.cluster.processes(node, "-u train/sft.py"), 0.1)[-1]
+
+    def wait_for_save(self, job: str, step: int) -> None:
+        """Until the save of a step has begun."""
+        checkpoint = self.run / f"checkpoint-{step}"
+        self._until(job, lambda: checkpoint.with_suffix(".partial").exists() or checkpoint.exists(), 0.002)
+
+    def _until(self, job: str, condition, pause: float, seconds: float = 180):
+        end, look = time.time() + seconds, time.time() + 1
+        while not (found := condition()):
+            if time.time() > look:
+                assert time.time() < end and self.cluster.is_queued(job), self.log(job)[-3000:]
+                look = time.time() + 1
+            time.sleep(pause)
+        return found
+
+    def completes(self, job: str) -> None:
+        state = self.cluster.wait(job)["JobState"]
+        assert state == "COMPLETED", f"job {job} is {state}: {self.log(job)[-3000:]}"
 
 
 def _until(condition, seconds: float, problem: str) -> None:

@@ -13,6 +13,7 @@ from launching import (
     launch,
     losses,
     relative_distance,
+    script,
     zero3_sharding_everything,
 )
 from safetensors.torch import load_file
@@ -27,12 +28,15 @@ def rungs(tmp_path_factory):
 
     def run(name, *keys, config_file=None):
         (folder / f"probe-{name}").mkdir()
-        launch("--output_dir", folder / name, *TWELVE_STEPS, *keys, config_file=config_file, script=PROBE,
-               PROBE=str(folder / f"probe-{name}"))  # fmt: skip
+        words = ("--output_dir", folder / name, *TWELVE_STEPS, *keys)
+        variables = {"PROBE": str(folder / f"probe-{name}")}
+        if config_file is None:
+            return script(*words, file=PROBE, check=True, **variables)
+        return launch(*words, config_file=config_file, script=PROBE, **variables)
 
     run("one")
     # No evaluation in mid-run here: one that changed the weights or the random draws would show in the losses.
-    run("accumulated", "--per_device_train_batch_size", 4, "--eval_strategy", "no", "--eval_on_start", "false",
+    run("accumulated", "--per_device_train_batch_size", 2, "--eval_strategy", "no", "--eval_on_start", "false",
         "--per_device_eval_batch_size", 7)  # fmt: skip
     run("zero1", config_file=PROJECT / "accelerate_configs/cpu_zero1.yaml")
     run("zero2", config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
@@ -78,7 +82,7 @@ def test_a_run_of_two_ranks_goes_on_on_one(rungs, tmp_path):
     run = shutil.copytree(rungs / "zero2", tmp_path / "run")
     (run / "train_metrics.json").unlink()
     (run / "checkpoint-12/complete.json").unlink()  # a torn one: it must be named, skipped and kept
-    done = launch("--output_dir", run, *TWELVE_STEPS)
+    done = script("--output_dir", run, *TWELVE_STEPS, check=True)
     assert "checkpoint-12 is not whole (it has no complete.json); it is skipped and kept" in done.stderr
     assert f"going on from {run / 'checkpoint-6'}" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 1
@@ -87,6 +91,7 @@ def test_a_run_of_two_ranks_goes_on_on_one(rungs, tmp_path):
     assert list(run.glob("checkpoint-12.torn-*"))
 
 
+@pytest.mark.long
 def test_a_run_of_one_process_goes_on_on_two_ranks_under_zero3(rungs, tmp_path):
     run = shutil.copytree(rungs / "one", tmp_path / "run")
     (run / "train_metrics.json").unlink()
@@ -98,20 +103,27 @@ def test_a_run_of_one_process_goes_on_on_two_ranks_under_zero3(rungs, tmp_path):
     assert relative_distance(run, rungs / "one") < 1e-4
 
 
-def test_prompt_tuning_under_zero3_saves_and_reloads(tmp_path):
+def test_prompt_tuning_goes_on_on_two_ranks_under_zero3_saves_and_reloads(tmp_path):
+    keys = ("--method", "prompt_tuning", "--max_samples", 50, "--max_eval_samples", 8, "--max_steps", 4, "--save_steps", 2,
+            "--eval_steps", 2, "--num_sample_answers", 1, "--sample_max_new_tokens", 8)  # fmt: skip
+    script("--output_dir", tmp_path / "one", *keys, check=True)
+    run = shutil.copytree(tmp_path / "one", tmp_path / "run")
+    (run / "train_metrics.json").unlink()
+    shutil.rmtree(run / "checkpoint-4")
     (tmp_path / "probe").mkdir()
-    done = launch("--output_dir", tmp_path / "run", "--method", "prompt_tuning", "--max_steps", 4, "--eval_steps", 2,
-                  "--save_steps", 2, config_file=zero3_sharding_everything(tmp_path), script=PROBE,
+    done = launch("--output_dir", run, *keys, config_file=zero3_sharding_everything(tmp_path), script=PROBE,
                   PROBE=str(tmp_path / "probe"))  # fmt: skip
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert metrics["zero_stage"] == 3 and metrics["world_size"] == 2
+    assert f"going on from {run / 'checkpoint-2'}" in done.stderr
+    assert losses(run) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
-    assert_reloads(tmp_path / "run", tmp_path / "probe")
+    assert_reloads(run, tmp_path / "probe")
 
 
 def test_bf16_stays_close_on_two_ranks(tmp_path):
     keys = ("--precision", "bf16", "--learning_rate", 1e-3, *TWELVE_STEPS)
-    launch("--output_dir", tmp_path / "one", *keys)
+    script("--output_dir", tmp_path / "one", *keys, check=True)
     launch("--output_dir", tmp_path / "two", *keys, config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     assert relative_distance(tmp_path / "two", tmp_path / "one") < 2e-2

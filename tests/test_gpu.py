@@ -101,9 +101,7 @@ def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path, accelerate_file, p
     """torch's fused Adam keeps its step count on the GPU, fp16 has a loss scale: both must come back."""
     import launching
 
-    keys = (
-        "--output_dir", tmp_path / "run", *launching.TWELVE_STEPS, "--precision", precision,
-    )  # fmt: skip
+    keys = ("--output_dir", tmp_path / "run", *launching.TWELVE_STEPS, "--precision", precision)
     config_file = PROJECT / f"accelerate_configs/{accelerate_file}.yaml"
     one = {"config_file": config_file, "num_processes": 1, "CUDA_VISIBLE_DEVICES": "0"}
     launching.launch(*keys, **one)

@@ -1,5 +1,6 @@
 """A merge is the adapter's own function within its tolerance, is whole or not there, and says how near it is."""
 
+import functools
 import io
 import json
 import runpy
@@ -10,7 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
-from launching import PROJECT, environment
+from launching import PROJECT, environment, script
 from safetensors.torch import load_file, save_file
 from test_evaluator import make_adapter
 
@@ -28,12 +29,7 @@ def run_merge(*keys):
     return subprocess.CompletedProcess(keys, 0, out.getvalue(), err.getvalue())
 
 
-def run_refused(*keys):
-    """train/merge.py as a user starts it; a refusal ends the process."""
-    return subprocess.run(
-        [sys.executable, "train/merge.py", *map(str, keys)],
-        cwd=PROJECT, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+refused = functools.partial(script, file="train/merge.py")  # a refusal ends the process
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +68,7 @@ def test_the_same_merge_again_says_so_and_another_is_not_put_over_it(merged):
     folder, certificate = merged
     again = run_merge("--adapter", folder, "--output_dir", folder / "merged")
     assert json.loads(again.stdout) == certificate and "holds this merge" in again.stderr
-    other = run_refused("--adapter", folder, "--output_dir", folder / "merged", "--dtype", "bf16")
+    other = refused("--adapter", folder, "--output_dir", folder / "merged", "--dtype", "bf16")
     assert other.returncode == 2 and "is there already" in other.stderr
 
 
@@ -89,7 +85,7 @@ def test_a_merge_of_an_earlier_adapter_is_refused_by_the_evaluator_and_kept_asid
     made = json.loads((tmp_path / "run/merged/merge.json").read_text())
     assert made["mean_kl"] is None and made["adapter"] != certificate["adapter"]
     assert candidates.find(recipe, "merged").name == "merged"
-    stricter = run_refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "run/merged")
+    stricter = refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "run/merged")
     assert stricter.returncode == 2 and "not within" in stricter.stderr
 
 
@@ -101,8 +97,8 @@ def test_fp16_is_certified_on_a_cpu(merged, tmp_path):
 
 def test_beyond_its_tolerance_nothing_is_left_and_the_status_says_so(merged, tmp_path):
     folder, _ = merged
-    done = run_refused("--adapter", folder, "--output_dir", tmp_path / "m", "--onto", "base", "--num_prompts", 2,
-                     "--tolerance", 1e-9)  # fmt: skip
+    done = refused("--adapter", folder, "--output_dir", tmp_path / "m", "--onto", "base", "--num_prompts", 2,
+                   "--tolerance", 1e-9)  # fmt: skip
     assert done.returncode == 1 and "beyond its tolerance" in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -175,13 +171,13 @@ def test_a_killed_merge_leaves_no_folder_that_looks_whole(merged, tmp_path):
 
 def test_prompt_tuning_has_nothing_to_merge(tmp_path):
     make_adapter(tmp_path / "run", "--method", "prompt_tuning")
-    done = run_refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "m")
+    done = refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "m")
     assert done.returncode == 2 and "is a trained prompt" in done.stderr and not (tmp_path / "m").exists()
 
 
 def test_onto_quantized_needs_a_quantised_base(tmp_path):
     make_adapter(tmp_path / "run", "--load_in_4bit", "false")
-    done = run_refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "m", "--onto", "quantized")
+    done = refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "m", "--onto", "quantized")
     assert done.returncode == 2 and "use --onto base" in done.stderr
 
 

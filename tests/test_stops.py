@@ -5,7 +5,7 @@ import os
 import re
 import signal
 
-from launching import PROJECT, Run, eval_losses, launch, mark, script, stopped_at
+from launching import PROJECT, Run, eval_losses, mark, script, stopped_at
 
 ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
 
@@ -14,9 +14,9 @@ def test_one_process_stops_with_its_launcher_in_time_and_before_it_has_begun(tmp
     folder = tmp_path / "run"
     keys = ("--max_steps", 2000, "--num_sample_answers", 0, "--max_eval_samples", 24, "--eval_strategy", "no")
 
-    run = Run(folder, *keys, "--max_hours", 0.006)  # 22 s
-    first = stopped_at(log := run.ends([]))
-    assert "(max_hours)" in log and 0 < first < 2000
+    done = script("--output_dir", folder, *keys, "--max_hours", 0.006)  # 22 s
+    assert done.returncode == 75 and "(max_hours)" in done.stderr
+    assert 0 < (first := stopped_at(done.stderr)) < 2000
 
     run = Run(folder, *keys)
     run.wait_for(rf"\| {first + 1}/2000")
@@ -45,7 +45,7 @@ def test_a_stop_in_the_last_evaluation_of_an_epoch_puts_it_off(tmp_path):
     (tmp_path / "run/stop_request").touch()
     assert stopped_at(log := run.ends([])) == 3 and "(the file stop_request)" in log
     assert mark(tmp_path / "run", 3)["evaluation_is_due"] and list(eval_losses(tmp_path / "run")) == [0]
-    done = launch("--output_dir", tmp_path / "run", *keys)
+    done = script("--output_dir", tmp_path / "run", *keys, check=True)
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert metrics["global_step"] == 3 and metrics["eval_loss"] < metrics["eval_loss_before"] - 0.1
 
