@@ -20,7 +20,7 @@ test: $(READY)
 
 # The tests that take a minute or more each, most of them every other way to stop a job of a SLURM cluster.
 test-long: $(READY)
-	python -m pytest -n 0 -m long
+	python -m pytest -m long
 
 bench: $(READY)
 	python benchmarks/methods.py

@@ -11,15 +11,13 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
-from launching import PROJECT
+from launching import PROJECT, VENV
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "unshare", "nsenter")
-VENV = Path(shutil.which("accelerate") or sys.executable).parent.parent  # of the jobs too
 NETWORK = "10.78.0"  # exists inside the namespaces only
 CONF = """\
 ClusterName=carelm

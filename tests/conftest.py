@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-# Two workers share two cores: threads that wait for one another would take most of the time. Set before torch is imported.
+# Three workers share two cores: threads that wait for one another would take most of the time. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
 LAUNCH_MOST = (
-    "test_curve",
-    "test_evaluator",
     "test_slurm",
     "test_resume",
+    "test_curve",
+    "test_evaluator",
     "test_stops",
     "test_merge",
     "test_real_rows",

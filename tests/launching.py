@@ -18,6 +18,7 @@ import yaml
 from carelm.checkpoints import find_checkpoints
 
 PROJECT = Path(__file__).resolve().parent.parent
+VENV = Path(sys.prefix)  # for slurm/job.sh
 PROBE = Path(__file__).with_name("probe.py")
 # One epoch, whose last batch holds two examples of four.
 TWELVE_STEPS = ("--max_steps", 12, "--eval_steps", 6, "--save_steps", 6, "--num_sample_answers", 0, "--lora_r", 8,

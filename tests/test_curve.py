@@ -121,6 +121,7 @@ def test_prompt_tuning_goes_on_on_two_ranks_under_zero3_saves_and_reloads(tmp_pa
     assert_reloads(run, tmp_path / "probe")
 
 
+@pytest.mark.long
 def test_bf16_stays_close_on_two_ranks(tmp_path):
     keys = ("--precision", "bf16", "--learning_rate", 1e-3, *TWELVE_STEPS)
     script("--output_dir", tmp_path / "one", *keys, check=True)

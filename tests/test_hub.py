@@ -1,10 +1,13 @@
-"""--push_to_hub against a stub of the Hub's client: what is uploaded, what the card says, and that no secret is kept."""
+"""The Hub: --push_to_hub against a stub of its client, and a download from a small Hub on this machine."""
 
 import json
+import subprocess
 import types
 
 import huggingface_hub
 import pytest
+from hub_server import serve
+from launching import PROJECT, VENV, environment, launch
 
 from carelm import runs
 from carelm.recipe import UserError, load_recipe
@@ -35,17 +38,9 @@ class StubApi:
 def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", StubApi)
     StubApi.calls = []
-    keys = (
-        "--push_to_hub",
-        "--hub_model_id",
-        "care",
-        "--hub_token",
-        "hf_secret",
-        "--output_dir",
-        str(tmp_path / "out"),
-    )
     (tmp_path / "out").mkdir()
-    return load_recipe([*keys], usage="")
+    keys = f"--push_to_hub --hub_model_id care --hub_token hf_secret --output_dir {tmp_path / 'out'}"
+    return load_recipe(keys.split(), usage="")
 
 
 def test_a_finished_run_is_uploaded_with_its_card_and_without_checkpoints(recipe):
@@ -76,3 +71,18 @@ def test_a_refusal_of_the_hub_is_one_line_and_the_run_stays_saved(recipe, monkey
     with pytest.raises(UserError, match="the Hub refused care .401 Unauthorized"):
         runs.finish(recipe, METRICS, REPORT)
     assert json.loads((recipe.output_dir / "data_report.json").read_text()) == REPORT
+
+
+@pytest.mark.long
+def test_what_was_prefetched_trains_without_a_network(tmp_path):
+    keys = ("--model_name_or_path", "shop/base", "--dataset_name", "shop/talks", "--output_dir", tmp_path / "run")
+    home = {"HF_HOME": str(tmp_path / "home"), "VENV": str(VENV)}
+    with serve({"models/shop/base": PROJECT / "demo/base", "datasets/shop/talks": PROJECT / "demo/data"}) as address:
+        words = ["bash", PROJECT / "slurm/train.sh", "--prefetch", "recipes/demo.yaml", *map(str, keys)]
+        variables = environment(HF_ENDPOINT=address, **home)
+        done = subprocess.run(words, cwd=PROJECT, env=variables, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "train 1960 rows, validation 150 rows, test 300 rows" in done.stderr
+    few = ("--max_steps", 1, "--max_samples", 24, "--max_eval_samples", 4, "--num_sample_answers", 0)
+    done = launch(*keys, *few, HF_ENDPOINT=address, HF_HUB_OFFLINE="1", **home)
+    assert json.loads(done.stdout.splitlines()[-1])["global_step"] == 1

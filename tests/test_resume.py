@@ -39,22 +39,15 @@ def snapshot(folder):
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
 
 
-def test_a_run_that_is_stopped_twice_and_killed_ends_with_the_same_bits(tmp_path):
+def test_a_run_that_is_stopped_and_killed_ends_with_the_same_bits(tmp_path):
     unbroken, folder = tmp_path / "unbroken", tmp_path / "run"
     launch("--output_dir", unbroken, *KEYS, config_file=ZERO2)
 
     run = Run(folder, *KEYS, config_file=ZERO2)
-    run.wait_for(r"step 0: eval loss")
+    run.wait_for(r"\| 3/9")  # its evaluation comes now
     ranks = run.ranks
     run.process.send_signal(signal.SIGTERM)
-    first = stopped_at(log := run.ends(ranks))
-    assert "(SIGTERM)" in log and mark(folder, first)["step"] == first < 3
-
-    run = Run(folder, *KEYS, config_file=ZERO2)
-    run.wait_for(r"\| 3/9")  # its evaluation comes now
-    (folder / "stop_request").write_text("enough for today\n")
-    log = run.ends(run.ranks)
-    assert stopped_at(log) == 3 and "(enough for today)" in log
+    assert stopped_at(log := run.ends(ranks)) == 3 and "(SIGTERM)" in log
     assert mark(folder, 3)["evaluation_is_due"] and not (folder / "stop_request").exists()
 
     run = Run(folder, *KEYS, config_file=ZERO2)

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import VENV, Cluster, Jobs, what_is_missing
-from launching import PROJECT, eval_losses, losses, mark, same_bits, script, stopped_at
+from cluster import Cluster, Jobs, what_is_missing
+from launching import PROJECT, VENV, eval_losses, losses, mark, same_bits, script, stopped_at
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(what_is_missing()), reason=what_is_missing() or "")]
 
@@ -198,8 +198,9 @@ def test_scancel_ends_for_good_and_the_run_goes_on_on_one_node_and_again_on_two(
 
     job = jobs.train(*KEYS, options=("--nodes=1",))
     jobs.wait_for(job, rf"\| {first + 2}/20")
-    (run / "stop_request").write_text("to two nodes\n")
+    (run / "stop_request").touch()
     ended = cluster.wait(job)
+    assert "(the file stop_request)" in jobs.log(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
     second = stopped_at(jobs.log(job))
     assert (mark(run, first)["world_size"], mark(run, second)["world_size"]) == (2, 1)

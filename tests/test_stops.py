@@ -5,6 +5,7 @@ import os
 import re
 import signal
 
+import pytest
 from launching import PROJECT, Run, eval_losses, mark, script, stopped_at
 
 ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
@@ -12,7 +13,8 @@ ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
 
 def test_one_process_stops_with_its_launcher_in_time_and_before_it_has_begun(tmp_path):
     folder = tmp_path / "run"
-    keys = ("--max_steps", 2000, "--num_sample_answers", 0, "--max_eval_samples", 24, "--eval_strategy", "no")
+    keys = ("--max_steps", 2000, "--num_sample_answers", 0, "--max_samples", 50, "--max_eval_samples", 24,
+            "--eval_strategy", "no")  # fmt: skip
 
     done = script("--output_dir", folder, *keys, "--max_hours", 0.006)  # 22 s
     assert done.returncode == 75 and "(max_hours)" in done.stderr
@@ -42,14 +44,15 @@ def test_a_stop_in_the_last_evaluation_of_an_epoch_puts_it_off(tmp_path):
             "--max_eval_samples", 120, "--per_device_eval_batch_size", 1)  # fmt: skip
     run = Run(tmp_path / "run", *keys)
     run.wait_for(r"\| 3/3")
-    (tmp_path / "run/stop_request").touch()
-    assert stopped_at(log := run.ends([])) == 3 and "(the file stop_request)" in log
+    (tmp_path / "run/stop_request").write_text("enough for today\n")
+    assert stopped_at(log := run.ends([])) == 3 and "(enough for today)" in log
     assert mark(tmp_path / "run", 3)["evaluation_is_due"] and list(eval_losses(tmp_path / "run")) == [0]
     done = script("--output_dir", tmp_path / "run", *keys, check=True)
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert metrics["global_step"] == 3 and metrics["eval_loss"] < metrics["eval_loss_before"] - 0.1
 
 
+@pytest.mark.long
 def test_a_hang_is_noticed_and_every_rank_says_where(tmp_path):
     run = Run(tmp_path / "run", "--max_steps", 2000, "--eval_strategy", "no", "--dataloader_num_workers", 1,
               "--stall_timeout", 15, config_file=ZERO2)  # fmt: skip
