@@ -1,5 +1,5 @@
 # make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
-# make test: every test that this machine can run.
+# make test: the tests that this machine can run in minutes; make test-long: the others.
 VENV ?= .venv
 PYTHON ?= python3
 READY := $(VENV)/.ready

@@ -103,10 +103,13 @@ def kill(jobs: Jobs, undisturbed: Jobs, node: str, seconds: float, in_save: int 
         again = Jobs(jobs.cluster, jobs.folder.with_name(f"{jobs.folder.name}-again"))
         return kill(again, undisturbed, node, seconds / 2, in_save)
     jobs.completes(job)
+    if "is not whole" in jobs.log(job):
+        sys.exit(f"a torn checkpoint stood under its final name: {jobs.log(job)[-3000:]}")
     return {
         "node": node,
         "at": f"{seconds:.1f} s after the start of the rank" if in_save is None else f"in the save of step {in_save}",
         "same_bits": same_bits(jobs.run, undisturbed.run),
+        "went_on_from_step": int((re.findall(r"going on from \S*checkpoint-(\d+)", jobs.log(job)) or [0])[-1]),
         "log": [m.group() for m in TOLD.finditer(jobs.log(job).replace(str(jobs.folder), "OUTPUTS"))],
     }
 

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 LEARNING_RATES = {"lora": 2e-3, "prompt_tuning": 1e-1}
 
 
-def train(method: str, rung: str, output_dir: Path, folder: Path) -> dict[int, float]:
+def train(method: str, rung: str, output_dir: Path, folder: Path, came_from: str | None = None) -> dict[int, float]:
     """Trains, or goes on with what `output_dir` holds; the loss of every step."""
     arguments = keys(
         output_dir=output_dir, method=method, learning_rate=LEARNING_RATES[method], precision="fp32", max_samples=64,
@@ -38,6 +38,8 @@ def train(method: str, rung: str, output_dir: Path, folder: Path) -> dict[int, f
     if outcome.status != 0:
         sys.exit(f"{method} on {rung}: {outcome.refusal or outcome.last_error}")
     state = json.loads((output_dir / "checkpoint-8/trainer_state.json").read_text())
+    if came_from is not None and f"going on from {output_dir / came_from}" not in outcome.stderr:
+        sys.exit(f"{method} on {rung}: it did not go on from {came_from}")
     return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
 
 
@@ -45,7 +47,7 @@ def go_on(method: str, before: str, after: str, folder: Path, unbroken: dict[int
     run_folder = shutil.copytree(folder / f"{method}-{before}", folder / f"{method}-{before}-{after}")
     shutil.rmtree(run_folder / "checkpoint-8")
     (run_folder / "train_metrics.json").unlink()
-    losses = train(method, after, run_folder, folder)
+    losses = train(method, after, run_folder, folder, "checkpoint-4")
     difference = max(abs(losses[step] - loss) / loss for step, loss in unbroken.items())
     return {"method": method, "from": before, "to": after, "largest_relative_difference": difference}
 

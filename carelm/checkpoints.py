@@ -163,13 +163,19 @@ def save_weights(model: torch.nn.Module, state: dict | None, weights: dict | Non
 
 
 def remove_old(output_dir: Path, keep: int | None, best_step: int | None) -> None:
-    """Leaves the newest `keep` whole checkpoints and the best one; torn ones are not touched."""
+    """Leaves the newest `keep` whole checkpoints and the best one; torn ones are not touched.
+
+    One that goes is renamed first, so that a kill in the middle leaves none that looks torn; what the disk does not let go now
+    (NFS keeps files that are open somewhere) goes at the next save.
+    """
     if keep is None:
         return
     whole = [p for p in find_checkpoints(output_dir) if what_is_torn(p) is None]
     for folder in whole[: -max(keep, 1)]:
         if step_of(folder) != best_step:
-            shutil.rmtree(folder)
+            folder.rename(folder.with_name(f".{folder.name}.removed"))
+    for folder in output_dir.glob(".checkpoint-*.removed"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # The consolidated training state
@@ -240,7 +246,7 @@ def load_state(trainer: "Trainer", folder: Path) -> None:
             keys = [k for k in stored if k.startswith(f"{name}|") and not k.endswith("|weight")]
             optimizer.state[parameter] = {
                 k.removeprefix(f"{name}|"): stored[k].to(
-                    _step_device(optimizer, parameter) if k.endswith("|step") else parameter.device
+                    _step_device(optimizer, parameter) if k.endswith("|step") else parameter.device, copy=True
                 )
                 for k in keys
             }

@@ -67,7 +67,7 @@ def push(recipe: Recipe) -> str:
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=recipe.output_dir,
-            ignore_patterns=["checkpoint-*", "runs/*", "eval/*", "merged/*", "*.partial", ".lock", ".restarted_by_job"],
+            ignore_patterns=["checkpoint-*", "runs/*", "eval/*", "merged/*", "*.partial", ".*"],
             commit_message=f"{recipe.name}, fine-tuned with CareLM",
         )
     except (HTTPError, OSError) as error:

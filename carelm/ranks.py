@@ -1,5 +1,6 @@
 """The ranks of a launch: which one this is, how many were asked for, and how they end together. Imports no torch."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -57,16 +58,22 @@ def run_main(main: Callable[[], None]) -> None:
         bar.close()  # the message begins a line of its own
     if rank() == 0:
         print(f"{error.label}: {error}", file=sys.stderr, flush=True)
-        if "CARELM_STATUS_FILE" in os.environ:  # the launcher turns every status into 1
-            reason = getattr(error, "reason", "")
-            Path(os.environ["CARELM_STATUS_FILE"]).write_text(f"{error.exit_status} {reason}\n")
+        tell_status(error.exit_status, getattr(error, "reason", ""))
     elif error.label == "error":
         # A launcher kills the other ranks once one has ended: rank 0 must come first, with the message.
         time.sleep(10)
         print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
+        tell_status(error.exit_status)
     sys.stdout.flush()
     # Other threads (a process group that waits for its peers) must not keep a rank that has nothing left to do.
     os._exit(error.exit_status)
+
+
+def tell_status(status: int, reason: str = "") -> None:
+    """Tells a batch script how this launch ended; the launcher turns every exit status into 1."""
+    if "CARELM_STATUS_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["CARELM_STATUS_FILE"]).write_text(f"{status} {reason}\n")
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,7 @@ def open_store(rank: int):
             else f"is {host} slow to start (ROLL_CALL_PATIENCE), or a firewall between?"
         )
         problem = str(error).splitlines()[0]
-        print(f"error ({socket.gethostname()}): {host}:{port} ({problem}); {hint}", file=sys.stderr, flush=True)
-        os._exit(2)
+        _give_up(f"error ({socket.gethostname()}): {host}:{port} ({problem}); {hint}")
 
 
 def hear(store, what: str, seconds: float) -> str:
@@ -163,9 +162,8 @@ def time_all_reduce(store, rank: int, number: int) -> float:
         device = torch.device("cuda", int(os.environ["SLURM_LOCALID"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     advice = "where the nodes have several networks, set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME in slurm/job.sh"
-    watch = threading.Timer(
-        PATIENCE, _give_up, [f"the ranks cannot talk to each other; {advice}"]
-    )  # NCCL may wait for ever
+    problem = f"error ({socket.gethostname()}): the ranks cannot talk to each other; {advice}"
+    watch = threading.Timer(PATIENCE, _give_up, [problem])  # NCCL may wait for ever
     watch.start()
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store), rank=rank,
@@ -187,8 +185,8 @@ def time_all_reduce(store, rank: int, number: int) -> float:
 
 
 def _give_up(message: str) -> None:
-    if ranks.rank() == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
+    ranks.tell_status(2)
     os._exit(2)
 
 

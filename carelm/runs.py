@@ -139,8 +139,8 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
             anew = _restarts(recipe)
             if folder.exists() and not anew:
                 newest = checkpoints.newest_whole(folder)
-            if folder.exists():
-                _lock(folder)
+            if folder.exists() and _lock(folder) and not anew:
+                newest = checkpoints.newest_whole(folder)  # the run that held it has gone on meanwhile
             if folder.exists() and anew:
                 aside = free_name(folder)
                 folder.rename(aside)
@@ -165,14 +165,18 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
 _locks: list[IO[str]] = []
 
 
-def _lock(folder: Path) -> None:
-    """Keeps other runs out of the folder until this process ends; raises UserError where one is in it."""
+def _lock(folder: Path) -> bool:
+    """Keeps other runs out of the folder until this process ends; returns whether another one had to be waited for.
+
+    Raises:
+        UserError: where another run does not leave it.
+    """
     import fcntl
 
     path = folder / LOCK
     if path.exists() and any(os.path.samestat(os.fstat(held.fileno()), path.stat()) for held in _locks):
-        return  # opening it again, and closing it, would give the lock back
-    file = open(path, "a+")  # noqa: SIM115 - stays open as long as this process
+        return False  # opening it again, and closing it, would give the lock back
+    waited, file = False, open(path, "a+")  # noqa: SIM115 - stays open as long as this process
     until = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
@@ -188,6 +192,7 @@ def _lock(folder: Path) -> None:
                     f"output_dir: {folder} is in use by {holder}; wait for it, or set another output_dir (if that machine "
                     f"is gone, remove {path})"
                 ) from None
+            waited = True
             time.sleep(1)
         except OSError:  # a file system without locks
             break
@@ -196,6 +201,7 @@ def _lock(folder: Path) -> None:
     job = f"job {os.environ['SLURM_JOB_ID']}, " if "SLURM_JOB_ID" in os.environ else ""
     file.write(f"{job}process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    return waited
 
 
 def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

@@ -374,7 +374,7 @@ class Trainer(transformers.Trainer):
         self._name_best()
         about = {
             "step": self.state.global_step,
-            "evaluation_is_due": self.evaluation_is_due,
+            "evaluation_is_due": self.evaluation_is_due or self._ends_epoch_unevaluated(),
             "world_size": self.args.world_size,
             "zero_stage": self.zero_stage,
             "wall_seconds": round(self.wall_seconds, 3),
@@ -386,6 +386,12 @@ class Trainer(transformers.Trainer):
         if self.is_world_process_zero():
             keep = self.recipe.training["save_total_limit"]
             checkpoints.remove_old(self.recipe.output_dir, keep, self.state.best_global_step)
+
+    def _ends_epoch_unevaluated(self) -> bool:
+        """Whether the evaluation at the end of an epoch is still to come; transformers saves by steps before it."""
+        step = self.state.global_step
+        ends = self.args.eval_strategy == "epoch" and step > 0 and step % self.batches.steps_per_epoch == 0
+        return ends and not any("eval_loss" in e for e in self.state.log_history if e["step"] == step)
 
     def _name_best(self) -> None:
         if self.state.best_global_step:

@@ -23,7 +23,11 @@ if [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
 fi
 # What SLURM runs is a copy in its spool folder; the job knows where it came from.
 here=$(dirname "${BASH_SOURCE[0]}")
-[[ -f $here/job.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/slurm\)/eval\.sh.*|\1|p' | head -n 1)
+for _ in 1 2 3 4 5; do
+    [[ ! -f $here/job.sh ]] || break
+    here=$(scontrol show job "${SLURM_JOB_ID-}" | sed -n 's|^ *Command=\(.*/slurm\)/[^/]*|\1|p' | head -n 1) || sleep 3
+done
+[[ -f $here/job.sh ]] || { echo "slurm/eval.sh: its folder with job.sh is not found" >&2 && exit 2; }
 project=$(realpath "$here/..")
 source "$project/slurm/job.sh"
 

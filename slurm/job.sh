@@ -13,16 +13,21 @@ export CARELM_CACHE=${CARELM_CACHE:-${TMPDIR:-/tmp}/carelm-cache-$(id -un)}
 # SITE: nodes with several networks: export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 # SITE: seconds until a rank counts as missing; more where Python starts slowly from a network disk.
 export ROLL_CALL_PATIENCE=${ROLL_CALL_PATIENCE:-40}
+# SITE: seconds from the signal before the time limit (--signal in train.sh, less half a minute) to save in.
+export SAVE_PATIENCE=${SAVE_PATIENCE:-150}
 export TQDM_MININTERVAL=${TQDM_MININTERVAL:-30} # seconds between two lines of a progress bar in the log
 
-# One field of what SLURM says of this job; asked again where the controller does not answer.
-job_field() {
-    local text=""
+# What SLURM says of this job; asked again where the controller does not answer.
+show_job() {
     for _ in 1 2 3 4 5; do
-        text=$(scontrol show job "$job" 2>/dev/null) && break
+        scontrol show job "$job" 2>/dev/null && return
         sleep 3
     done
-    sed -n "s/^.*\b$1=\([^ ]*\).*/\1/p" <<<"$text" | head -n 1
+}
+
+# One field of it.
+job_field() {
+    show_job | sed -n "s/^.*\b$1=\([^ ]*\).*/\1/p" | head -n 1
 }
 
 # Sets what the nodes have to know of one another, and `recipe`.
@@ -41,9 +46,10 @@ prepare_job() {
     export MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 5000)))
     export ROLL_CALL_PORT=$((MASTER_PORT + 1))
     export RANKS=$((SLURM_NNODES * ranks_per_node)) HOSTS="${hosts[*]}" MASTER_ADDR=${hosts[0]}
-    log=$(scontrol show job "$job" | sed -n 's/^ *StdOut=//p')
+    log=$(show_job | sed -n 's/^ *StdOut=//p')
     export NODE_LOG=${log%.log} CARELM_STATUS_FILE=${log%.log}.status
     rm -f "$CARELM_STATUS_FILE"
+    ((${SLURM_RESTART_COUNT:-0})) || rm -f "$NODE_LOG.progress"
     echo "carelm: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $RANKS ranks on ${hosts[*]}"
     recipe=$1
     [[ ! -f $recipe ]] || recipe=$(realpath --no-symlinks "$recipe")

@@ -20,7 +20,11 @@ trap 'asked="a signal before the start"' USR1 TERM
 
 # What SLURM runs is a copy in its spool folder; the job knows where it came from.
 here=$(dirname "${BASH_SOURCE[0]}")
-[[ -f $here/job.sh ]] || here=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/slurm\)/train\.sh.*|\1|p' | head -n 1)
+for _ in 1 2 3 4 5; do
+    [[ ! -f $here/job.sh ]] || break
+    here=$(scontrol show job "${SLURM_JOB_ID-}" | sed -n 's|^ *Command=\(.*/slurm\)/[^/]*|\1|p' | head -n 1) || sleep 3
+done
+[[ -f $here/job.sh ]] || { echo "slurm/train.sh: its folder with job.sh is not found" >&2 && exit 2; }
 project=$(realpath "$here/..")
 source "$project/slurm/job.sh"
 if [[ ${1-} == --prefetch && $# -ge 2 ]]; then
@@ -35,6 +39,11 @@ set -- --config "$recipe" "${@:2}"
 export ACCELERATE_CONFIG_FILE=${ACCELERATE_CONFIG_FILE:-accelerate_configs/nodes_zero2.yaml}
 output=$(python -m carelm.job check "$RANKS" "$@")
 
+# The checkpoint that the next start goes on from.
+newest_checkpoint() {
+    find "$output" -path '*/checkpoint-*/complete.json' 2>/dev/null | sort --version-sort | tail -n 1 || true
+}
+
 # A stop request is a file in the output folder that all ranks look for; a signal does no more than write it.
 ask_to_stop() {
     asked=$1
@@ -43,12 +52,21 @@ ask_to_stop() {
     echo "carelm: $(date +%T) $1: the ranks are asked to save and stop"
 }
 rm -f "$output/stop_request" # of an earlier start
-trap 'ask_to_stop "time limit or preemption"' USR1
+# SLURM does not start a job again that its time limit has ended: ranks that do not answer in time are left behind.
+late=""
+leave_in_time() {
+    sleep "$SAVE_PATIENCE"
+    echo "carelm: the ranks have not saved within $SAVE_PATIENCE s" >&2
+    requeue "$(newest_checkpoint)"
+}
+trap 'ask_to_stop "time limit or preemption"; leave_in_time & late=$!' USR1
 trap 'ask_to_stop SIGTERM' TERM
 
 if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch train/sft.py "$@"; then
     exit 0
 fi
+
+[[ -z $late ]] || kill "$late" 2>/dev/null || true
 
 # Not finished. How the first rank ended, 2: something is to be mended first, and the log says what; 75: saved, and why.
 ended="" why=""
@@ -58,4 +76,4 @@ is_wanted || exit 1
 if [[ -z $asked && $ended == 75 && $why != SIG* && $why != "the launcher has died" ]]; then
     exit 75 # max_hours, or a person's stop request
 fi
-requeue "$(find "$output" -path '*/checkpoint-*/complete.json' 2>/dev/null | sort --version-sort | tail -n 1 || true)"
+requeue "$(newest_checkpoint)"

@@ -55,6 +55,7 @@ BOOT = """\
 set -e
 hostname {name}
 mount --bind {folder}/hosts /etc/hosts
+mount -t tmpfs tmpfs /dev/shm
 ip link set lo up
 if [ {name} = head ]; then
     ip link add br0 type bridge && ip address add {network}.1/24 dev br0 && ip link set br0 up
@@ -62,7 +63,6 @@ if [ {name} = head ]; then
         --pid-file={folder}/munge.pid --seed-file={folder}/munge.seed --log-file={folder}/munge.log &
     slurmctld -D &
 else
-    mount -t tmpfs tmpfs /dev/shm
     until ip link set eth0 up 2>/dev/null; do sleep 0.02; done
     ip address add {network}.{number}/24 dev eth0
     slurmd -D -b &
@@ -97,7 +97,10 @@ class Cluster:
             os.mknod(folder / f"gpu{i}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
         (folder / "gres.conf").write_text(f"NodeName=node[1-{nodes}] Name=gpu File={folder}/gpu[0-1]\n")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
-        self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
+        self.environment |= {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "CARELM_CACHE": "/dev/shm/carelm-cache",
+        }  # a node's own
         try:
             for name in self.machines:
                 self.boot(name)
@@ -198,7 +201,7 @@ class Jobs:
         """The job's number, or what sbatch complained of where it must not be checked; `extra` are environment variables."""
         done = self.cluster.run(
             "sbatch", "--parsable", *options, PROJECT / "slurm" / script, *words, cwd=self.folder, check=check,
-            OMP_NUM_THREADS="1", HF_HOME="/nonexistent", CUDA_VISIBLE_DEVICES="", TQDM_MININTERVAL="0.1",
+            OMP_NUM_THREADS="1", HF_HOME="/nonexistent", CUDA_VISIBLE_DEVICES="", TQDM_MININTERVAL="0",
             VENV=str(VENV), **extra,
         )  # fmt: skip
         return done.stdout.strip() if check else done.stderr

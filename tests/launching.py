@@ -26,8 +26,10 @@ TWELVE_STEPS = ("--max_steps", 12, "--eval_steps", 6, "--save_steps", 6, "--num_
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """One thread per rank, so that sums come in one order; no GPU, and no accelerate configuration of this machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": "", **extra}
+    """One thread per rank, so that sums come in one order; no GPU, and no accelerate configuration of this
+    machine; a progress bar that shows every step."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": "",
+            "TQDM_MININTERVAL": "0", **extra}  # fmt: skip
 
 
 def command(*keys, config_file=None, num_processes=None, script="train/sft.py") -> list[str]:

@@ -22,6 +22,8 @@ from launching import (
     stopped_at,
 )
 
+from carelm import checkpoints
+
 ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
 # Dropout is on: a resumed run must draw what the unbroken one drew. An epoch is five steps, the last of two examples, so
 # that it goes on within the second.
@@ -128,6 +130,16 @@ def test_a_full_fine_tune_under_zero2_goes_on_with_the_same_bits(tmp_path):
     assert same_bits(run, tmp_path / "whole", "model.safetensors")
 
 
+def test_old_checkpoints_go_and_the_last_whole_one_stays(tmp_path):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/weights").write_text("1234")
+        (tmp_path / f"checkpoint-{step}/complete.json").write_text(json.dumps({"files": {"weights": 4}}))
+    os.truncate(tmp_path / "checkpoint-4/weights", 2)
+    checkpoints.remove_old(tmp_path, keep=1, best_step=1)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-3", "checkpoint-4"}
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     (tmp_path / "disk").mkdir()
@@ -138,9 +150,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
         assert done.returncode != 0
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and "could not be saved" in errors[0] and "is whole and stays" in errors[0]
-        from carelm.checkpoints import newest_whole
-
-        assert newest_whole(tmp_path / "disk/run") is not None
+        assert checkpoints.newest_whole(tmp_path / "disk/run") is not None
         assert not list((tmp_path / "disk/run").glob("*.partial"))
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
