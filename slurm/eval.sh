@@ -25,7 +25,7 @@ fi
 here=$(dirname "${BASH_SOURCE[0]}")
 for _ in 1 2 3 4 5; do
     [[ ! -f $here/job.sh ]] || break
-    here=$(scontrol show job "${SLURM_JOB_ID-}" | sed -n 's|^ *Command=\(.*/slurm\)/[^/]*|\1|p' | head -n 1) || sleep 3
+    here=$(scontrol show job "${SLURM_JOB_ID-}" | sed -n 's|^ *Command=\(.*/slurm\)/[^/]*\.sh.*|\1|p' | head -n 1) || sleep 3
 done
 [[ -f $here/job.sh ]] || { echo "slurm/eval.sh: its folder with job.sh is not found" >&2 && exit 2; }
 project=$(realpath "$here/..")

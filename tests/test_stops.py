@@ -41,9 +41,10 @@ def test_one_process_stops_with_its_launcher_in_time_and_before_it_has_begun(tmp
 def test_a_stop_in_the_last_evaluation_of_an_epoch_puts_it_off(tmp_path):
     """The checkpoint is that of the run's last step, saved before the evaluation, which is all that is left to do."""
     keys = ("--max_steps", -1, "--num_train_epochs", 1, "--max_samples", 24, "--num_sample_answers", 0,
-            "--max_eval_samples", 120, "--per_device_eval_batch_size", 1, "--eval_strategy", "epoch", "--save_steps", 3)  # fmt: skip
+            "--max_eval_samples", 120, "--per_device_eval_batch_size", 1, "--eval_strategy", "epoch",
+            "--save_steps", 3)  # fmt: skip
     run = Run(tmp_path / "run", *keys)
-    run.wait_for(r"\| 3/3")
+    run.wait_for(r"\| 3/3 \[")
     (tmp_path / "run/stop_request").write_text("enough for today\n")
     assert stopped_at(log := run.ends([])) == 3 and "(enough for today)" in log
     assert mark(tmp_path / "run", 3)["evaluation_is_due"] and list(eval_losses(tmp_path / "run")) == [0]
