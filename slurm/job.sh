@@ -47,7 +47,7 @@ prepare_job() {
     export ROLL_CALL_PORT=$((MASTER_PORT + 1))
     export RANKS=$((SLURM_NNODES * ranks_per_node)) HOSTS="${hosts[*]}" MASTER_ADDR=${hosts[0]}
     log=$(show_job | sed -n 's/^ *StdOut=//p')
-    export NODE_LOG=${log%.log} CARELM_STATUS_FILE=${log%.log}.status
+    export JOB_LOG=$log NODE_LOG=${log%.log} CARELM_STATUS_FILE=${log%.log}.status
     rm -f "$CARELM_STATUS_FILE"
     ((${SLURM_RESTART_COUNT:-0})) || rm -f "$NODE_LOG.progress"
     echo "carelm: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $RANKS ranks on ${hosts[*]}"
@@ -78,13 +78,15 @@ call_roll() {
         --ntasks="$RANKS" --ntasks-per-node="$ranks_per_node" python -m carelm.rollcall "$@"
 }
 
-# One launcher per node. The first node writes to the job's log, each other one to a log of its own.
+# One launcher per node. The first node writes to the job's log, each other one to a log of its own; not through srun, which
+# keeps a progress bar back until its line ends.
 launch() {
     # shellcheck disable=SC2016
     run_step srun --kill-on-bad-exit --cpu-bind=none --distribution=block "${gpus[@]}" \
         --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c '
         trap "" USR1 # the launcher would die of it
-        ((SLURM_PROCID == 0)) || exec >>"$NODE_LOG-$SLURMD_NODENAME.log" 2>&1
+        ((SLURM_PROCID == 0)) || JOB_LOG=$NODE_LOG-$SLURMD_NODENAME.log
+        exec >>"$JOB_LOG" 2>&1
         exec accelerate launch --config_file "$ACCELERATE_CONFIG_FILE" \
             --num_machines "$SLURM_NNODES" --num_processes "$RANKS" --machine_rank "$SLURM_PROCID" \
             --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
