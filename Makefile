@@ -1,5 +1,6 @@
 # make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
 # make test: the tests that this machine can run in minutes; make test-long: the others.
+# TESTS="tests/test_data.py -k csv" chooses among them.
 VENV ?= .venv
 PYTHON ?= python3
 READY := $(VENV)/.ready
@@ -16,11 +17,11 @@ eval: $(READY)
 	accelerate launch eval/run.py
 
 test: $(READY)
-	python -m pytest
+	python -m pytest $(TESTS)
 
 # The tests that take a minute or more each, most of them every other way to stop a job of a SLURM cluster.
 test-long: $(READY)
-	python -m pytest -m long
+	python -m pytest -m long $(TESTS)
 
 bench: $(READY)
 	python benchmarks/methods.py
