@@ -183,9 +183,9 @@ def test_a_job_goes_on_after_a_node_has_lost_its_processes_was_lost_itself_and_d
     jobs.wait_for(job, "Node failure on node2")
     cluster.wait_for_nodes()
     jobs.wait_for(job, r"start 3[^$]*going on from \S*checkpoint-1[05]\n[^$]*\| 16/20")
-    os.kill(jobs.wait_for_rank(job, "node2"), signal.SIGSTOP)  # it will not answer
+    os.kill(jobs.wait_for_rank(job, "node2"), signal.SIGSTOP)  # it will not answer until SLURM wakes it
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    jobs.wait_for(job, r"the ranks have not saved within 5 s[^$]*start 4[^$]*going on from ")  # SLURM's requeue wakes it
+    jobs.wait_for(job, r"the ranks have not saved within 5 s[^$]*start 4[^$]*going on from ")
     ends_like(jobs, job, unbroken)
 
 
