@@ -3,18 +3,33 @@
 import json
 
 import pytest
-from launching import script
+from launching import PROJECT, launch, script
 
 FEW_STEPS = ("--max_steps", 2, "--global_batch_size", 4, "--max_samples", 24, "--max_eval_samples", 4, "--eval_strategy", "no",
              "--num_sample_answers", 1, "--sample_max_new_tokens", 8, "--save_strategy", "no")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["bitext_support", "medquad", "sgd", "tau_airline_toolcalls"])
+@pytest.mark.parametrize("name", ["medquad", "sgd", "tau_airline_toolcalls"])
 def test_a_recipe_trains_on_its_real_rows(name, carelm_data, tmp_path):
-    done = script("--config", f"recipes/{name}.yaml", "--dataset_name", carelm_data / name, "--output_dir", tmp_path / "run",
-                  *FEW_STEPS, check=True)  # fmt: skip
-    metrics = json.loads(done.stdout.splitlines()[-1])
+    metrics = figures(script(*keys(name, carelm_data, tmp_path), check=True))
     assert metrics["global_step"] == 2 and metrics["eval_loss"] < metrics["eval_loss_before"]
+
+
+@pytest.mark.long
+def test_bitext_support_trains_on_two_ranks(carelm_data, tmp_path):
+    two_ranks = PROJECT / "accelerate_configs/cpu_zero2.yaml"
+    metrics = figures(launch(*keys("bitext_support", carelm_data, tmp_path), config_file=two_ranks))
+    assert (metrics["world_size"], metrics["zero_stage"], metrics["bits"]) == (2, 2, 4)
+    assert metrics["eval_loss"] < metrics["eval_loss_before"]
+
+
+def keys(name, carelm_data, folder):
+    recipe, rows = f"recipes/{name}.yaml", carelm_data / name
+    return ("--config", recipe, "--dataset_name", rows, "--output_dir", folder / "run", *FEW_STEPS)
+
+
+def figures(done):
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_preview_shows_the_answer_as_trained_and_writes_nothing(carelm_data, tmp_path):
