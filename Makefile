@@ -28,6 +28,8 @@ bench: $(READY)
 	python benchmarks/speed.py
 	python benchmarks/scoring.py
 	python benchmarks/evaluator.py
+	python benchmarks/merging.py
+	python benchmarks/resumes.py
 
 bench-gpu: $(READY)
 	python benchmarks/gpu.py

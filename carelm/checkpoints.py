@@ -15,10 +15,11 @@ draws from a seed of its own (carelm.callbacks.StepSeed).
 """
 
 import copy
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,8 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
     if failure is None and trainer.keeps_native_state:
         try:
             trainer.model_wrapped.save_checkpoint(str(partial))
+            trainer.accelerator.wait_for_everyone()
+            settle(partial.rglob("*"))  # what another node wrote is on its way to the disk from there
         except (OSError, RuntimeError) as error:  # the other ranks wait in DeepSpeed's barrier: this one ends the job
             raise UserError(
                 f"output_dir: {folder.name} could not be saved ({error}); make room and run again"
@@ -127,10 +130,12 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
     if failure is None and trainer.is_world_process_zero():
         try:
             files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+            settle([*partial.rglob("*"), partial])
             write_whole(partial / MARK, json.dumps({**about, "files": files}, indent=1))
             if folder.exists():  # the torn one of an earlier try at this step
                 folder.rename(folder.with_name(f"{folder.name}.torn-{os.getpid()}"))
             partial.rename(folder)
+            _sync(folder.parent)
         except OSError as error:
             failure = str(error)
     failure = share(failure, trainer.args.device)
@@ -140,6 +145,27 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
         whole = [p for p in find_checkpoints(folder.parent) if what_is_torn(p) is None]
         left = f"{whole[-1]} is whole and stays" if whole else "there was none before it"
         raise UserError(f"output_dir: {folder.name} could not be saved ({failure}); {left}; make room and run again")
+
+
+def settle(paths: Iterable[Path]) -> None:
+    """Files and folders are on the disk from here on, whatever happens to the node, and safetensors' no longer their owner's
+    alone."""
+    os.umask(umask := os.umask(0))
+    for path in paths:
+        if path.suffix == ".safetensors":
+            path.chmod(0o666 & ~umask)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file system that does not do so for a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def save_weights(model: torch.nn.Module, state: dict | None, weights: dict | None, folder: Path) -> None:
@@ -173,7 +199,9 @@ def remove_old(output_dir: Path, keep: int | None, best_step: int | None) -> Non
     whole = [p for p in find_checkpoints(output_dir) if what_is_torn(p) is None]
     for folder in whole[: -max(keep, 1)]:
         if step_of(folder) != best_step:
-            folder.rename(folder.with_name(f".{folder.name}.removed"))
+            aside = folder.with_name(f".{folder.name}.removed")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier run to this step
+            folder.rename(aside)
     for folder in output_dir.glob(".checkpoint-*.removed"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -560,6 +560,18 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
     )
 
 
+def check_nodes_agree(prepared: Prepared) -> None:
+    """Raises UserError where a node has prepared other examples than the first one; every rank calls it."""
+    everyone = ranks.gather((socket.gethostname(), prepared.fingerprint))
+    first = everyone[0]
+    for host, found in everyone:
+        if found != first[1]:
+            raise UserError(
+                f"dataset_name: {host} has other rows than {first[0]}; put the files on a disk that all nodes share, or "
+                "remove what an earlier day has left in CARELM_CACHE there"
+            )
+
+
 def _fingerprint(recipe: Recipe, chat: Chat) -> str:
     """Of the rows, the keys that shape them, the tokenizer with its template, and this code."""
     keys = {k: v for k, v in recipe.keys().items() if k in Recipe.__dataclass_fields__ and k not in NOT_ABOUT_DATA}

@@ -18,6 +18,7 @@ from carelm.models import load_config
 from carelm.predictions import PredictionFile
 from carelm.recipe import Recipe, UserError, fingerprint, write_whole
 from carelm.runs import git_commit, versions
+from carelm.stops import HangWatch
 from carelm.testset import Question
 
 if TYPE_CHECKING:
@@ -62,12 +63,15 @@ def prepare(recipe: Recipe, candidate: Candidate, questions: list[Question], fol
     return Prepared(candidate, chat, decoding, questions, prompts, lengths, file)
 
 
-def answer(recipe: Recipe, asked: Prepared, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def answer(
+    recipe: Recipe, asked: Prepared, folder: Path, watch: HangWatch
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The predictions in the order of the questions, and what was measured; on ranks other than 0 both are empty.
 
     What an earlier run left in `folder` and is still what would be made today is not made again. Figures of speed stand with
-    the place where they were measured, and are not mixed with those of another.
+    the place where they were measured, and are not mixed with those of another. `watch` is told of every answer.
     """
+    watch.look()
     name, number = asked.candidate.name, len(asked.prompts)
     saved = folder / f"measured-{name}.json"
     done = ranks.share(asked.file.open() if ranks.rank() == 0 else None)
@@ -85,17 +89,19 @@ def answer(recipe: Recipe, asked: Prepared, folder: Path) -> tuple[list[dict[str
         device = next(p for p in model.parameters() if p.device.type != "meta").device
         if len(done) < number:
             memory.reset_peak_memory()
-            measured["throughput"] = _answer_share(recipe, asked, model, done, device)
+            measured["throughput"] = _answer_share(recipe, asked, model, done, device, watch)
             measured["peak_memory_bytes"] = max(ranks.gather(memory.peak_memory_bytes()))
         if ranks.rank() == 0:
             write_whole(saved, json.dumps(measured, indent=1))
+            watch.look()
             measured["latency"] = {
-                "prompts": len(timed), **latency(model, asked.chat, timed, asked.decoding, device=device)
+                "prompts": len(timed), **latency(model, asked.chat, timed, asked.decoding, device=device, done=watch.look)
             }  # fmt: skip
             write_whole(saved, json.dumps(measured, indent=1))
         del model
         gc.collect()
-        ranks.share(None)  # the others wait while rank 0 measures
+    watch.pause()
+    ranks.share(None)  # the others wait while rank 0 measures
     if ranks.rank() != 0:
         return [], {}
     unmeasured = {"throughput": {}, "peak_memory_bytes": None}
@@ -125,7 +131,7 @@ def _make_prompts(
 
 
 def _answer_share(
-    recipe: Recipe, asked: Prepared, model: "PreTrainedModel", done: set[str], device: torch.device
+    recipe: Recipe, asked: Prepared, model: "PreTrainedModel", done: set[str], device: torch.device, watch: HangWatch
 ) -> dict[str, Any]:
     """This rank answers every so-manieth of the questions that are left, by length; returns the speed of all ranks."""
     questions, prompts, file = asked.questions, asked.prompts, asked.file
@@ -133,6 +139,7 @@ def _answer_share(
     share = left[ranks.rank() :: ranks.world_size()]
 
     def keep(k: int, answer: Answer) -> None:
+        watch.look()
         question = questions[share[k]]
         file.append({
             "id": question.id,
@@ -153,6 +160,7 @@ def _answer_share(
         model, asked.chat, [prompts[i] for i in share], asked.decoding, device=device, done=keep,
         max_batch_tokens=recipe.max_batch_tokens, show=asked.candidate.name if ranks.rank() == 0 else None,
     )  # fmt: skip
+    watch.pause()  # the others take as long as they take
     everyone = ranks.gather(spent)
     seconds = max(s["seconds"] for s in everyone)
     return {

@@ -189,11 +189,18 @@ class _Clock(BaseStreamer):
 
 
 def latency(
-    model: torch.nn.Module, chat: Chat, prompts: list[list[int]], decoding: Decoding, *, device: torch.device
+    model: torch.nn.Module,
+    chat: Chat,
+    prompts: list[list[int]],
+    decoding: Decoding,
+    *,
+    device: torch.device,
+    done: Callable[[], None],
 ) -> dict[str, dict[str, float]]:
     """Milliseconds at batch size 1: to the first token, for each further one, and end to end, as p50, p95 and p99.
 
-    The first prompts are answered once before, unmeasured; the device is synchronised at every token.
+    The first prompts are answered once before, unmeasured; the device is synchronised at every token. `done` is called after
+    each prompt.
     """
     for ids in prompts[:WARM_UP_PROMPTS]:
         generate(model, chat, [ids], decoding, device=device)
@@ -207,6 +214,7 @@ def latency(
         whole.append(1e3 * (times[-1] - started))
         if len(times) > 1:
             further.append(1e3 * (times[-1] - times[0]) / (len(times) - 1))
+        done()
     measured = {"ttft_ms": first, "tpot_ms": further, "e2e_ms": whole}
     return {name: {f"p{p}": round(float(np.percentile(values, p)), 3) for p in PERCENTILES} if values else {}
             for name, values in measured.items()}  # fmt: skip

@@ -47,7 +47,7 @@ def run_main(main: Callable[[], None]) -> None:
     except UserError as caught:
         error = caught
     except KeyboardInterrupt:
-        error = UserError("interrupted before there was anything to save")
+        error = UserError("interrupted; the same command goes on with what is saved, or begins again")
     except OSError as caught:
         if caught.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

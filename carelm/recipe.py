@@ -124,7 +124,8 @@ class Recipe:
     # the run
     max_hours: float | None = _key(None, "Save and stop in time to be done after this many hours from the launch.")
     stall_timeout: int = _key(
-        1800, "Seconds without a step, loading included, after which every rank writes its stacks and ends; 0: never."
+        1800,
+        "Seconds without a step or an answer, loading included, after which a rank writes its stacks and ends; 0: never.",
     )
     restart: bool = _key(False, "Begin anew; an earlier run in output_dir is renamed, never deleted.")
     preview: int = _key(0, "Print this many rendered examples with the trained tokens marked, and exit.")

@@ -198,7 +198,10 @@ def _lock(folder: Path) -> bool:
             break
     _locks.append(file)
     file.truncate(0)
-    job = f"job {os.environ['SLURM_JOB_ID']}, " if "SLURM_JOB_ID" in os.environ else ""
+    job = ""
+    if "SLURM_JOB_ID" in os.environ:  # slurm/train.sh knows its own by it
+        start = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
+        job = f"job {os.environ['SLURM_JOB_ID']}, start {start}, "
     file.write(f"{job}process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return waited

@@ -5,13 +5,16 @@ do the batch script of a SLURM job, a rank whose launcher has died, `max_hours` 
 All ranks look for it after every optimizer step and every batch of an evaluation, agree, and save at the same step.
 
 The looks also feed the watch on hangs: `stall_timeout` seconds without one, and every rank writes the stacks of its threads to
-the log and ends.
+the log and ends. The evaluator has the watch alone: its answers are kept as they come.
 """
 
 import contextlib
 import faulthandler
 import os
 import signal
+import socket
+import sys
+import threading
 import time
 
 import psutil
@@ -39,33 +42,35 @@ class StopRequests:
 
     def __init__(self, recipe: Recipe, launch: ranks.Launch | None):
         self.file = recipe.output_dir / FILE
-        self.stall_timeout = recipe.stall_timeout
+        self.watch = HangWatch(recipe.stall_timeout)
         launcher = psutil.Process().parent() if launch is not None else None
         self._launcher = launcher.pid if launcher is not None else None
         began = (launcher or psutil.Process()).create_time()
         self._ends = began + 3600 * recipe.max_hours if recipe.max_hours else float("inf")
         self._last_look, self._longest = None, 0.0
-        in_job = "CARELM_STATUS_FILE" in os.environ  # whose script has removed what was left, before its own requests
-        if ranks.rank() == 0 and not in_job and self.file.exists() and self.file.stat().st_mtime < began:
+        began = int(
+            os.environ.get("CARELM_STARTED", began)
+        )  # of a batch job, which may have asked before its launchers
+        if ranks.rank() == 0 and self.file.exists() and self.file.stat().st_mtime < began:
             ranks.say(f"{self.file} is from before this launch; it is removed")
             self.file.unlink(missing_ok=True)
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: self.request(signal.Signals(number).name))
-        self._watch()
 
     def request(self, reason: str) -> None:
         """Writes the request; the first one's reason stands."""
         if not self.file.exists():
             aside = self.file.with_name(f"{FILE}.{ranks.rank()}.partial")
             aside.write_text(reason + "\n")
-            aside.replace(self.file)
+            with contextlib.suppress(FileNotFoundError):  # a second signal came in between and has asked
+                aside.replace(self.file)
 
     def look(self, device) -> str | None:
         """The reason of a request, the same on every rank, or None; every rank calls it at the same place."""
         now = time.time()
         self._longest = max(self._longest, now - (self._last_look or now))
         self._last_look = now
-        self._watch()
+        self.watch.look()
         if os.getppid() != self._launcher and self._launcher is not None:
             self.request("the launcher has died")
         if ranks.rank() == 0 and now + 2 * self._longest > self._ends:  # one such time to the next look, one to save
@@ -82,9 +87,8 @@ class StopRequests:
 
     def answered(self) -> float:
         """Takes the request away, once the run is saved; returns the seconds since it was made. Later signals are ignored."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        self.close()
+        ignore_signals()
+        self.watch.pause()
         seconds = 0.0
         if ranks.rank() == 0:
             with contextlib.suppress(FileNotFoundError):
@@ -93,13 +97,38 @@ class StopRequests:
         ranks.gather(None)  # none ends before all are here
         return seconds
 
-    def close(self) -> None:
-        """The run has no more steps: nothing is left to stop, or to hang."""
-        faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def _watch(self) -> None:
-        if self.stall_timeout:
-            faulthandler.dump_traceback_later(self.stall_timeout)
-            # SIGALRM then ends the process, whatever it hangs in; later, for a rank that ends takes the others with it.
-            signal.setitimer(signal.ITIMER_REAL, self.stall_timeout + 10)
+def ignore_signals(*_) -> None:
+    """From here on; also for a process that loads batches, whose rank answers them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class HangWatch:
+    """Ends this process where it does not `look` for so many seconds, whatever it hangs in; 0: never.
+
+    The seconds are counted by a thread that sleeps one at a time, so that a pause of the whole process (scontrol suspend,
+    Ctrl-Z) is none.
+    """
+
+    def __init__(self, seconds: int):
+        self.seconds, self._now, self._last = seconds, 0, 0.0
+        if seconds:
+            threading.Thread(target=self._count, daemon=True).start()
+
+    def look(self) -> None:
+        self._last = self._now
+
+    def pause(self) -> None:
+        """Until the next look."""
+        self._last = float("inf")
+
+    def _count(self) -> None:
+        while self._now - self._last < self.seconds:
+            time.sleep(1)
+            self._now += 1
+        print(f"carelm: rank {ranks.rank()} on {socket.gethostname()} has hung for {self.seconds} s (stall_timeout); it is in:",
+              file=sys.stderr, flush=True)  # fmt: skip
+        faulthandler.dump_traceback(sys.__stderr__)  # a notebook's sys.stderr is no file
+        time.sleep(10)  # a rank that ends takes the others with it, which have theirs to write
+        os._exit(1)

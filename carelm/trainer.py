@@ -26,7 +26,7 @@ from carelm.data import Prepared, PreparedSplit
 from carelm.models import Precision
 from carelm.ranks import say, share, world_size
 from carelm.recipe import Recipe, UserError, micro_batch_size
-from carelm.stops import StopRequested, StopRequests
+from carelm.stops import StopRequested, StopRequests, ignore_signals
 
 BLANK = -1  # stands for an example with nothing to learn, where a rank would have none
 LENGTH_POOL = 50  # batches of like length are cut from pools of this many global batches
@@ -288,6 +288,7 @@ class Trainer(transformers.Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            worker_init_fn=ignore_signals,
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -477,6 +478,7 @@ class Trainer(transformers.Trainer):
                 checkpoints.save_weights(self.model, state, weights, folder)
                 self.chat.tokenizer.save_pretrained(folder)
                 self.model.generation_config.save_pretrained(folder)
+                checkpoints.settle(folder.glob("*.safetensors"))
             except (OSError, checkpoints.SafetensorError) as error:
                 failure = str(error)
         failure = share(failure, self.args.device)

@@ -35,7 +35,7 @@ def main() -> None:
 
     import torch
 
-    from carelm import evaluation, quiet, report, results
+    from carelm import evaluation, quiet, report, results, stops
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_all_cores(launch)
@@ -43,11 +43,12 @@ def main() -> None:
         torch.cuda.set_device(ranks.local_rank())
     folder = recipe.output_dir / "eval"
     asked = [evaluation.prepare(recipe, model, questions, folder) for model in models]
+    watch = stops.HangWatch(recipe.stall_timeout)
     ranks.join()
     folder.mkdir(parents=True, exist_ok=True)
     lines, measured = {}, {}
     for one in asked:
-        lines[one.candidate.name], measured[one.candidate.name] = evaluation.answer(recipe, one, folder)
+        lines[one.candidate.name], measured[one.candidate.name] = evaluation.answer(recipe, one, folder, watch)
     ranks.leave()
     if ranks.rank() == 0:
         found = results.make_results(recipe, questions, lines, measured)

@@ -40,7 +40,5 @@ if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch eval/run.py "$
     exit 0
 fi
 
-# Not finished: goes on where SLURM wanted the place, and not where something is to be mended.
-is_wanted || exit 1
-[[ -n $asked || $(job_field PreemptTime) != None ]] || exit 1
+end_unless_cut_off
 requeue "$(cat "$output"/eval/predictions-*.jsonl 2>/dev/null | wc -l) answers"

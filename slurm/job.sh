@@ -45,7 +45,8 @@ prepare_job() {
     # Jobs may share a node: the ports follow from the job's number.
     export MASTER_PORT=$((20000 + 2 * (SLURM_JOB_ID % 5000)))
     export ROLL_CALL_PORT=$((MASTER_PORT + 1))
-    export RANKS=$((SLURM_NNODES * ranks_per_node)) HOSTS="${hosts[*]}" MASTER_ADDR=${hosts[0]}
+    CARELM_STARTED=$(date +%s)
+    export CARELM_STARTED RANKS=$((SLURM_NNODES * ranks_per_node)) HOSTS="${hosts[*]}" MASTER_ADDR=${hosts[0]}
     log=$(show_job | sed -n 's/^ *StdOut=//p')
     export JOB_LOG=$log NODE_LOG=${log%.log} CARELM_STATUS_FILE=${log%.log}.status
     rm -f "$CARELM_STATUS_FILE"
@@ -74,7 +75,7 @@ run_step() {
 
 # Every rank reports in, or the job ends with the name of the node that does not.
 call_roll() {
-    run_step srun --kill-on-bad-exit --overcommit --cpu-bind=none --distribution=block "${gpus[@]}" \
+    run_step srun --export=ALL --kill-on-bad-exit --overcommit --cpu-bind=none --distribution=block "${gpus[@]}" \
         --ntasks="$RANKS" --ntasks-per-node="$ranks_per_node" python -m carelm.rollcall "$@"
 }
 
@@ -82,35 +83,42 @@ call_roll() {
 # keeps a progress bar back until its line ends.
 launch() {
     # shellcheck disable=SC2016
-    run_step srun --kill-on-bad-exit --cpu-bind=none --distribution=block "${gpus[@]}" \
+    run_step srun --export=ALL --kill-on-bad-exit --cpu-bind=none --distribution=block "${gpus[@]}" \
         --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -c '
         trap "" USR1 # the launcher would die of it
         ((SLURM_PROCID == 0)) || JOB_LOG=$NODE_LOG-$SLURMD_NODENAME.log
         exec >>"$JOB_LOG" 2>&1
-        exec accelerate launch --config_file "$ACCELERATE_CONFIG_FILE" \
+        exec accelerate-launch --config_file "$ACCELERATE_CONFIG_FILE" \
             --num_machines "$SLURM_NNODES" --num_processes "$RANKS" --machine_rank "$SLURM_PROCID" \
             --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
         ' launcher "$@"
 }
 
-# Whether SLURM still wants this job; not after scancel, nor after a requeue that SLURM sees to itself.
-is_wanted() {
-    local state
+# Ends the job where something is to be mended first (2: the log says what), where SLURM wants it no more (after scancel) or
+# sees to the requeue itself, and where max_hours or a person has stopped the run (75: saved).
+end_unless_cut_off() {
+    local ended="" why="" state # of the first rank
+    [[ ! -f $CARELM_STATUS_FILE ]] || read -r ended why <"$CARELM_STATUS_FILE" || true
+    [[ $ended != 2 ]] || exit 2
     state=$(job_field JobState)
-    [[ -z $state || $state == RUNNING ]] && return
-    echo "carelm: the job is $state: it ends here, or SLURM starts it again"
-    return 1
+    if [[ -n $state && $state != RUNNING ]]; then
+        echo "carelm: the job is $state: it ends here, or SLURM starts it again"
+        exit 1
+    fi
+    [[ $ended != 75 || -n $asked || $why == SIG* || $why == "the launcher has died" ]] || exit 75
 }
 
-# Starts the job again, unless three starts in a row have ended with the same progress ($1).
+# Starts the job again, unless three starts in a row have ended with the same progress ($1); one that gave way to a more
+# urgent job does not count.
 requeue() {
     local before="" times=0
     [[ ! -f $NODE_LOG.progress ]] || { read -r times && read -r before; } <"$NODE_LOG.progress" || true
     [[ $before == "$1" ]] || times=0
-    times=$((times + 1))
+    [[ $(job_field PreemptTime) != None ]] || times=$((times + 1))
     printf '%s\n%s\n' "$times" "$1" >"$NODE_LOG.progress"
     if ((times >= 3)); then
         echo "carelm: three starts have ended after ${1:-nothing at all}; it is not requeued again" >&2
+        rm -f "$NODE_LOG.progress" # who requeues it by hand has mended something
         exit 1
     fi
     echo "carelm: $(date +%T) requeued, to go on where it was"

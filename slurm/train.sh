@@ -15,7 +15,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
-asked=""
+asked="" step=""
 trap 'asked="a signal before the start"' USR1 TERM
 
 # What SLURM runs is a copy in its spool folder; the job knows where it came from.
@@ -41,17 +41,20 @@ output=$(python -m carelm.job check "$RANKS" "$@")
 
 # The checkpoint that the next start goes on from.
 newest_checkpoint() {
-    find "$output" -path '*/checkpoint-*/complete.json' 2>/dev/null | sort --version-sort | tail -n 1 || true
+    find "$output" -regex '.*/checkpoint-[0-9]+/complete.json' 2>/dev/null | sort --version-sort | tail -n 1 || true
 }
 
-# A stop request is a file in the output folder that all ranks look for; a signal does no more than write it.
+# A stop request is a file in the output folder that all ranks look for; a signal does no more than write it. Before the
+# first rank holds the folder's lock there is nothing to save: another run may still be writing there.
 ask_to_stop() {
     asked=$1
-    mkdir -p "$output"
-    echo "$1" >"$output/stop_request"
-    echo "carelm: $(date +%T) $1: the ranks are asked to save and stop"
+    if grep -q "^job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))," "$output/.lock" 2>/dev/null; then
+        echo "$1" >"$output/stop_request"
+        echo "carelm: $(date +%T) $1: the ranks are asked to save and stop"
+    else
+        [[ -z $step ]] || kill "$step"
+    fi
 }
-rm -f "$output/stop_request" # of an earlier start
 # SLURM does not start a job again that its time limit has ended: ranks that do not answer in time are left behind.
 late=""
 leave_in_time() {
@@ -61,19 +64,11 @@ leave_in_time() {
 }
 trap 'ask_to_stop "time limit or preemption"; leave_in_time & late=$!' USR1
 trap 'ask_to_stop SIGTERM' TERM
+trap '[[ -z $late ]] || kill "$late" 2>/dev/null || true' EXIT
 
 if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch train/sft.py "$@"; then
     exit 0
 fi
 
-[[ -z $late ]] || kill "$late" 2>/dev/null || true
-
-# Not finished. How the first rank ended, 2: something is to be mended first, and the log says what; 75: saved, and why.
-ended="" why=""
-[[ ! -f $CARELM_STATUS_FILE ]] || read -r ended why <"$CARELM_STATUS_FILE" || true
-[[ $ended != 2 ]] || exit 2
-is_wanted || exit 1
-if [[ -z $asked && $ended == 75 && $why != SIG* && $why != "the launcher has died" ]]; then
-    exit 75 # max_hours, or a person's stop request
-fi
+end_unless_cut_off
 requeue "$(newest_checkpoint)"

@@ -18,6 +18,7 @@ import psutil
 from launching import PROJECT, VENV
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "unshare", "nsenter")
+LOOK_EVERY_S = 10  # at the queue: that takes longer than a save
 NETWORK = "10.78.0"  # exists inside the namespaces only
 CONF = """\
 ClusterName=carelm
@@ -201,8 +202,8 @@ class Jobs:
         """The job's number, or what sbatch complained of where it must not be checked; `extra` are environment variables."""
         done = self.cluster.run(
             "sbatch", "--parsable", *options, PROJECT / "slurm" / script, *words, cwd=self.folder, check=check,
-            OMP_NUM_THREADS="1", HF_HOME="/nonexistent", CUDA_VISIBLE_DEVICES="", TQDM_MININTERVAL="0",
-            VENV=str(VENV), **extra,
+            **{"OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0",
+               "VENV": str(VENV), **extra},
         )  # fmt: skip
         return done.stdout.strip() if check else done.stderr
 
@@ -218,19 +219,27 @@ class Jobs:
 
     def wait_for_rank(self, job: str, node: str) -> int:
         """The process number of a node's training rank, once it is there."""
-        return self._until(job, lambda: self.cluster.processes(node, "-u train/sft.py"), 0.1)[-1]
+        return self._until(job, lambda: self.cluster.processes(node, "-u train/sft.py"), 0.1)[0]
 
     def wait_for_save(self, job: str, step: int) -> None:
         """Until the save of a step has begun."""
         checkpoint = self.run / f"checkpoint-{step}"
         self._until(job, lambda: checkpoint.with_suffix(".partial").exists() or checkpoint.exists(), 0.002)
 
+    def freeze_in_save(self, job: str, step: int) -> int:
+        """Stops the rank that writes (SIGSTOP) in the middle of the save of a step; returns its process number."""
+        writer = self.wait_for_rank(job, "node1")
+        self.wait_for_save(job, step)
+        os.kill(writer, signal.SIGSTOP)
+        assert (self.run / f"checkpoint-{step}.partial").exists(), "the save was over before the rank could be stopped"
+        return writer
+
     def _until(self, job: str, condition, pause: float, seconds: float = 180):
-        end, look = time.time() + seconds, time.time() + 1
+        end, look = time.time() + seconds, time.time() + LOOK_EVERY_S
         while not (found := condition()):
             if time.time() > look:
                 assert time.time() < end and self.cluster.is_queued(job), self.log(job)[-3000:]
-                look = time.time() + 1
+                look = time.time() + LOOK_EVERY_S
             time.sleep(pause)
         return found
 

@@ -40,7 +40,7 @@ def command(*keys, config_file=None, num_processes=None, script="train/sft.py") 
     options = ["--config_file", str(config_file)] if config_file else []
     if num_processes or not config_file:
         options += ["--num_processes", str(num_processes or 1)]
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", str(port)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port)]
     return [*launcher, *options, str(script), *map(str, keys)]
 
 

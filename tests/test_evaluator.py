@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launching import PROJECT, launch
+from launching import PROJECT, launch, script
 from safetensors.torch import load_file, save_file
 
 from carelm import candidates, data, generation, models, runs, testset
@@ -134,7 +134,7 @@ def test_generation_stops_at_every_end_token_and_says_why(base_model, prompts):
 
 def test_latency_has_its_percentiles(base_model, prompts):
     model, chat = base_model
-    found = generation.latency(model, chat, prompts[:5], Decoding(4), device=CPU)
+    found = generation.latency(model, chat, prompts[:5], Decoding(4), device=CPU, done=lambda: None)
     for times in found.values():
         assert 0 < times["p50"] <= times["p95"] <= times["p99"]
     assert found["e2e_ms"]["p50"] == pytest.approx(found["ttft_ms"]["p50"] + 3 * found["tpot_ms"]["p50"], rel=0.5)
@@ -356,6 +356,15 @@ def test_a_killed_comparison_goes_on_with_what_is_left(compared, tmp_path, monke
     assert f"{number} of {len(text.splitlines())} are there" in out.err
     assert json.loads(out.out.strip().splitlines()[-1])["models"] == last["models"]
     assert file.read_text() == text
+
+
+def test_an_evaluation_that_hangs_says_where_and_ends(tmp_path):
+    file = tmp_path / "run/eval/predictions-base.jsonl"
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)  # whoever reads it waits, as for a network disk that is away
+    done = script("--output_dir", tmp_path / "run", *KEYS, "--models", "base", "--stall_timeout", 2, file="eval/run.py")
+    assert done.returncode == 1
+    assert "has hung for 2 s" in done.stderr and "predictions.py" in done.stderr
 
 
 def test_reports_open_offline_and_escape_what_data_and_models_say(compared, tmp_path, monkeypatch, capsys):

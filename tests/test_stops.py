@@ -56,7 +56,7 @@ def test_a_stop_in_the_last_evaluation_of_an_epoch_puts_it_off(tmp_path):
 @pytest.mark.long
 def test_a_hang_is_noticed_and_every_rank_says_where(tmp_path):
     run = Run(tmp_path / "run", "--max_steps", 2000, "--eval_strategy", "no", "--dataloader_num_workers", 1,
-              "--stall_timeout", 15, config_file=ZERO2)  # fmt: skip
+              "--stall_timeout", 40, config_file=ZERO2)  # fmt: skip
     run.wait_for(r"\| 2/2000")
     ranks = run.ranks
     worker = ranks[1].children()[-1]
@@ -65,5 +65,5 @@ def test_a_hang_is_noticed_and_every_rank_says_where(tmp_path):
         log = run.ends(ranks)
     finally:
         worker.kill()
-    assert len(re.findall(r"Timeout \(0:00:15\)!", log)) == 2
+    assert len(re.findall("has hung for 40 s", log)) == 2
     assert "dataloader.py" in log

@@ -60,7 +60,7 @@ def main() -> None:
 
     import torch
 
-    from carelm import candidates, merge, quiet, testset
+    from carelm import candidates, checkpoints, merge, quiet, testset
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     adapter = candidates.find(recipe, str(options.adapter), is_own=True)
@@ -117,6 +117,7 @@ def main() -> None:
                 sys.exit(1)
         else:
             ranks.say("no certificate was asked for: how far the merge is from its adapter is not known")
+        checkpoints.settle(aside.iterdir())
         write_whole(aside / "merge.json", json.dumps(result, indent=1))
         if options.output_dir.exists():
             earlier = free_name(options.output_dir)

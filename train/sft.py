@@ -56,6 +56,7 @@ def main() -> None:
     models.check_base(recipe)
     arguments = trainer.make_training_args(recipe, prepared, precision)
     zero_stage = runs.check_zero(recipe, launch, arguments)
+    data.check_nodes_agree(prepared)
     checkpoint = runs.open_output(recipe, arguments)
     stop_requests = stops.StopRequests(recipe, launch)
 
@@ -71,7 +72,7 @@ def main() -> None:
     run.started = STARTED
     run.follow(speed, checkpoint)
     run.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    stop_requests.close()
+    stop_requests.watch.pause()
 
     run.save_result(recipe.output_dir)
     metrics = run.metrics() | {
