@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -162,6 +163,7 @@ def test_a_killed_merge_leaves_no_folder_that_looks_whole(merged, tmp_path):
     aside = tmp_path / "m.partial"
     while not (aside / "model.safetensors").exists():
         assert process.poll() is None
+        time.sleep(0.005)
     process.kill()
     process.wait()
     assert not target.exists() and not (aside / "merge.json").exists()

@@ -54,6 +54,19 @@ def test_a_stop_in_the_last_evaluation_of_an_epoch_puts_it_off(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=str)
+def test_two_ranks_stop_in_an_evaluation_when_their_launcher_is_told_to(tmp_path, sent):
+    keys = ("--max_steps", 9, "--eval_steps", 3, "--num_sample_answers", 0, "--max_samples", 50, "--max_eval_samples", 80,
+            "--per_device_eval_batch_size", 1)  # fmt: skip
+    run = Run(tmp_path / "run", *keys, config_file=ZERO2)
+    run.wait_for(r"\| 3/9")  # its evaluation comes now
+    ranks = run.ranks
+    os.killpg(run.process.pid, sent)  # as a terminal does: the launcher has put its ranks into groups of their own
+    assert stopped_at(log := run.ends(ranks)) == 3 and f"({sent.name})" in log
+    assert mark(tmp_path / "run", 3)["evaluation_is_due"] and not (tmp_path / "run/stop_request").exists()
+
+
+@pytest.mark.long
 def test_a_hang_is_noticed_and_every_rank_says_where(tmp_path):
     run = Run(tmp_path / "run", "--max_steps", 2000, "--eval_strategy", "no", "--dataloader_num_workers", 1,
               "--stall_timeout", 40, config_file=ZERO2)  # fmt: skip
