@@ -4,7 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 READY := $(VENV)/.ready
-# DeepSpeed compiles a small extension once and looks for ninja on the path.
+# DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: train eval test test-long bench bench-gpu check style

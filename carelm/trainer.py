@@ -32,6 +32,15 @@ BLANK = -1  # stands for an example with nothing to learn, where a rank would ha
 LENGTH_POOL = 50  # batches of like length are cut from pools of this many global batches
 
 
+def _leave_out_shm_comm() -> None:
+    """DeepSpeed compiles an all-reduce over shared memory for CPU ranks, which its inference alone uses (comm/torch.py): a
+    minute at the first start, and where that is killed a lock that every later start waits for."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision) -> SFTConfig:
     """TRL's arguments from the recipe, with the keys that CareLM derives; joins the process group.
 
@@ -60,6 +69,7 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
     }
     if world_size() > 1 and not torch.cuda.is_available():
         derived["ddp_backend"] = "gloo"  # without it accelerate takes every rank for the only one
+        _leave_out_shm_comm()
     if precision.name == "bf16" and not torch.cuda.is_available():
         # transformers wants use_cpu for bf16 on a CPU, with which accelerate would not start DeepSpeed.
         derived["bf16"] = False

@@ -7,6 +7,10 @@ if [[ -f ${VENV:-$project/.venv}/bin/activate ]]; then
     # shellcheck source=/dev/null
     source "${VENV:-$project/.venv}/bin/activate"
 fi
+command -v accelerate-launch >/dev/null || {
+    echo "error: no environment: make $project/.venv (README), set VENV to another one, or load a module in slurm/job.sh" >&2
+    exit 2
+}
 # SITE: prepared data lies on the node's own disk; checkpoints and reports need a file system that all nodes share.
 export CARELM_CACHE=${CARELM_CACHE:-${TMPDIR:-/tmp}/carelm-cache-$(id -un)}
 # SITE: nodes without internet, after `slurm/train.sh --prefetch RECIPE` on a login node: export HF_HUB_OFFLINE=1

@@ -106,6 +106,7 @@ def test_a_run_of_one_process_goes_on_on_two_ranks_under_zero3(tmp_path):
     assert relative_distance(run, one) < 1e-4
 
 
+@pytest.mark.long
 def test_prompt_tuning_goes_on_on_two_ranks_under_zero3_saves_and_reloads(tmp_path):
     keys = ("--method", "prompt_tuning", "--max_samples", 50, "--max_eval_samples", 8, "--max_steps", 4, "--save_steps", 2,
             "--eval_steps", 2, "--num_sample_answers", 1, "--sample_max_new_tokens", 8)  # fmt: skip
