@@ -113,7 +113,7 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}")
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)  # drawn with the next step
         if self.bar is not None and "eval_loss" in logs:
             self.bar.write(f"carelm: step {state.global_step}: eval loss {logs['eval_loss']:.4f}", file=sys.stderr)
 

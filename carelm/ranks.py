@@ -14,7 +14,7 @@ import psutil
 import yaml
 from tqdm import tqdm
 
-from carelm.recipe import UserError
+from carelm.recipe import UserError, locate
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +128,9 @@ def check_launch() -> Launch | None:
     launch = find_launch()
     if launch is None:
         return None
+    # An accelerate file names its DeepSpeed file as seen from the project; the launch may be from elsewhere.
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = locate(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
     if launch.config_file_is_default:
         say(f"your accelerate default {launch.config_file} applies; --config_file accelerate_configs/... names another")
     if launch.num_processes not in (None, world_size()):

@@ -2,10 +2,10 @@
 # Compares models on a recipe's test split on all nodes of a SLURM job; each rank answers its share of the questions.
 #
 #     job=$(sbatch --parsable --nodes 2 slurm/train.sh recipes/bitext_support.yaml)
-#     sbatch --dependency=afterok:$job slurm/eval.sh recipes/bitext_support.yaml --models base adapter
+#     sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes slurm/eval.sh recipes/bitext_support.yaml --models base adapter
 #
-# Paths other than the recipe's are as seen from the project's folder. Answers are kept as they are made: before its time
-# limit and when it is preempted the job requeues itself and goes on.
+# Paths are as seen from where it is submitted, else from the project's folder. Answers are kept as they are made: before its
+# time limit and when it is preempted the job requeues itself and goes on.
 # SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --exclusive --mem=0 ...)
 #SBATCH --time=24:00:00
 #SBATCH --job-name=carelm-eval
@@ -31,12 +31,12 @@ done
 project=$(realpath "$here/..")
 source "$project/slurm/job.sh"
 
-prepare_job "$1"
-set -- --config "$recipe" "${@:2}"
-export ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero2.yaml # as a way to start the ranks: nothing is trained
+ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero2.yaml # as a way to start the ranks: nothing is trained
+prepare_job
+set -- --config "$@"
 output=$(python -m carelm.job check 0 "$@")
 
-if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch eval/run.py "$@"; then
+if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch "$project/eval/run.py" "$@"; then
     exit 0
 fi
 

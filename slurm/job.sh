@@ -11,6 +11,7 @@ command -v accelerate-launch >/dev/null || {
     echo "error: no environment: make $project/.venv (README), set VENV to another one, or load a module in slurm/job.sh" >&2
     exit 2
 }
+export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # whichever copy the environment was made for
 # SITE: prepared data lies on the node's own disk; checkpoints and reports need a file system that all nodes share.
 export CARELM_CACHE=${CARELM_CACHE:-${TMPDIR:-/tmp}/carelm-cache-$(id -un)}
 # SITE: nodes without internet, after `slurm/train.sh --prefetch RECIPE` on a login node: export HF_HUB_OFFLINE=1
@@ -34,7 +35,7 @@ job_field() {
     show_job | sed -n "s/^.*\b$1=\([^ ]*\).*/\1/p" | head -n 1
 }
 
-# Sets what the nodes have to know of one another, and `recipe`.
+# Sets what the nodes have to know of one another.
 prepare_job() {
     local host_list log
     job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -56,9 +57,8 @@ prepare_job() {
     rm -f "$CARELM_STATUS_FILE"
     ((${SLURM_RESTART_COUNT:-0})) || rm -f "$NODE_LOG.progress"
     echo "carelm: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $RANKS ranks on ${hosts[*]}"
-    recipe=$1
-    [[ ! -f $recipe ]] || recipe=$(realpath --no-symlinks "$recipe")
-    cd "$project" || exit
+    [[ -f $ACCELERATE_CONFIG_FILE ]] || ACCELERATE_CONFIG_FILE=$project/$ACCELERATE_CONFIG_FILE
+    export ACCELERATE_CONFIG_FILE
 }
 
 # Runs a step in the background, so that a signal to this script is served while it runs; returns the step's status.

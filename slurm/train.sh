@@ -4,8 +4,8 @@
 #     sbatch --nodes 2 --gpus-per-node 4 slurm/train.sh recipes/bitext_support.yaml --learning_rate 1e-4
 #     slurm/train.sh --prefetch recipes/bitext_support.yaml       on a login node, for nodes without internet
 #
-# Paths other than the recipe's are as seen from the project's folder. Before its time limit and when it is preempted the
-# job saves, requeues itself and goes on. After a plain scancel it saves and stays away.
+# Paths are as seen from where it is submitted, else from the project's folder. Before its time limit and when it is
+# preempted the job saves, requeues itself and goes on. After a plain scancel it saves and stays away.
 # ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero3.yaml names another ZeRO stage.
 # SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --exclusive --mem=0 ...)
 #SBATCH --time=24:00:00
@@ -34,10 +34,15 @@ elif [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
     exit 2
 fi
 
-prepare_job "$1"
-set -- --config "$recipe" "${@:2}"
-export ACCELERATE_CONFIG_FILE=${ACCELERATE_CONFIG_FILE:-accelerate_configs/nodes_zero2.yaml}
+ACCELERATE_CONFIG_FILE=${ACCELERATE_CONFIG_FILE:-accelerate_configs/nodes_zero2.yaml}
+prepare_job
+set -- --config "$@"
 output=$(python -m carelm.job check "$RANKS" "$@")
+holder=$(sed -n "s/^job \([0-9]*\), .*/\1/p" "$output/.lock" 2>/dev/null || true)
+if [[ -n $holder && $holder != "$SLURM_JOB_ID" && -n $(squeue -h -t PD,R,S -j "$holder" 2>/dev/null || true) ]]; then
+    echo "error: output_dir: $output is that of job $holder, which waits or runs; --dependency=afterany:$holder waits for it" >&2
+    exit 2
+fi
 
 # The checkpoint that the next start goes on from.
 newest_checkpoint() {
@@ -52,6 +57,7 @@ ask_to_stop() {
         echo "$1" >"$output/stop_request"
         echo "carelm: $(date +%T) $1: the ranks are asked to save and stop"
     else
+        echo "carelm: $(date +%T) $1, before there was anything to save"
         [[ -z $step ]] || kill "$step"
     fi
 }
@@ -66,7 +72,7 @@ trap 'ask_to_stop "time limit or preemption"; leave_in_time & late=$!' USR1
 trap 'ask_to_stop SIGTERM' TERM
 trap '[[ -z $late ]] || kill "$late" 2>/dev/null || true' EXIT
 
-if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch train/sft.py "$@"; then
+if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch "$project/train/sft.py" "$@"; then
     exit 0
 fi
 

@@ -219,7 +219,7 @@ class Jobs:
 
     def wait_for_rank(self, job: str, node: str) -> int:
         """The process number of a node's training rank, once it is there."""
-        return self._until(job, lambda: self.cluster.processes(node, "-u train/sft.py"), 0.1)[0]
+        return self._until(job, lambda: self.cluster.processes(node, f"-u {PROJECT}/train/sft.py"), 0.1)[0]
 
     def wait_for_save(self, job: str, step: int) -> None:
         """Until the save of a step has begun."""

@@ -39,7 +39,7 @@ def cluster():
 def goes_on(jobs: Jobs, job: str, start: int) -> int:
     """Waits for the first new step of a start, which must be the one after the last stop (returned): none is done twice."""
     stopped = stopped_at(jobs.log(job).partition(f"start {start}")[0].rpartition("start ")[2])
-    jobs.wait_for(job, rf"start {start}[^$]*going on from \S*checkpoint-{stopped}\n[^$]*\| {stopped + 1}/20")
+    jobs.wait_for(job, rf"start {start}[^$]*going on from .*checkpoint-{stopped}\n[^$]*\| {stopped + 1}/20")
     return stopped
 
 
