@@ -57,9 +57,10 @@ def jobs(cluster, tmp_path):
 
 @pytest.fixture(scope="module")
 def unbroken(cluster, tmp_path_factory):
-    """Two nodes under ZeRO-2 from beginning to end."""
+    """Two nodes under ZeRO-2 from beginning to end, on rows that lie where the job is submitted."""
     jobs = Jobs(cluster, tmp_path_factory.mktemp("unbroken"))
-    jobs.completes(jobs.train(*KEYS))
+    shutil.copytree(PROJECT / "demo/data", jobs.folder / "rows of the shop")
+    jobs.completes(jobs.train(*KEYS, "--dataset_name", "rows of the shop"))
     return jobs.run
 
 
@@ -329,6 +330,8 @@ def test_a_job_that_hangs_or_crashes_again_and_again_is_not_requeued_for_ever(jo
     job = jobs.train(*KEYS, "--stall_timeout", 20)
     jobs.wait_for(job, "parameters are trained")
     os.kill(jobs.wait_for_rank(job, "node2"), signal.SIGSTOP)  # node1 waits for it
+    second = jobs.train(*KEYS)  # in the same folder
+    assert cluster.wait(second)["ExitCode"] == "2:0" and f"is that of job {job}" in jobs.log(second)
     for start in (2, 3):
         jobs.wait_for(job, f"start {start}")
         os.kill(jobs.wait_for_rank(job, "node2"), signal.SIGKILL)
