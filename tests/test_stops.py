@@ -4,6 +4,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from launching import PROJECT, Run, eval_losses, mark, script, stopped_at
@@ -51,6 +54,19 @@ def test_a_stop_in_the_last_evaluation_of_an_epoch_puts_it_off(tmp_path):
     done = script("--output_dir", tmp_path / "run", *keys, check=True)
     metrics = json.loads(done.stdout.splitlines()[-1])
     assert metrics["global_step"] == 3 and metrics["eval_loss"] < metrics["eval_loss_before"] - 0.1
+
+
+def test_a_run_that_is_suspended_does_not_hang():
+    code = "import time; from carelm.stops import HangWatch; w = HangWatch(3); print('on', flush=True)\n"
+    code += "for _ in range(8): time.sleep(0.5); w.look()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=30)[1] == b"" and process.returncode == 0
 
 
 @pytest.mark.long
