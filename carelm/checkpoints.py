@@ -14,6 +14,7 @@ checkpoint-N is whole unless something outside tore it; the mark's sizes tell. R
 draws from a seed of its own (carelm.callbacks.StepSeed).
 """
 
+import contextlib
 import copy
 import errno
 import json
@@ -132,6 +133,7 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
             files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
             settle([*partial.rglob("*"), partial])
             write_whole(partial / MARK, json.dumps({**about, "files": files}, indent=1))
+            _sync(partial)
             if folder.exists():  # the torn one of an earlier try at this step
                 folder.rename(folder.with_name(f"{folder.name}.torn-{os.getpid()}"))
             partial.rename(folder)
@@ -148,12 +150,13 @@ def save(trainer: "Trainer", folder: Path, about: dict[str, Any]) -> None:
 
 
 def settle(paths: Iterable[Path]) -> None:
-    """Files and folders are on the disk from here on, whatever happens to the node, and safetensors' no longer their owner's
-    alone."""
+    """Files and folders are on the disk from here on, whatever happens to the node; safetensors files, which only their
+    owner can read, get the usual permissions."""
     os.umask(umask := os.umask(0))
     for path in paths:
         if path.suffix == ".safetensors":
-            path.chmod(0o666 & ~umask)
+            with contextlib.suppress(OSError):
+                path.chmod(0o666 & ~umask)
         _sync(path)
 
 
@@ -162,7 +165,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a file system that does not do so for a folder
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # others: a file system that does not do this
             raise
     finally:
         os.close(descriptor)

@@ -567,8 +567,8 @@ def check_nodes_agree(prepared: Prepared) -> None:
     for host, found in everyone:
         if found != first[1]:
             raise UserError(
-                f"dataset_name: {host} has other rows than {first[0]}; put the files on a disk that all nodes share, or "
-                "remove what an earlier day has left in CARELM_CACHE there"
+                f"dataset_name: {host} has other rows than {first[0]}, or another tokenizer or chat template; put the files "
+                "on a disk that all nodes share, or remove what an earlier day has left in CARELM_CACHE there"
             )
 
 

@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,11 @@ def run_main(main: Callable[[], None]) -> None:
         error = caught
     except KeyboardInterrupt:
         error = UserError("interrupted; the same command goes on with what is saved, or begins again")
-    except OSError as caught:
-        if caught.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    except Exception as caught:
+        if getattr(caught, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(1)  # Python's own way out waits for the processes that load batches
         error = UserError(
             f"output_dir: the disk is full ({caught}); the newest whole checkpoint stays; make room and run again"
         )

@@ -185,7 +185,7 @@ def _lock(folder: Path) -> bool:
         except (BlockingIOError, PermissionError):  # POSIX allows both for a lock that is held
             file.seek(0)
             holder = file.read().strip() or "another process"
-            if "SLURM_JOB_ID" in os.environ and f"job {os.environ['SLURM_JOB_ID']}," in holder:
+            if "CARELM_STATUS_FILE" in os.environ and f"job {os.environ['SLURM_JOB_ID']}," in holder:
                 break  # an earlier start of this job, on a node that is lost
             if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > until:
                 raise UserError(
@@ -199,7 +199,7 @@ def _lock(folder: Path) -> bool:
     _locks.append(file)
     file.truncate(0)
     job = ""
-    if "SLURM_JOB_ID" in os.environ:  # slurm/train.sh knows its own by it
+    if "CARELM_STATUS_FILE" in os.environ:  # slurm/train.sh knows its own by it
         start = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
         job = f"job {os.environ['SLURM_JOB_ID']}, start {start}, "
     file.write(f"{job}process {os.getpid()} on {socket.gethostname()}\n")

@@ -48,10 +48,9 @@ class StopRequests:
         began = (launcher or psutil.Process()).create_time()
         self._ends = began + 3600 * recipe.max_hours if recipe.max_hours else float("inf")
         self._last_look, self._longest = None, 0.0
-        began = int(
-            os.environ.get("CARELM_STARTED", began)
-        )  # of a batch job, which may have asked before its launchers
-        if ranks.rank() == 0 and self.file.exists() and self.file.stat().st_mtime < began:
+        # A batch job may have asked before its launchers began.
+        since = int(os.environ.get("CARELM_STARTED", began))
+        if ranks.rank() == 0 and self.file.exists() and self.file.stat().st_mtime < since:
             ranks.say(f"{self.file} is from before this launch; it is removed")
             self.file.unlink(missing_ok=True)
         for number in SIGNALS:
@@ -99,13 +98,13 @@ class StopRequests:
 
 
 def ignore_signals(*_) -> None:
-    """From here on; also for a process that loads batches, whose rank answers them."""
+    """From here on; also in a process that loads batches, whose rank answers for it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class HangWatch:
-    """Ends this process where it does not `look` for so many seconds, whatever it hangs in; 0: never.
+    """Ends this process where it does not `look` for so many seconds, in whatever lets go of Python's lock; 0: never.
 
     The seconds are counted by a thread that sleeps one at a time, so that a pause of the whole process (scontrol suspend,
     Ctrl-Z) is none.

@@ -4,8 +4,8 @@
 #     job=$(sbatch --parsable --nodes 2 slurm/train.sh recipes/bitext_support.yaml)
 #     sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes slurm/eval.sh recipes/bitext_support.yaml --models base adapter
 #
-# Paths are as seen from where it is submitted, else from the project's folder. Answers are kept as they are made: before its
-# time limit and when it is preempted the job requeues itself and goes on.
+# Paths are as seen from where it is submitted; what is not there to be read, from the project's folder. Answers are kept as
+# they are made: before its time limit and when it is preempted the job requeues itself and goes on.
 # SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --exclusive --mem=0 ...)
 #SBATCH --time=24:00:00
 #SBATCH --job-name=carelm-eval
@@ -15,7 +15,7 @@
 #SBATCH --signal=B:USR1@60
 set -euo pipefail
 asked="" step=""
-trap 'asked=1; [[ -z $step ]] || kill "$step"' USR1 TERM
+trap 'asked=1; [[ -z $step ]] || kill "$step" 2>/dev/null || true' USR1 TERM
 
 if [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
     echo "usage: sbatch [--nodes N] slurm/eval.sh RECIPE [--key value ...]" >&2
@@ -34,7 +34,7 @@ source "$project/slurm/job.sh"
 ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero2.yaml # as a way to start the ranks: nothing is trained
 prepare_job
 set -- --config "$@"
-output=$(python -m carelm.job check 0 "$@")
+output=$(python -P -m carelm.job check 0 "$@")
 
 if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch "$project/eval/run.py" "$@"; then
     exit 0

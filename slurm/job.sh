@@ -8,7 +8,7 @@ if [[ -f ${VENV:-$project/.venv}/bin/activate ]]; then
     source "${VENV:-$project/.venv}/bin/activate"
 fi
 command -v accelerate-launch >/dev/null || {
-    echo "error: no environment: make $project/.venv (README), set VENV to another one, or load a module in slurm/job.sh" >&2
+    echo "error: no environment: make it with make -C $project train, set VENV to another one, or load a module in slurm/job.sh" >&2
     exit 2
 }
 export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # whichever copy the environment was made for
@@ -57,7 +57,8 @@ prepare_job() {
     rm -f "$CARELM_STATUS_FILE"
     ((${SLURM_RESTART_COUNT:-0})) || rm -f "$NODE_LOG.progress"
     echo "carelm: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $RANKS ranks on ${hosts[*]}"
-    [[ -f $ACCELERATE_CONFIG_FILE ]] || ACCELERATE_CONFIG_FILE=$project/$ACCELERATE_CONFIG_FILE
+    [[ -f $ACCELERATE_CONFIG_FILE || ! -f $project/$ACCELERATE_CONFIG_FILE ]] ||
+        ACCELERATE_CONFIG_FILE=$project/$ACCELERATE_CONFIG_FILE
     export ACCELERATE_CONFIG_FILE
 }
 
@@ -80,7 +81,7 @@ run_step() {
 # Every rank reports in, or the job ends with the name of the node that does not.
 call_roll() {
     run_step srun --export=ALL --kill-on-bad-exit --overcommit --cpu-bind=none --distribution=block "${gpus[@]}" \
-        --ntasks="$RANKS" --ntasks-per-node="$ranks_per_node" python -m carelm.rollcall "$@"
+        --ntasks="$RANKS" --ntasks-per-node="$ranks_per_node" python -P -m carelm.rollcall "$@"
 }
 
 # One launcher per node. The first node writes to the job's log, each other one to a log of its own; not through srun, which
@@ -101,7 +102,8 @@ launch() {
 # Ends the job where something is to be mended first (2: the log says what), where SLURM wants it no more (after scancel) or
 # sees to the requeue itself, and where max_hours or a person has stopped the run (75: saved).
 end_unless_cut_off() {
-    local ended="" why="" state # of the first rank
+    local ended="" why="" # of the first rank
+    local state
     [[ ! -f $CARELM_STATUS_FILE ]] || read -r ended why <"$CARELM_STATUS_FILE" || true
     [[ $ended != 2 ]] || exit 2
     state=$(job_field JobState)
@@ -118,7 +120,7 @@ requeue() {
     local before="" times=0
     [[ ! -f $NODE_LOG.progress ]] || { read -r times && read -r before; } <"$NODE_LOG.progress" || true
     [[ $before == "$1" ]] || times=0
-    [[ $(job_field PreemptTime) != None ]] || times=$((times + 1))
+    [[ $(job_field PreemptTime) == [0-9]* ]] || times=$((times + 1))
     printf '%s\n%s\n' "$times" "$1" >"$NODE_LOG.progress"
     if ((times >= 3)); then
         echo "carelm: three starts have ended after ${1:-nothing at all}; it is not requeued again" >&2

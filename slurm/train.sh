@@ -4,8 +4,8 @@
 #     sbatch --nodes 2 --gpus-per-node 4 slurm/train.sh recipes/bitext_support.yaml --learning_rate 1e-4
 #     slurm/train.sh --prefetch recipes/bitext_support.yaml       on a login node, for nodes without internet
 #
-# Paths are as seen from where it is submitted, else from the project's folder. Before its time limit and when it is
-# preempted the job saves, requeues itself and goes on. After a plain scancel it saves and stays away.
+# Paths are as seen from where it is submitted; what is not there to be read, from the project's folder. Before its time limit
+# and when it is preempted the job saves, requeues itself and goes on. After a plain scancel it saves and stays away.
 # ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero3.yaml names another ZeRO stage.
 # SITE: what is not given to sbatch on the command line (--partition, --account, --gpus-per-node, --exclusive --mem=0 ...)
 #SBATCH --time=24:00:00
@@ -28,7 +28,7 @@ done
 project=$(realpath "$here/..")
 source "$project/slurm/job.sh"
 if [[ ${1-} == --prefetch && $# -ge 2 ]]; then
-    exec python -m carelm.job prefetch --config "${@:2}"
+    exec python -P -m carelm.job prefetch --config "${@:2}"
 elif [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
     echo "usage: sbatch [--nodes N] slurm/train.sh RECIPE [--key value ...]" >&2
     exit 2
@@ -37,7 +37,7 @@ fi
 ACCELERATE_CONFIG_FILE=${ACCELERATE_CONFIG_FILE:-accelerate_configs/nodes_zero2.yaml}
 prepare_job
 set -- --config "$@"
-output=$(python -m carelm.job check "$RANKS" "$@")
+output=$(python -P -m carelm.job check "$RANKS" "$@")
 holder=$(sed -n "s/^job \([0-9]*\), .*/\1/p" "$output/.lock" 2>/dev/null || true)
 if [[ -n $holder && $holder != "$SLURM_JOB_ID" && -n $(squeue -h -t PD,R,S -j "$holder" 2>/dev/null || true) ]]; then
     echo "error: output_dir: $output is that of job $holder, which waits or runs; --dependency=afterany:$holder waits for it" >&2
@@ -54,11 +54,11 @@ newest_checkpoint() {
 ask_to_stop() {
     asked=$1
     if grep -q "^job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))," "$output/.lock" 2>/dev/null; then
-        echo "$1" >"$output/stop_request"
+        echo "$1" >"$output/stop_request" || true
         echo "carelm: $(date +%T) $1: the ranks are asked to save and stop"
     else
         echo "carelm: $(date +%T) $1, before there was anything to save"
-        [[ -z $step ]] || kill "$step"
+        [[ -z $step ]] || kill "$step" 2>/dev/null || true
     fi
 }
 # SLURM does not start a job again that its time limit has ended: ranks that do not answer in time are left behind.
@@ -76,5 +76,6 @@ if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch "$project/trai
     exit 0
 fi
 
+[[ -z $late ]] || kill "$late" 2>/dev/null || true
 end_unless_cut_off
 requeue "$(newest_checkpoint)"
