@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -118,6 +119,11 @@ def relative_distance(folder: Path, other: Path) -> float:
     return float((difference / sum(b[k].double().square().sum() for k in b)).sqrt())
 
 
+def _heed_ctrl_c() -> None:
+    """Which what a shell starts in the background ignores, as the tests may have been."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Run:
     """A launch in the background, with its standard error in a file."""
 
@@ -125,7 +131,8 @@ class Run:
         self.folder, self.log = folder, folder.with_suffix(".log")
         words = command("--output_dir", folder, *keys, config_file=config_file)
         self.process = subprocess.Popen(words, cwd=PROJECT, env=environment(), stdout=subprocess.DEVNULL,
-                                        stderr=self.log.open("w"), start_new_session=True)  # fmt: skip
+                                        stderr=self.log.open("w"), start_new_session=True,
+                                        preexec_fn=_heed_ctrl_c)  # fmt: skip
 
     def wait_for(self, pattern: str, seconds: float = 120) -> None:
         until = time.time() + seconds
