@@ -120,7 +120,7 @@ def relative_distance(folder: Path, other: Path) -> float:
 
 
 def _heed_ctrl_c() -> None:
-    """Which what a shell starts in the background ignores, as the tests may have been."""
+    """Which the workers of pytest-xdist ignore, and whatever a shell starts in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
