@@ -118,6 +118,7 @@ def test_zero3_has_them_too_and_an_evaluation_that_waits_for_it_has_the_scores_o
     shutil.rmtree(jobs.run / "eval")
     script("--output_dir", jobs.run, *EVALUATION, file="eval/run.py", check=True)
     here = json.loads((jobs.run / "eval/results.json").read_text())["models"]["adapter"]
+    assert there["throughput"]["of_examples"] == here["throughput"]["of_examples"]
     for score in ("rouge1", "rougeL", "bleu", "chrf"):
         assert there[score] == here[score]
 
@@ -211,7 +212,8 @@ def test_a_real_time_limit_and_every_stop_in_an_evaluation_and_one_in_a_roll_cal
     third = stops_in_evaluation(jobs, job, 4)
     jobs.wait_for(job, rf"start 5[^$]*\| {third + 1}/20")
     cluster.run("scancel", job)
-    assert cluster.wait(job)["JobState"] == "CANCELLED"
+    ended = cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "4")
     stops_in_evaluation(jobs, job, 5)
 
     job = jobs.train(*EVALUATED_MOST_OF_THE_TIME)
