@@ -72,6 +72,7 @@ def recipe(cell: Cell, output_dir: Path) -> dict[str, Any]:
     method = "lora" if cell.method in ("rslora", "dora") else cell.method
     return yaml.safe_load((PROJECT / "recipes/demo.yaml").read_text()) | {
         "output_dir": output_dir,
+        "system_prompt": "You are the customer-care assistant of Harbour & Pine.",
         "method": method,
         "load_in_4bit": cell.bits == 4,
         "load_in_8bit": cell.bits == 8,

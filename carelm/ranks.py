@@ -192,15 +192,24 @@ def any_rank(flag: bool, device: "torch.device") -> bool:
     return bool(flags.item())
 
 
-def use_all_cores(launch: Launch | None) -> None:
-    """Shares the machine's cores among its ranks; accelerate gives every CPU process one thread unless it is told."""
+def use_cpu(launch: Launch | None) -> None:
+    """Where there is no GPU: shares the machine's cores among its ranks, as accelerate gives every CPU process one thread
+    unless it is told, and imports bitsandbytes, before PEFT does, without torch.compile around functions that a CPU does
+    not call, which takes seconds."""
     import torch
 
-    if launch is not None and not launch.threads_were_set and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return
+    if launch is not None and not launch.threads_were_set:
         cores = psutil.cpu_count(logical=False) or 1
         if hasattr(os, "sched_getaffinity"):  # a container or a batch job may have been given fewer
             cores = min(cores, len(os.sched_getaffinity(0)))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if "TORCHDYNAMO_DISABLE" not in os.environ:  # the recipe's torch_compile is not to be disabled with it
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        import bitsandbytes  # noqa: F401
+
+        del os.environ["TORCHDYNAMO_DISABLE"]
 
 
 def share(value: Any, device: "torch.device | None" = None) -> Any:

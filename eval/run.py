@@ -35,10 +35,10 @@ def main() -> None:
 
     import torch
 
+    ranks.use_cpu(launch)
     from carelm import evaluation, quiet, report, results, stops
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
-    ranks.use_all_cores(launch)
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank())
     folder = recipe.output_dir / "eval"

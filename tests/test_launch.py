@@ -1,6 +1,10 @@
 """What the launcher's own settings do, and that they are said."""
 
-from launching import launch
+import subprocess
+import sys
+import textwrap
+
+from launching import PROJECT, environment, launch
 
 from carelm import ranks
 
@@ -17,3 +21,16 @@ def test_a_default_accelerate_configuration_is_reported(tmp_path):
 def test_without_a_launcher_nothing_is_asked_for():
     assert ranks.find_launch() is None
     assert ranks.check_launch() is None
+
+
+def test_on_a_cpu_nothing_is_compiled_at_the_import():
+    """bitsandbytes' torch.compile would load torch's compiler into every process; the recipe's torch_compile still can."""
+    lines = """
+        import os, sys
+        from carelm import ranks
+        ranks.use_cpu(None)
+        from carelm import callbacks, trainer
+        assert "bitsandbytes" in sys.modules and "torch._inductor.compile_fx" not in sys.modules
+        assert "TORCHDYNAMO_DISABLE" not in os.environ
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], cwd=PROJECT, env=environment(), check=True)

@@ -60,6 +60,7 @@ def main() -> None:
 
     import torch
 
+    ranks.use_cpu(None)
     from carelm import candidates, checkpoints, merge, quiet, testset
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)

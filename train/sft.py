@@ -48,8 +48,8 @@ def main() -> None:
 
     import torch
 
+    ranks.use_cpu(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
-    ranks.use_all_cores(launch)
     from carelm import callbacks, memory, models, trainer  # libraries that take seconds, after every check without them
 
     precision = models.choose_precision(recipe.precision)
