@@ -176,14 +176,16 @@ class SampleAnswers(TrainerCallback):
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not self.samples or self.tensorboard is None:
             return
-        answers = generate(
-            model,
-            self.chat,
-            [self.chat.prompt_ids(sample["prompt"]) for sample in self.samples],
-            Decoding(self.max_new_tokens),
-            device=args.device,
-            synced_gpus=self.synced_gpus,
-        )
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        with torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16):  # as in training
+            answers = generate(
+                model,
+                self.chat,
+                [self.chat.prompt_ids(sample["prompt"]) for sample in self.samples],
+                Decoding(self.max_new_tokens),
+                device=args.device,
+                synced_gpus=self.synced_gpus,
+            )
         for i, (sample, answer) in enumerate(zip(self.samples, answers)):
             question = "\n\n".join(f"{m['role']}: {m['content']}" for m in sample["prompt"])
             reference = sample["completion"][0]["content"]

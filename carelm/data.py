@@ -35,6 +35,7 @@ from carelm.recipe import (
     is_hub_id,
     locate,
     template_columns,
+    template_pieces,
 )
 
 SPLITS = ("train", "validation", "test")
@@ -325,7 +326,7 @@ def _fill(template: str, row: dict[str, Any], source: str, answer: bool = False)
         )
     if answer and values and not any(value.strip() for value in values.values()):
         raise NoAnswer("empty answer")
-    return template.format_map(values)
+    return "".join(text + values.get(column, "") for text, column in template_pieces(template, "template"))
 
 
 def _from_messages(recipe: Recipe, source: str, messages: Any) -> tuple[list[dict], list[dict]]:

@@ -1,8 +1,9 @@
 """The model card of a finished run, and the push to the Hub."""
 
+import os
 from typing import Any
 
-from carelm.recipe import Recipe, UserError
+from carelm.recipe import Recipe, UserError, is_hub_id
 
 
 def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> str:
@@ -12,9 +13,10 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
     method = recipe.method + (f" on a {recipe.bits}-bit base" if recipe.bits else "")
     base = recipe.model["model_name_or_path"]
     head = {"library_name": "transformers" if recipe.method == "full" else "peft", "pipeline_tag": "text-generation",
-            "tags": ["carelm", "sft", recipe.method], "base_model": base, "datasets": [recipe.dataset_name]}  # fmt: skip
-    if base.startswith((".", "/", "~")) or base.count("/") != 1:
-        del head["base_model"]
+            "tags": ["carelm", "sft", recipe.method]}  # fmt: skip
+    # The Hub refuses a card that names what it cannot have.
+    head |= {} if os.path.exists(recipe.base) else {"base_model": base}
+    head |= {"datasets": [recipe.dataset_name]} if is_hub_id(recipe.dataset_name) else {}
     used = ", ".join(f"{name} {part['used']:,} of {part['rows']:,}" for name, part in report.items())
     figures = [
         ("eval loss before", metrics["eval_loss_before"]),
@@ -70,8 +72,9 @@ def push(recipe: Recipe) -> str:
             ignore_patterns=["checkpoint-*", "runs/*", "eval/*", "merged/*", "*.partial", ".*"],
             commit_message=f"{recipe.name}, fine-tuned with CareLM",
         )
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: a name or a card that the Hub would not take
         raise UserError(
-            f"push_to_hub: the Hub refused {name} ({str(error).splitlines()[0]}); the run itself is saved"
+            f"push_to_hub: the Hub refused {name} ({str(error).splitlines()[0]}); the run is finished and saved, and the same "
+            "command tries again"
         ) from None
     return str(address)

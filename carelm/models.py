@@ -99,6 +99,17 @@ def check_base(recipe: Recipe) -> None:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
+    if not getattr(model, "accepts_loss_kwargs", True):
+        raise UserError(
+            f"model_name_or_path: {type(model).__name__} takes a mean over each batch and not over the tokens of a whole step: "
+            "the curve would depend on the ranks; take another base"
+        )
+    held = getattr(config, "quantization_config", None) or {}
+    held = held if isinstance(held, dict) else held.to_dict()
+    bits = 4 if held.get("load_in_4bit") else 8 if held.get("load_in_8bit") else None
+    if held and (bits is None or bits != recipe.bits):
+        mend = f"set load_in_{bits}bit: true" if bits else "take its original in whole weights"
+        raise UserError(f"model_name_or_path: {recipe.base} is quantised already ({held.get('quant_method')}); {mend}")
     if recipe.method == "lora":
         with torch.device("meta"):
             add_adapter(model, recipe)
@@ -198,14 +209,16 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> 
     # ZeRO-3 gathers parameters of one dtype only (https://github.com/deepspeedai/DeepSpeed/issues/8072); DeepSpeed keeps
     # fp32 masters itself. Elsewhere trainable weights are fp32 (https://github.com/huggingface/transformers/issues/23165).
     fp32_weights = not (zero_stage == 3 and recipe.bits is None)
+    dtype = torch.float32 if fp32_weights else model.dtype
     try:
         model = get_peft_model(model, adapter_config(recipe), autocast_adapter_dtype=fp32_weights)
     except (ValueError, TypeError) as error:
         raise UserError(f"method {recipe.method}, lora_target_modules: {str(error).strip().splitlines()[0]}") from None
-    if fp32_weights:
-        for parameter in model.parameters():  # PEFT leaves lora_modules_to_save in the base's dtype
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    for (
+        parameter
+    ) in model.parameters():  # PEFT leaves lora_modules_to_save in the base's dtype, and a soft prompt in fp32
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -387,11 +387,19 @@ def is_hub_id(dataset_name: str) -> bool:
 
 def template_columns(template: str, key: str) -> list[str]:
     """The columns that a template names, e.g. ["instruction"] for "{instruction}"; raises UserError on a bad one."""
+    return [column for _, column in template_pieces(template, key) if column is not None]
+
+
+def template_pieces(template: str, key: str) -> list[tuple[str, str | None]]:
+    """A template as pieces of text, each with the column that follows it, or None; raises UserError on a bad one.
+
+    A column is taken by its whole name, dots, brackets and colons included.
+    """
     try:
         parsed = list(Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"{key}: {error}; write {{column}} for a column and {{{{ for a brace") from None
-    return [name for _, name, _, _ in parsed if name is not None]
+    return [(text, None if name is None else name + (form and f":{form}")) for text, name, form, _ in parsed]
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -658,6 +666,10 @@ def _check(recipe: Recipe) -> None:
             columns = template_columns(getattr(recipe, key), key)
             if key != "system_prompt" and not columns:
                 raise UserError(f"{key}: {getattr(recipe, key)!r} names no column; write {{column}}")
+    if recipe.training["save_strategy"] == "best":
+        raise UserError(
+            "save_strategy: best is steps, epoch or no here; early_stopping_patience keeps the best checkpoint"
+        )
     if recipe.early_stopping_patience and recipe.training["eval_strategy"] == "no":
         raise UserError("early_stopping_patience needs evaluations: set eval_strategy: steps or epoch")
     if recipe.early_stopping_patience:  # the best checkpoint can only be kept where one is saved at each evaluation

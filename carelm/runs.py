@@ -208,7 +208,7 @@ def _lock(folder: Path) -> bool:
 
 
 def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """Writes the data report, the model card and, last, the metrics; pushes to the Hub where the recipe says so."""
+    """Writes the data report, the model card and, last, the metrics; publishes."""
     from carelm import hub
 
     folder = recipe.output_dir
@@ -216,11 +216,20 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
     try:
         write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
         write_whole(folder / "README.md", hub.model_card(recipe, metrics, report))
-        if recipe.training.get("push_to_hub"):
-            say(f"pushed to {hub.push(recipe)}")
         write_whole(folder / "train_metrics.json", json.dumps(metrics, indent=1))
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); make room and run again") from None
+    return publish(recipe, metrics)
+
+
+def publish(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Pushes a finished run to the Hub (rank 0), where the recipe says so and its metrics do not say that it is there."""
+    if recipe.training.get("push_to_hub") and "pushed_to" not in metrics and rank() == 0:
+        from carelm import hub
+
+        metrics = metrics | {"pushed_to": hub.push(recipe)}
+        write_whole(recipe.output_dir / "train_metrics.json", json.dumps(metrics, indent=1))
+        say(f"pushed to {metrics['pushed_to']}")
     return metrics
 
 

@@ -50,6 +50,10 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
     micro = micro_batch_size(recipe, world_size())
     values = dict(recipe.training)
     if prepared.validation is None:
+        if recipe.early_stopping_patience:
+            raise UserError(
+                "early_stopping_patience: there are no validation rows; set validation_fraction, or leave it out"
+            )
         values |= {"eval_strategy": "no", "eval_on_start": False}
     if recipe.early_stopping_patience:
         values |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
@@ -70,10 +74,10 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
     if world_size() > 1 and not torch.cuda.is_available():
         derived["ddp_backend"] = "gloo"  # without it accelerate takes every rank for the only one
         _leave_out_shm_comm()
+    # transformers begins with what the launcher says, which is the machine's default; the recipe decides.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision.name == "fp32" else precision.name
     if precision.name == "bf16" and not torch.cuda.is_available():
-        # transformers wants use_cpu for bf16 on a CPU, with which accelerate would not start DeepSpeed.
-        derived["bf16"] = False
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+        derived["bf16"] = False  # with it transformers wants use_cpu, and then accelerate would not start DeepSpeed
     try:
         arguments = SFTConfig(**{**values, **derived})
     except (ValueError, TypeError, ImportError) as error:

@@ -40,7 +40,7 @@ def rungs(tmp_path_factory):
         "--per_device_eval_batch_size", 7)  # fmt: skip
     run("zero1", config_file=PROJECT / "accelerate_configs/cpu_zero1.yaml")
     run("zero2", config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
-    run("zero3", config_file=zero3_sharding_everything(folder))
+    run("zero3", "--gradient_checkpointing", "true", config_file=zero3_sharding_everything(folder))
     return folder
 
 

@@ -138,6 +138,19 @@ def test_other_columns_are_filled_in_as_they_are(tmp_path, make):
     assert (example.category, example.id, example.source) == ("7", "7", "rows.jsonl:1")
 
 
+def test_a_column_may_have_any_name(tmp_path, make):
+    rows = [{"ticket.question": "Which sizes?", "reply [en]": "38", "note: urgent": "yes"}]
+    recipe = make(
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        prompt_template="{ticket.question} ({note: urgent})",
+        completion_template="{reply [en]}",
+    )
+    (example,) = data.make_examples(recipe)[0]["train"]
+    assert (example.prompt[-1]["content"], example.completion[0]["content"]) == ("Which sizes? (yes)", "38")
+    with pytest.raises(UserError, match="prompt_template: .*no column 'note: calm'"):
+        data.make_examples(make(tmp_path / "rows.jsonl", prompt_template="{note: calm}"))
+
+
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, make):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"Question": "a", "answer": "b"}])
     message = error_of(make(path))

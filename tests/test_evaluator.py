@@ -183,7 +183,7 @@ def test_a_label_may_be_written_as_people_write_it(tmp_path):
 
 
 def test_shots_stand_in_front_come_from_train_and_are_the_same_for_all():
-    recipe = load_recipe(["--max_eval_samples", "3", "--num_shots", "2"], usage="")
+    recipe = load_recipe(["--max_eval_samples", "3", "--num_shots", "2", "--system_prompt", "Be kind."], usage="")
     chat = data.make_chat(recipe)
     questions, about = testset.make_questions(recipe, chat)
     train = {m["content"] for e in data.make_examples(recipe)[0]["train"] for m in e.prompt if m["role"] == "user"}

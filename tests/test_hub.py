@@ -3,6 +3,7 @@
 import json
 import subprocess
 import types
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -50,6 +51,9 @@ def test_a_finished_run_is_uploaded_with_its_card_and_without_checkpoints(recipe
     assert repo_id == "shop/care" and folder == recipe.output_dir
     assert "checkpoint-*" in ignored and "runs/*" in ignored
     card = (recipe.output_dir / "README.md").read_text()
+    assert (
+        "datasets:" not in card and "base_model:" not in card
+    )  # they are folders here, which the Hub refuses in a card
     for words in ("demo/data", "lora on a 4-bit base", "| eval loss | 1.25 |", "| eval loss before | 6.1 |", "9 of 10"):
         assert words in card
 
@@ -64,13 +68,18 @@ def test_the_token_is_in_no_file(recipe):
 
 
 def test_a_refusal_of_the_hub_is_one_line_and_the_run_stays_saved(recipe, monkeypatch):
-    def refuse(self, *args, **keys):
-        raise OSError("401 Unauthorized\nmore")
+    file = recipe.output_dir / "train_metrics.json"
+    for problem in (OSError("401 Unauthorized\nmore"), ValueError("Invalid metadata in README.md.")):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="the Hub refused care .(401|Invalid)"):
+            patch.setattr(StubApi, "create_repo", mock.Mock(side_effect=problem))
+            runs.finish(recipe, METRICS, REPORT)
+        assert json.loads((recipe.output_dir / "data_report.json").read_text()) == REPORT
+        assert "pushed_to" not in json.loads(file.read_text())
 
-    monkeypatch.setattr(StubApi, "create_repo", refuse)
-    with pytest.raises(UserError, match="the Hub refused care .401 Unauthorized"):
-        runs.finish(recipe, METRICS, REPORT)
-    assert json.loads((recipe.output_dir / "data_report.json").read_text()) == REPORT
+    published = runs.publish(recipe, METRICS)  # as the same command does, which finds the run finished
+    assert published["pushed_to"] == json.loads(file.read_text())["pushed_to"]
+    uploads = len(StubApi.calls)
+    assert runs.publish(recipe, published) == published and len(StubApi.calls) == uploads
 
 
 @pytest.mark.long

@@ -1,10 +1,15 @@
 """Parameter counts, precision and the guards around weights; no training."""
 
+import json
+import os
+import shutil
+import types
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from carelm import models
+from carelm import models, trainer
 from carelm.recipe import UserError, load_recipe
 
 LLAMA3_8B = LlamaConfig(
@@ -44,13 +49,57 @@ def test_a_4bit_base_counts_like_the_whole_one(base):
     assert models.count_parameters(quantised)[1] == sum(p.numel() for p in whole.parameters())
 
 
-def test_no_4bit_layer_is_repacked_on_a_cpu(base):
+def test_no_4bit_layer_is_repacked_on_a_cpu(base, monkeypatch):
+    """Where the CPU has AVX512-BF16, as is pretended here."""
+    import bitsandbytes.nn.modules
     from bitsandbytes.nn import Linear4bit
 
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    assert Linear4bit(8, 8).support_avx512bf16_for_cpu
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
     model = models.load_base(recipe, models.Precision("fp32", "test"))
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     assert layers and not any(m.support_avx512bf16_for_cpu for m in layers)
+
+
+def change_config(base, folder, **changes):
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return load_recipe(["--config", "recipes/demo.yaml", "--model_name_or_path", str(folder)], usage="")
+
+
+def test_a_base_that_is_quantised_already_is_named_as_what_it_is(base, tmp_path):
+    held = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    recipe = change_config(base, tmp_path / "base", quantization_config=held)
+    models.check_base(recipe)
+    recipe.model["load_in_4bit"] = False
+    with pytest.raises(UserError, match="is quantised already .bitsandbytes.; set load_in_4bit: true"):
+        models.check_base(recipe)
+    recipe = change_config(base, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(UserError, match="gptq.; take its original in whole weights"):
+        models.check_base(recipe)
+
+
+def test_a_base_whose_loss_is_a_mean_per_batch_is_refused(monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    with pytest.raises(UserError, match="LlamaForCausalLM takes a mean over each batch"):
+        models.check_base(load_recipe(["--config", "recipes/demo.yaml"], usage=""))
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_the_recipe_decides_the_precision_and_not_the_launchers_default(monkeypatch, name):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if name == "fp32" else "fp16")
+    recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
+    prepared = types.SimpleNamespace(validation=[])
+    arguments = trainer.make_training_args(recipe, prepared, models.Precision(name, "test"))
+    assert arguments.mixed_precision == os.environ["ACCELERATE_MIXED_PRECISION"] == {"fp32": "no"}.get(name, name)
+
+
+def test_early_stopping_without_validation_rows_is_refused():
+    recipe = load_recipe(["--config", "recipes/demo.yaml", "--early_stopping_patience", "2"], usage="")
+    with pytest.raises(UserError, match="early_stopping_patience: .* set validation_fraction"):
+        trainer.make_training_args(recipe, types.SimpleNamespace(validation=None), models.Precision("fp32", "test"))
 
 
 @pytest.mark.parametrize(

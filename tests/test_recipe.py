@@ -109,6 +109,10 @@ def test_a_number_that_makes_no_run_is_named(load, key, value):
         load(f"--{key}", value)
 
 
+def test_the_strategy_best_is_refused(load):
+    assert "save_strategy: best" in message_of(load, "--save_strategy", "best")
+
+
 @pytest.mark.parametrize(
     "key, value, near",
     [

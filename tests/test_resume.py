@@ -29,8 +29,8 @@ KEYS = ("--max_steps", 9, "--eval_steps", 3, "--save_steps", 3, "--save_total_li
         "--lora_dropout", 0.1)  # fmt: skip
 
 
-KEYS_EARLY = ("--max_steps", 40, "--eval_steps", 2, "--learning_rate", 0.3, "--early_stopping_patience", 2,
-              "--save_total_limit", 1, "--num_sample_answers", 0, "--max_samples", 50, "--max_eval_samples", 8,
+KEYS_EARLY = ("--max_steps", 40, "--eval_steps", 2, "--learning_rate", 0.05, "--early_stopping_patience", 2,
+              "--save_total_limit", 1, "--num_sample_answers", 0, "--max_samples", 16, "--max_eval_samples", 8,
               "--lora_alpha", 64)  # fmt: skip
 
 

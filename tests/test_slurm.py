@@ -123,6 +123,7 @@ def test_zero3_has_them_too_and_an_evaluation_that_waits_for_it_has_the_scores_o
         assert there[score] == here[score]
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_and_killed_in_mid_save_goes_on_on_one_node(jobs, cluster, unbroken):
     """Under a name with spaces, and at last in an environment that is no virtual one but on the path, as a module's is."""
     jobs.run = jobs.folder / "run of the shop"

@@ -34,7 +34,7 @@ def main() -> None:
     micro_batch_size(recipe, ranks.world_size())  # is refused here where it does not divide
     if not recipe.preview and (finished := runs.find_finished(recipe)):
         ranks.say(f"{recipe.output_dir} holds this run, finished at step {finished['global_step']}; nothing to do")
-        return report(finished)
+        return report(runs.publish(recipe, finished))
 
     chat = data.make_chat(recipe)
     if recipe.preview:
