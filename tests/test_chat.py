@@ -193,6 +193,12 @@ def test_a_template_that_ends_an_answer_without_a_special_token_is_refused(with_
         Chat(plain, max_length=512)
 
 
+def test_an_answer_that_the_template_does_not_end_stops_the_run(with_template):
+    forgets = with_template(ROLES + "{{ m.content }}{% if m.content != 'Yes.' %}<|eot_id|>{% endif %}" + HEADER)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: an answer has no trained end-of-turn token"):
+        Chat(forgets, trained_turns="all", max_length=512).render([TWO_TURNS])
+
+
 def test_a_template_that_rewrites_history_is_refused_where_all_turns_are_trained(with_template):
     forgetful = with_template(ROLES + "{{ m.content if loop.last or m.role == 'user' else '...' }}<|eot_id|>" + HEADER)
     with pytest.raises(UserError, match="trained_turns.*rewrites earlier turns"):
