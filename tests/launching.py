@@ -134,7 +134,7 @@ class Run:
                                         stderr=self.log.open("w"), start_new_session=True,
                                         preexec_fn=_heed_ctrl_c)  # fmt: skip
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> None:
+    def wait_for(self, pattern: str, seconds: float = 240) -> None:
         until = time.time() + seconds
         while not re.search(pattern, self.log.read_text()):
             assert self.process.poll() is None and time.time() < until, self.log.read_text()[-3000:]
