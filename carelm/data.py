@@ -314,8 +314,10 @@ def to_example(
 
 
 def _fill(template: str, row: dict[str, Any], source: str, answer: bool = False) -> str:
-    values = {}
-    for column in template_columns(template, "template"):
+    pieces, values = template_pieces(template, "template"), {}
+    for _, column in pieces:
+        if column is None:
+            continue
         value = row.get(column)
         if answer and isinstance(value, (list, dict)):
             raise NoAnswer("answer is not text")
@@ -326,7 +328,7 @@ def _fill(template: str, row: dict[str, Any], source: str, answer: bool = False)
         )
     if answer and values and not any(value.strip() for value in values.values()):
         raise NoAnswer("empty answer")
-    return "".join(text + values.get(column, "") for text, column in template_pieces(template, "template"))
+    return "".join(text + values.get(column, "") for text, column in pieces)
 
 
 def _from_messages(recipe: Recipe, source: str, messages: Any) -> tuple[list[dict], list[dict]]:

@@ -214,9 +214,8 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> 
         model = get_peft_model(model, adapter_config(recipe), autocast_adapter_dtype=fp32_weights)
     except (ValueError, TypeError) as error:
         raise UserError(f"method {recipe.method}, lora_target_modules: {str(error).strip().splitlines()[0]}") from None
-    for (
-        parameter
-    ) in model.parameters():  # PEFT leaves lora_modules_to_save in the base's dtype, and a soft prompt in fp32
+    # PEFT leaves lora_modules_to_save in the base's dtype, and a soft prompt in fp32.
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return model

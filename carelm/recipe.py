@@ -668,7 +668,7 @@ def _check(recipe: Recipe) -> None:
                 raise UserError(f"{key}: {getattr(recipe, key)!r} names no column; write {{column}}")
     if recipe.training["save_strategy"] == "best":
         raise UserError(
-            "save_strategy: best is steps, epoch or no here; early_stopping_patience keeps the best checkpoint"
+            "save_strategy: best is not there; set steps, epoch or no (early_stopping_patience keeps the best checkpoint)"
         )
     if recipe.early_stopping_patience and recipe.training["eval_strategy"] == "no":
         raise UserError("early_stopping_patience needs evaluations: set eval_strategy: steps or epoch")

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from carelm import hub
 from carelm.ranks import Launch, rank, say, share
 from carelm.recipe import PROJECT, Recipe, UserError, check_identity, save_recipe, write_whole
 
@@ -209,8 +210,6 @@ def _lock(folder: Path) -> bool:
 
 def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """Writes the data report, the model card and, last, the metrics; publishes."""
-    from carelm import hub
-
     folder = recipe.output_dir
     metrics = metrics | {"budget": _budget(recipe), "versions": versions(), "git_commit": git_commit()}
     try:
@@ -225,8 +224,6 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
 def publish(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
     """Pushes a finished run to the Hub (rank 0), where the recipe says so and its metrics do not say that it is there."""
     if recipe.training.get("push_to_hub") and "pushed_to" not in metrics and rank() == 0:
-        from carelm import hub
-
         metrics = metrics | {"pushed_to": hub.push(recipe)}
         write_whole(recipe.output_dir / "train_metrics.json", json.dumps(metrics, indent=1))
         say(f"pushed to {metrics['pushed_to']}")

@@ -51,9 +51,8 @@ def test_a_finished_run_is_uploaded_with_its_card_and_without_checkpoints(recipe
     assert repo_id == "shop/care" and folder == recipe.output_dir
     assert "checkpoint-*" in ignored and "runs/*" in ignored
     card = (recipe.output_dir / "README.md").read_text()
-    assert (
-        "datasets:" not in card and "base_model:" not in card
-    )  # they are folders here, which the Hub refuses in a card
+    # They are folders here, which the Hub refuses in a card.
+    assert "datasets:" not in card and "base_model:" not in card
     for words in ("demo/data", "lora on a 4-bit base", "| eval loss | 1.25 |", "| eval loss before | 6.1 |", "9 of 10"):
         assert words in card
 
