@@ -1,6 +1,6 @@
 # make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
 # make test: the tests that this machine can run in minutes; make test-long: the others.
-# TESTS="tests/test_data.py -k csv" chooses among them.
+# TESTS="tests/data -k csv" chooses among them.
 VENV ?= .venv
 PYTHON ?= python3
 READY := $(VENV)/.ready

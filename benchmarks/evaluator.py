@@ -2,7 +2,7 @@
 
     python benchmarks/evaluator.py [--rounds 3] [--prompts 192]
 
-(a) carelm.generation, as eval/run.py calls it; (b) one prompt at a time with transformers' generate; (c) EleutherAI's
+(a) carelm.models.generation, as eval/run.py calls it; (b) one prompt at a time with transformers' generate; (c) EleutherAI's
 lm-evaluation-harness (pip install lm_eval), its `hf` model with generate_until, at every batch size of --batch_sizes and with
 its own automatic one. The same model in the same process, the same prompts of bitext_support, and the same number of new
 tokens: those that would end an answer are suppressed. Then eval/run.py on the same rows: one rank with all cores as threads,
@@ -67,8 +67,11 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from carelm import candidates, data, generation, testset
-    from carelm.recipe import load_recipe
+    from carelm.chat.chat import make_chat
+    from carelm.evaluation import candidates
+    from carelm.evaluation.questions import make_questions
+    from carelm.models import generation
+    from carelm.recipe_file import load_recipe
 
     torch.set_num_threads(int(threads(1)))
     recipe = load_recipe(
@@ -78,7 +81,7 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
     chat = candidate.make_chat()
     model, _ = candidate.load(chat)
     model.generation_config.suppress_tokens = chat.tokenizer.all_special_ids  # no answer ends early, in any of the ways
-    questions, _ = testset.make_questions(recipe, data.make_chat(recipe))
+    questions, _ = make_questions(recipe, make_chat(recipe))
     texts = [chat.text(q.messages, for_answer=True) for q in questions]
     decoding, cpu, largest = generation.Decoding(NEW_TOKENS), torch.device("cpu"), 0
     asked = [

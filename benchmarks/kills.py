@@ -25,10 +25,10 @@ from pathlib import Path
 from launches import PROJECT, RESULTS, describe_machine, say, write_results
 
 sys.path.insert(0, str(PROJECT / "tests"))
-from cluster import Cluster, Jobs, what_is_missing  # noqa: E402
 from launching import same_bits  # noqa: E402
+from two_nodes import Cluster, Jobs, what_is_missing  # noqa: E402
 
-from carelm.runs import git_commit  # noqa: E402
+from carelm.provenance import git_commit  # noqa: E402
 
 STEPS = 12
 KEYS = ("--max_steps", STEPS, "--eval_steps", 4, "--save_steps", 2, "--save_total_limit", 2, "--num_sample_answers", 0,

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import yaml
 
-from carelm.runs import PACKAGES, git_commit
+from carelm.provenance import PACKAGES, git_commit
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks/results"

@@ -15,7 +15,7 @@ from pathlib import Path
 import launches
 from launches import PROJECT, describe_machine, run, say, write_results
 
-from carelm.merge import ROUNDING
+from carelm.evaluation.certificate import ROUNDING
 
 
 def main() -> None:

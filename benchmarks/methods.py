@@ -141,18 +141,21 @@ def reload(folder: Path) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from carelm import data, models, trainer
-    from carelm.recipe import load_recipe
+    from carelm.chat.chat import make_chat
+    from carelm.models import base
+    from carelm.models.precision import choose_precision
+    from carelm.recipe_file import load_recipe
+    from carelm.training import batches, prepared
 
     recipe = load_recipe(["--config", str(folder / "recipe.yaml")], usage="")
-    chat = data.make_chat(recipe)
-    split = data.prepare(recipe, chat).validation
+    chat = make_chat(recipe)
+    split = prepared.prepare(recipe, chat).validation
     if recipe.method == "full":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
-        model = PeftModel.from_pretrained(models.load_base(recipe, models.choose_precision("fp32")), folder)
+        model = PeftModel.from_pretrained(base.load_base(recipe, choose_precision("fp32")), folder)
     model.eval()
-    collate = trainer.Collate(chat.tokenizer.pad_token_id)
+    collate = batches.Collate(chat.tokenizer.pad_token_id)
     order = sorted(range(len(split)), key=lambda i: -split.lengths[i])
     total, tokens = 0.0, 0
     for start in range(0, len(order), 32):

@@ -17,7 +17,7 @@ from pathlib import Path
 from launches import PROJECT, describe_machine, say, write_results
 from rouge_score.rouge_scorer import RougeScorer
 
-from carelm.rouge import rouge
+from carelm.evaluation.rouge import rouge
 
 GROUPS = (("rouge1", "rouge2", "rougeL"), ("rougeLsum",))
 

@@ -15,7 +15,8 @@ import psutil
 import yaml
 from tqdm import tqdm
 
-from carelm.recipe import UserError, locate
+from carelm.errors import UserError
+from carelm.files import locate
 
 if TYPE_CHECKING:
     import torch

@@ -13,22 +13,23 @@ exit status: 0 the report is written, 2 something in the recipe, the data, the m
 """
 
 import json
-import os
 import sys
 
 from carelm import ranks
-from carelm.recipe import load_recipe
+from carelm.data.sources import stay_offline
+from carelm.recipe_file import load_recipe
 
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__, only_own=True)
-    if recipe.is_local:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    stay_offline(recipe)
     launch = ranks.check_launch_without_zero3()
-    from carelm import candidates, data, testset
+    from carelm.chat.chat import make_chat
+    from carelm.evaluation import candidates
+    from carelm.evaluation.questions import make_questions
 
     models = candidates.find_candidates(recipe)
-    questions, test = testset.make_questions(recipe, data.make_chat(recipe))
+    questions, test = make_questions(recipe, make_chat(recipe))
     ranks.say(
         f"{test['questions']} questions of {test['conversations']} conversations, {', '.join(m.name for m in models)}"
     )
@@ -36,19 +37,21 @@ def main() -> None:
     import torch
 
     ranks.use_cpu(launch)
-    from carelm import evaluation, quiet, report, results, stops
+    from carelm import quiet
+    from carelm.evaluation import answers, report, results
+    from carelm.training import stops
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank())
     folder = recipe.output_dir / "eval"
-    asked = [evaluation.prepare(recipe, model, questions, folder) for model in models]
+    asked = [answers.prepare(recipe, model, questions, folder) for model in models]
     watch = stops.HangWatch(recipe.stall_timeout)
     ranks.join()
     folder.mkdir(parents=True, exist_ok=True)
     lines, measured = {}, {}
     for one in asked:
-        lines[one.candidate.name], measured[one.candidate.name] = evaluation.answer(recipe, one, folder, watch)
+        lines[one.candidate.name], measured[one.candidate.name] = answers.answer(recipe, one, folder, watch)
     ranks.leave()
     if ranks.rank() == 0:
         found = results.make_results(recipe, questions, lines, measured)
@@ -57,7 +60,7 @@ def main() -> None:
             for model in models
             if (others := model.other_data_keys(recipe))
         ]
-        found |= {"test": test, "conditions": evaluation.conditions(recipe)}
+        found |= {"test": test, "conditions": answers.conditions(recipe)}
         report.write(folder, recipe, found, questions, lines)
         for sentence in found["verdicts"] + found["cautions"]:
             ranks.say(sentence)

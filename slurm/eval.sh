@@ -34,7 +34,7 @@ source "$project/slurm/job.sh"
 ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero2.yaml # as a way to start the ranks: nothing is trained
 prepare_job
 set -- --config "$@"
-output=$(python -P -m carelm.job check 0 "$@")
+output=$(python -P -m carelm.cluster.job check 0 "$@")
 
 if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch "$project/eval/run.py" "$@"; then
     exit 0

@@ -81,7 +81,7 @@ run_step() {
 # Every rank reports in, or the job ends with the name of the node that does not.
 call_roll() {
     run_step srun --export=ALL --kill-on-bad-exit --overcommit --cpu-bind=none --distribution=block "${gpus[@]}" \
-        --ntasks="$RANKS" --ntasks-per-node="$ranks_per_node" python -P -m carelm.rollcall "$@"
+        --ntasks="$RANKS" --ntasks-per-node="$ranks_per_node" python -P -m carelm.cluster.rollcall "$@"
 }
 
 # One launcher per node. The first node writes to the job's log, each other one to a log of its own; not through srun, which

@@ -28,7 +28,7 @@ done
 project=$(realpath "$here/..")
 source "$project/slurm/job.sh"
 if [[ ${1-} == --prefetch && $# -ge 2 ]]; then
-    exec python -P -m carelm.job prefetch --config "${@:2}"
+    exec python -P -m carelm.cluster.job prefetch --config "${@:2}"
 elif [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
     echo "usage: sbatch [--nodes N] slurm/train.sh RECIPE [--key value ...]" >&2
     exit 2
@@ -37,7 +37,7 @@ fi
 ACCELERATE_CONFIG_FILE=${ACCELERATE_CONFIG_FILE:-accelerate_configs/nodes_zero2.yaml}
 prepare_job
 set -- --config "$@"
-output=$(python -P -m carelm.job check "$RANKS" "$@")
+output=$(python -P -m carelm.cluster.job check "$RANKS" "$@")
 holder=$(sed -n "s/^job \([0-9]*\), .*/\1/p" "$output/.lock" 2>/dev/null || true)
 if [[ -n $holder && $holder != "$SLURM_JOB_ID" && -n $(squeue -h -t PD,R,S -j "$holder" 2>/dev/null || true) ]]; then
     echo "error: output_dir: $output is that of job $holder, which waits or runs; --dependency=afterany:$holder waits for it" >&2

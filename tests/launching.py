@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from carelm.checkpoints import find_checkpoints
+from carelm.training.checkpoints import find_checkpoints
 
 PROJECT = Path(__file__).resolve().parent.parent
 VENV = Path(sys.prefix)  # for slurm/job.sh
@@ -55,7 +55,7 @@ def launch(*keys, config_file=None, num_processes=None, script="train/sft.py", c
 
 # A new process each time, but a copy of one that has the libraries loaded already: half of a short run is imports.
 _copies = multiprocessing.get_context("forkserver")
-_copies.set_forkserver_preload(["carelm.callbacks", "carelm.trainer", "carelm.evaluation", "carelm.merge"])
+_copies.set_forkserver_preload(["carelm.training.trainer", "carelm.evaluation.answers", "carelm.models.merge"])
 
 
 def script(*keys, file="train/sft.py", check=False, **extra) -> subprocess.CompletedProcess:

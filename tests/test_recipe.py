@@ -8,7 +8,9 @@ import pytest
 import yaml
 from conftest import PROJECT
 
-from carelm.recipe import REFUSED, UserError, check_identity, known_keys, load_recipe, save_recipe
+from carelm.errors import UserError
+from carelm.keys import REFUSED, known_keys
+from carelm.recipe_file import check_identity, load_recipe, save_recipe
 
 RECIPES = sorted((PROJECT / "recipes").glob("*.yaml"))
 SMALL = {
@@ -231,9 +233,8 @@ def test_help_lists_every_own_key_and_starts_without_torch():
 
 
 def test_what_checks_a_recipe_and_its_data_imports_no_torch():
-    code = (
-        "import sys, carelm.recipe, carelm.data, carelm.chat, carelm.ranks, carelm.runs; print('torch' in sys.modules)"
-    )
+    modules = "carelm.recipe_file, carelm.training.prepared, carelm.chat.preview, carelm.ranks, carelm.training.runs"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert shown.stdout.strip() == "False", shown.stderr
 

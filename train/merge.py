@@ -17,14 +17,16 @@ exit status: 0 the checkpoint is there, 1 it is beyond its tolerance (and is not
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
 
 from carelm import ranks
-from carelm.recipe import UserError, load_recipe, write_whole
-from carelm.runs import find_recipe, free_name
+from carelm.data.sources import stay_offline
+from carelm.errors import UserError
+from carelm.files import write_whole
+from carelm.recipe_file import load_recipe
+from carelm.training.runs import find_recipe, free_name
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -55,18 +57,21 @@ def main() -> None:
     if options.num_prompts < 0 or (options.tolerance or 0) < 0:
         raise UserError("--num_prompts and --tolerance: neither can be below 0")
     recipe = load_recipe(keys, usage=__doc__)
-    if recipe.is_local:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    stay_offline(recipe)
 
     import torch
 
     ranks.use_cpu(None)
-    from carelm import candidates, checkpoints, merge, quiet, testset
+    from carelm import files, quiet
+    from carelm.evaluation import candidates, certificate
+    from carelm.evaluation.questions import make_questions
+    from carelm.models import merge
+    from carelm.training import checkpoints
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     adapter = candidates.find(recipe, str(options.adapter), is_own=True)
     adapter.check_base()
-    trained_in = candidates.read_json(options.adapter / "train_metrics.json").get("precision")
+    trained_in = files.read_json(options.adapter / "train_metrics.json").get("precision")
     precision = trained_in or adapter.precision().name
     held = dataclasses.replace(adapter.recipe, precision=precision)
     onto = options.onto or ("quantized" if held.bits else "base")
@@ -79,8 +84,8 @@ def main() -> None:
         "adapter": candidates.adapter_fingerprint(options.adapter),
         "bits": held.bits,
     }
-    tolerance = options.tolerance if options.tolerance is not None else merge.tolerance(onto, held.bits, dtype)
-    there = candidates.read_json(options.output_dir / "merge.json")
+    tolerance = options.tolerance if options.tolerance is not None else certificate.tolerance(onto, held.bits, dtype)
+    there = files.read_json(options.output_dir / "merge.json")
     if all(there.get(key) == value for key, value in about.items()):
         if options.num_prompts and not (there["mean_kl"] is not None and there["mean_kl"] <= tolerance):
             raise UserError(
@@ -93,7 +98,7 @@ def main() -> None:
         raise UserError(f"--output_dir: {options.output_dir} is there already; name another folder")
     questions = []
     if options.num_prompts:
-        questions, _ = testset.make_questions(recipe, adapter.make_chat())
+        questions, _ = make_questions(recipe, adapter.make_chat())
         questions = questions[:: max(1, len(questions) // options.num_prompts)][: options.num_prompts]
 
     aside = options.output_dir.with_name(options.output_dir.name + ".partial")
@@ -104,7 +109,7 @@ def main() -> None:
         result = {**about, "tolerance": tolerance, "prompts": 0, "mean_kl": None}
         if questions:
             merged = candidates.find(recipe, f"{aside}@{dtype}")
-            certificate = merge.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
+            certificate = certificate.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
             result |= dataclasses.asdict(certificate)
             ranks.say(f"mean KL {certificate.mean_kl:.3g} nats (tolerance {tolerance:g}), top-1 agreement "
                       f"{certificate.top1_agreement:.4f}, same answer {certificate.same_text_share:.4f}")  # fmt: skip

@@ -16,31 +16,36 @@ saved (a launcher turns each into its own).
 """
 
 import json
-import os
 import sys
 import time
 
 STARTED = time.time()
 
-from carelm import data, quiet, ranks, runs, stops  # noqa: E402
-from carelm.recipe import load_recipe, micro_batch_size  # noqa: E402
+from carelm import quiet, ranks  # noqa: E402
+from carelm.chat.chat import make_chat  # noqa: E402
+from carelm.chat.preview import preview  # noqa: E402
+from carelm.data.report import format_report  # noqa: E402
+from carelm.data.sources import stay_offline  # noqa: E402
+from carelm.recipe import micro_batch_size  # noqa: E402
+from carelm.recipe_file import load_recipe  # noqa: E402
+from carelm.training import runs, stops  # noqa: E402
+from carelm.training.prepared import check_nodes_agree, prepare  # noqa: E402
 
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__)
-    if recipe.is_local:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is needed from a hub, so none is waited for
+    stay_offline(recipe)
     launch = ranks.check_launch()
     micro_batch_size(recipe, ranks.world_size())  # is refused here where it does not divide
     if not recipe.preview and (finished := runs.find_finished(recipe)):
         ranks.say(f"{recipe.output_dir} holds this run, finished at step {finished['global_step']}; nothing to do")
         return report(runs.publish(recipe, finished))
 
-    chat = data.make_chat(recipe)
+    chat = make_chat(recipe)
     if recipe.preview:
-        return print(data.preview(recipe, chat, recipe.preview)) if ranks.rank() == 0 else None
-    prepared = data.prepare(recipe, chat)
-    ranks.say("data\n" + data.format_report(prepared.report))
+        return print(preview(recipe, chat, recipe.preview)) if ranks.rank() == 0 else None
+    prepared = prepare(recipe, chat)
+    ranks.say("data\n" + format_report(prepared.report))
     if prepared.validation is not None and len(prepared.validation) < 20:
         ranks.say(
             f"the eval loss is that of {len(prepared.validation)} examples only; validation_fraction holds out more"
@@ -50,24 +55,29 @@ def main() -> None:
 
     ranks.use_cpu(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
-    from carelm import callbacks, memory, models, trainer  # libraries that take seconds, after every check without them
+    # Libraries that take seconds, after every check without them.
+    from carelm.models import adapters, base, memory
+    from carelm.models.precision import choose_precision
+    from carelm.training import callbacks
+    from carelm.training.arguments import make_training_args
+    from carelm.training.trainer import Trainer
 
-    precision = models.choose_precision(recipe.precision)
-    models.check_base(recipe)
-    arguments = trainer.make_training_args(recipe, prepared, precision)
+    precision = choose_precision(recipe.precision)
+    adapters.check_base(recipe)
+    arguments = make_training_args(recipe, prepared, precision)
     zero_stage = runs.check_zero(recipe, launch, arguments)
-    data.check_nodes_agree(prepared)
+    check_nodes_agree(prepared)
     checkpoint = runs.open_output(recipe, arguments)
     stop_requests = stops.StopRequests(recipe, launch)
 
-    model = models.load_model(recipe, chat, precision, zero_stage)
-    trainable, total = models.count_parameters(model)
+    model = adapters.load_model(recipe, chat, precision, zero_stage)
+    trainable, total = base.count_parameters(model)
     ranks.say(f"{recipe.method} on {recipe.model['model_name_or_path']} in {precision.name} ({precision.reason}): "
               f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.4%})")  # fmt: skip
 
     speed = callbacks.Speed()
-    fingerprint = models.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
-    run = trainer.Trainer(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
+    fingerprint = base.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
+    run = Trainer(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
                           callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
     run.started = STARTED
     run.follow(speed, checkpoint)

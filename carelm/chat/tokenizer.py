@@ -1,0 +1,32 @@
+"""The tokenizer of a base, with the chat template that the recipe names."""
+
+from carelm.errors import UserError
+
+
+def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool, template_file: str | None):
+    """The base's tokenizer, with the recipe's chat template where it names one, and a pad token.
+
+    Padding is masked everywhere, so that any token will do where the tokenizer has none; the end of turn stays
+    learnable because labels never come from padding.
+
+    Raises:
+        UserError: where there is no tokenizer, or the template file cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model_name_or_path: no tokenizer can be loaded from {name_or_path} ({reason})") from None
+    if template_file is not None:
+        try:
+            with open(template_file, encoding="utf-8") as file:
+                tokenizer.chat_template = file.read()
+        except OSError as error:
+            raise UserError(f"chat_template_path: {template_file} cannot be read ({error.strerror})") from None
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        usual = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", tokenizer.unk_token, tokenizer.eos_token)
+        tokenizer.pad_token = next(token for token in usual if token in vocabulary)
+    return tokenizer

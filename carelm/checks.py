@@ -1,0 +1,98 @@
+"""What can be wrong between the keys of a recipe, found without torch and without data."""
+
+import difflib
+import os
+from pathlib import Path
+
+from carelm.data.templates import template_columns
+from carelm.errors import UserError
+from carelm.files import locate
+from carelm.recipe import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """What can be wrong between keys, found without torch."""
+    for key in ("global_batch_size", "num_virtual_tokens", "sample_max_new_tokens", "max_new_tokens", "max_batch_tokens",
+                "num_resamples", "num_latency_prompts"):  # fmt: skip
+        if getattr(recipe, key) < 1:
+            raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1")
+    for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if recipe.training.get(key, 1) is None or recipe.training.get(key, 1) < 1:
+            raise UserError(f"{key}: {recipe.training[key]} is not at least 1")
+    if recipe.stall_timeout < 0:
+        raise UserError(f"stall_timeout: {recipe.stall_timeout} is below 0; 0 is for never")
+    if recipe.max_hours is not None and recipe.max_hours <= 0:
+        raise UserError(f"max_hours: {recipe.max_hours} is not above 0; leave it out for no limit")
+    for key in ("max_samples", "max_eval_samples", "early_stopping_patience"):
+        if getattr(recipe, key) is not None and getattr(recipe, key) < 1:
+            raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1; leave it out for no limit")
+    given = {**recipe.model, **recipe.training}
+    for key in (
+        "learning_rate",
+        "lora_r",
+        "lora_alpha",
+        "num_train_epochs",
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+    ):
+        if given.get(key) is not None and given[key] <= 0:
+            raise UserError(f"{key}: {given[key]} is not above 0")
+    for key in ("warmup_steps", "weight_decay", "max_grad_norm", "lora_dropout"):
+        if given.get(key) is not None and given[key] < 0:
+            raise UserError(f"{key}: {given[key]} is below 0")
+    if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:
+        raise UserError(f"max_steps: {given['max_steps']} is not at least 1; leave it out to train num_train_epochs")
+    for key in ("num_shots", "temperature"):
+        if getattr(recipe, key) < 0:
+            raise UserError(f"{key}: {getattr(recipe, key)} is below 0")
+    if recipe.primary_metric in ("accuracy", "macro_f1") and not recipe.labels:
+        raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
+    for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):
+        if not 0 <= getattr(recipe, key) <= 1:
+            raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")
+    if recipe.validation_fraction + recipe.test_fraction >= 1:
+        raise UserError("validation_fraction and test_fraction leave nothing to train on; their sum must be under 1")
+    if recipe.model.get("load_in_4bit") and recipe.model.get("load_in_8bit"):
+        raise UserError("load_in_4bit and load_in_8bit: set only one of them")
+    if recipe.method == "full" and recipe.bits:
+        raise UserError(
+            f"method: full cannot train a base held in {recipe.bits} bits; set method: lora, or leave out "
+            f"load_in_{recipe.bits}bit"
+        )
+    if recipe.messages_column and (recipe.prompt_template or recipe.completion_template):
+        raise UserError(
+            f"messages_column and prompt_template: set one or the other (recipe {recipe.name} and command line)"
+        )
+    if not recipe.messages_column and not (recipe.prompt_template and recipe.completion_template):
+        raise UserError(
+            "the recipe does not say where the conversations are: set prompt_template and completion_template (such as "
+            '"{instruction}" and "{response}"), or messages_column'
+        )
+    for key in ("system_prompt", "prompt_template", "completion_template"):
+        if getattr(recipe, key) is not None:
+            columns = template_columns(getattr(recipe, key), key)
+            if key != "system_prompt" and not columns:
+                raise UserError(f"{key}: {getattr(recipe, key)!r} names no column; write {{column}}")
+    if recipe.training["save_strategy"] == "best":
+        raise UserError(
+            "save_strategy: best is not there; set steps, epoch or no (early_stopping_patience keeps the best checkpoint)"
+        )
+    if recipe.early_stopping_patience and recipe.training["eval_strategy"] == "no":
+        raise UserError("early_stopping_patience needs evaluations: set eval_strategy: steps or epoch")
+    if recipe.early_stopping_patience:  # the best checkpoint can only be kept where one is saved at each evaluation
+        every = recipe.training.get("eval_steps") or recipe.training["logging_steps"]
+        follow = {"save_strategy": recipe.training["eval_strategy"]}
+        if recipe.training["eval_strategy"] == "steps":
+            follow |= {"eval_steps": every, "save_steps": every}
+        recipe.training.update(follow)
+    base = recipe.model["model_name_or_path"]
+    if base.startswith((".", "/", "~")) and not os.path.isdir(recipe.base):
+        raise UserError(f"model_name_or_path: there is no folder {base}")
+    beside = Path(locate(str(Path(base).parent)))
+    if base.count("/") == 1 and not os.path.exists(recipe.base) and beside.is_dir():  # a Hub id, or a folder misspelt
+        near = difflib.get_close_matches(Path(base).name, [p.name for p in beside.iterdir()], n=1)
+        if near:
+            raise UserError(
+                f"model_name_or_path: there is no folder {base}; did you mean {Path(base).parent / near[0]}?"
+            )

@@ -1,0 +1,28 @@
+"""One conversation, as it comes out of a row."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: what is asked (`prompt`) and what is to be learnt (`completion`), as lists of messages."""
+
+    prompt: list[dict[str, Any]]
+    completion: list[dict[str, Any]]
+    id: str
+    category: str | None
+    source: str  # file:row, for messages to people
+    references: tuple[str, ...] = ()  # of a test row with several; else the completion is the reference
+
+    @property
+    def question(self) -> str:
+        """All that the user says: what must not stand in both train and test."""
+        return json.dumps(
+            [m["content"] for m in self.prompt + self.completion if m["role"] == "user"], ensure_ascii=False
+        )
+
+
+class NoAnswer(Exception):
+    """A row that holds nothing to learn; the text says why."""

@@ -1,0 +1,46 @@
+"""What became of a split's rows."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SplitReport:
+    """What became of a split's rows; lengths in tokens."""
+
+    rows: int = 0
+    used: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    fitted: dict[str, int] = field(default_factory=dict)
+    first_without_answer: list[str] = field(default_factory=list)
+    first_in_other_split: list[str] = field(default_factory=list)
+    length_p50: int = 0
+    length_p95: int = 0
+    length_max: int = 0
+    truncated_share: float = 0.0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+
+def list_counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {what}" for what, number in counts.items()) or "none dropped"
+
+
+def format_report(report: dict[str, dict[str, Any]]) -> str:
+    """The data report as a small table for the terminal."""
+    head = f"{'split':<11}{'rows':>7}{'used':>7}{'p50':>6}{'p95':>6}{'max':>6}{'truncated':>11}{'trained tokens':>16}  dropped"
+    lines = [head]
+    for split, r in report.items():
+        tokens = (
+            f"{r['length_p50']:>6}{r['length_p95']:>6}{r['length_max']:>6}{r['truncated_share']:>11.1%}{r['trained_tokens']:>16}"
+            if r["tokens"]
+            else " " * 45
+        )
+        lines.append(f"{split:<11}{r['rows']:>7}{r['used']:>7}{tokens}  {list_counts(r['dropped'])}")
+        if r["fitted"]:
+            lines.append(f"{'':<11}of these {list_counts(r['fitted'])}")
+        if r["first_without_answer"]:
+            lines.append(f"{'':<11}without an answer, first: {', '.join(r['first_without_answer'])}")
+        if r["first_in_other_split"]:
+            lines.append(f"{'':<11}also in validation or test, first: {'; '.join(r['first_in_other_split'])}")
+    return "\n".join(lines)

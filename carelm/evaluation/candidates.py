@@ -1,0 +1,228 @@
+"""The models that are compared: what `base`, `adapter`, `merged` and a folder stand for, and how each is loaded."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from carelm.chat.chat import Chat
+from carelm.chat.tokenizer import load_tokenizer
+from carelm.errors import UserError
+from carelm.files import fingerprint, locate, read_json
+from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA
+from carelm.recipe import Recipe
+from carelm.training.runs import find_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from carelm.models.precision import Precision
+
+HELD = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}, "bf16": {}, "fp16": {}, "fp32": {}}
+QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model of a comparison.
+
+    Attributes:
+        name: as in the results and in the names of files.
+        kind: base, adapter or checkpoint (a merged model or a full fine-tune).
+        recipe: the recipe with this model's base, bits and precision in place of the run's.
+        adapter: the adapter's folder, or None.
+        home: the folder whose tokenizer is used.
+    """
+
+    name: str
+    kind: str
+    recipe: Recipe
+    adapter: Path | None
+    home: str
+
+    @property
+    def bits(self) -> int | None:
+        return self.recipe.bits
+
+    def make_chat(self) -> Chat:
+        """Renders prompts with this model's own tokenizer and template."""
+        recipe = self.recipe
+        of_base = self.kind != "checkpoint" and self.home == recipe.base
+        template = recipe.training.get("chat_template_path") if of_base else None
+        tokenizer = load_tokenizer(
+            self.home,
+            revision=recipe.model.get("model_revision", "main") if of_base else "main",
+            trust_remote_code=recipe.training.get("trust_remote_code", False),
+            template_file=locate(template) if template else None,
+        )
+        return Chat(tokenizer, trained_turns=recipe.trained_turns, max_length=recipe.max_length)
+
+    def fingerprint(self) -> str:
+        """Differs where the weights, or how they are held, do."""
+        from carelm.models.base import base_fingerprint
+
+        held = {key: self.recipe.model.get(key) for key in QUANTIZATION}
+        base = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
+        return fingerprint(base, self.adapter and adapter_fingerprint(self.adapter), held, self.precision().name)
+
+    def precision(self) -> "Precision":
+        """What it computes in on this machine; raises UserError where that is not possible."""
+        from carelm.models.precision import choose_precision
+
+        return choose_precision(self.recipe.precision, training=False)
+
+    def check_base(self) -> None:
+        """Raises UserError where the base that an adapter was trained on has changed since."""
+        from carelm.models.base import base_fingerprint
+
+        if not self.adapter:
+            return
+        metrics = read_json(self.adapter / "train_metrics.json") or read_json(self.adapter / "complete.json")
+        now = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
+        if metrics.get("base_fingerprint", now) != now:
+            raise UserError(
+                f"models: {self.adapter} was trained on another base than {self.recipe.base} now holds (fingerprint "
+                f"{metrics['base_fingerprint']}, now {now}); set model_name_or_path to the base it was trained on"
+            )
+
+    def load(self, chat: Chat) -> tuple["PreTrainedModel", dict[str, Any]]:
+        """The model, ready to generate on this rank's device, and what to know of it: precision, size, seconds to load."""
+        import torch
+        from peft import PeftModel
+
+        from carelm.models import base
+
+        started = time.perf_counter()
+        model = base.load_base(self.recipe, self.precision())
+        if torch.cuda.is_available() and self.bits is None:  # a quantised base is where the current device is
+            model = model.to(f"cuda:{torch.cuda.current_device()}")
+        of_base = base.count_parameters(model)[1]
+        trained = read_json(Path(self.recipe.base) / "train_metrics.json").get("trainable_parameters")
+        if self.adapter:
+            model = PeftModel.from_pretrained(model, self.adapter)
+            trained = base.count_parameters(model)[1] - of_base
+        base.align_special_tokens(model, chat)
+        generation = model.generation_config.to_diff_dict()
+        about = {
+            "kind": self.kind,
+            "folder": str(self.adapter or self.recipe.base),
+            "precision": self.precision().name,
+            "bits": self.bits,
+            "generation_config": {
+                k: v for k, v in generation.items() if "token" not in k and k != "transformers_version"
+            },
+            "total_parameters": base.count_parameters(model)[1],
+            "trained_parameters": trained,
+            "load_seconds": round(time.perf_counter() - started, 2),
+        }
+        return model.eval(), about
+
+    def other_data_keys(self, recipe: Recipe) -> list[str]:
+        """The recipe's keys about data that were others when this adapter was trained; empty where that is not known."""
+        own = _keys_of(self.adapter) if self.adapter else {}
+        about_data = [f.name for f in dataclasses.fields(recipe) if "help" in f.metadata and f.name in own]
+        free = NOT_ABOUT_DATA | FREE_KEYS
+        return [key for key in about_data if key not in free and getattr(recipe, key) != own[key]]
+
+
+def find_candidates(recipe: Recipe) -> list[Candidate]:
+    """The recipe's `models`, or base, the run's result and its merge where it is there; nothing is loaded.
+
+    Raises:
+        UserError: for a model that is not there, cannot be told apart or has only pickled weights.
+    """
+    names = list(recipe.models)
+    if not names:
+        names = ["base", "adapter" if recipe.method != "full" else str(recipe.output_dir)]
+        names += ["merged"] if (recipe.output_dir / "merged" / "merge.json").exists() else []
+    found = [find(recipe, name) for name in names]
+    for candidate in found:
+        if [c.name for c in found].count(candidate.name) > 1:
+            raise UserError(f"models: two are called '{candidate.name}'; rename one of the folders, or name it once")
+    return found
+
+
+def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
+    """The model of this name; `is_own` says that the recipe is the one that made it, so that the base is the recipe's."""
+    word, at, held = name.rpartition("@")
+    if not at or (held not in HELD and Path(locate(name)).is_dir()):
+        word, held = name, ""
+    if held and held not in HELD:
+        raise UserError(f"models: '{name}': after @ stands none of {', '.join(HELD)}")
+    if word == "base":
+        return _candidate(name, "base", recipe, recipe.base, recipe.model, held, None)
+    if word == "adapter":
+        folder, hint, is_own = recipe.output_dir, "train first, with train/sft.py and the same keys", True
+        if recipe.method == "full":
+            raise UserError(
+                f"models: method: full makes no adapter; name its folder: --models base {recipe.output_dir}"
+            )
+    elif word == "merged":
+        folder = recipe.output_dir / "merged"
+        hint = f"merge first: python train/merge.py --adapter {recipe.output_dir} --output_dir {folder}"
+    else:
+        folder, hint = Path(locate(word)), "name base, adapter, merged or a folder"
+    if not folder.is_dir():
+        raise UserError(f"models: '{name}': there is no folder {folder}; {hint}")
+    if word == "merged" and (recipe.output_dir / "adapter_model.safetensors").exists():
+        made_of = read_json(folder / "merge.json").get("adapter")
+        if made_of != adapter_fingerprint(recipe.output_dir):
+            raise UserError(f"models: {folder} was made of an earlier adapter of {recipe.output_dir}; {hint}")
+    label = word if word in ("adapter", "merged") else folder.resolve().name
+    label += f"@{held}" if held else ""
+    if (folder / "adapter_config.json").exists():
+        if not (folder / "adapter_model.safetensors").exists():
+            raise UserError(f"models: {folder} holds an adapter without adapter_model.safetensors; {hint}")
+        own = _keys_of(folder) or recipe.model
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = recipe.base if is_own else locate(str(base))
+        if base.startswith(("/", ".")) and not Path(base).is_dir():
+            if not Path(recipe.base).is_dir():
+                raise UserError(f"models: the base of {folder} is missing ({base}); set model_name_or_path to it")
+            base = recipe.base
+        return _candidate(label, "adapter", recipe, base, own, held, folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"models: {folder} holds no model and no adapter; {hint}")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"models: {folder} holds no .safetensors weights; pickled ones are not loaded")
+    if not (folder / "tokenizer.json").exists() and not any(folder.glob("*.model")):
+        raise UserError(f"models: {folder} holds no tokenizer (no tokenizer.json, no *.model); {hint}")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(file, "numpy")
+        except SafetensorError as error:
+            raise UserError(f"models: {file} is damaged ({error}); make the folder again: {hint}") from None
+    return _candidate(label, "checkpoint", recipe, str(folder), {}, held, None)
+
+
+def _candidate(
+    label: str, kind: str, recipe: Recipe, base: str, held_by: dict[str, Any], held: str, adapter: Path | None
+) -> Candidate:
+    model = {k: v for k, v in recipe.model.items() if k not in QUANTIZATION}
+    model |= {"model_name_or_path": base, "use_bnb_nested_quant": DEFAULTS["use_bnb_nested_quant"]}
+    if not held:
+        model |= {k: held_by[k] for k in QUANTIZATION if k in held_by}
+    elif held.endswith("bit"):
+        model |= {k: held_by[k] for k in QUANTIZATION[2:] if k in held_by} | HELD[held]
+    if kind == "checkpoint":
+        model.pop("model_revision", None)
+    precision = held if held and not held.endswith("bit") else recipe.precision
+    # Only a full fine-tune is loaded in fp32 whatever the precision: here nothing is trained.
+    changed = dataclasses.replace(recipe, model=model, precision=precision, method="lora")
+    home = adapter if adapter is not None and (adapter / "tokenizer_config.json").exists() else base
+    return Candidate(name=label, kind=kind, recipe=changed, adapter=adapter, home=str(home))
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """A hash of an adapter's weights and settings."""
+    return fingerprint(*((folder / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")))
+
+
+def _keys_of(folder: Path) -> dict[str, Any]:
+    file = find_recipe(folder)
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file else {}

@@ -1,0 +1,97 @@
+"""The test split as questions: one for every assistant turn that carries loss, with the true turns before it."""
+
+import dataclasses
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from carelm.chat.chat import Chat
+from carelm.data.splits import make_examples
+from carelm.errors import UserError
+from carelm.evaluation.scores import kind_of_request, parse_label
+from carelm.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked (`messages`, ending before the answer), and the references that its answer is scored by."""
+
+    id: str
+    conversation: str
+    category: str
+    messages: list[dict[str, Any]]
+    references: list[str]
+
+
+def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str, Any]]:
+    """All questions of the test split, with `num_shots` training examples in front, and how they came about.
+
+    Args:
+        recipe: names the data.
+        chat: renders the answers that have no text of their own (tool calls).
+
+    Raises:
+        UserError: where there is no test split, not enough shots, or a reference without one of the recipe's labels.
+    """
+    examples, reports = make_examples(recipe)
+    if not examples.get("test"):
+        raise UserError(
+            f"dataset_test_split: {recipe.dataset_name} has no rows to test on; give a file of that split, or set "
+            "test_fraction above 0"
+        )
+    shots = _shots(recipe, examples["train"])
+    questions = []
+    has_categories = recipe.category_column is not None
+    for example in examples["test"]:
+        messages = example.prompt + example.completion
+        turns = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
+        for turn in turns if recipe.trained_turns == "all" else turns[-1:]:
+            before, answer = messages[:turn], messages[turn]
+            references = list(example.references) or [chat.answer_text(before, answer)]
+            asked = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
+            system = [m for m in before[:1] if m["role"] == "system"]
+            questions.append(
+                Question(
+                    id=example.id if len(turns) == 1 else f"{example.id}/{turns.index(turn) + 1}",
+                    conversation=example.id,
+                    category=(example.category or "none") if has_categories else kind_of_request(asked),
+                    messages=system + shots + before[len(system) :],
+                    references=references,
+                )
+            )
+    questions = _number_repeated(questions)
+    for question in questions:
+        if recipe.labels and parse_label(question.references[0], recipe.labels) is None:
+            raise UserError(
+                f"labels: the reference of {question.id} ({question.references[0][:60]!r}) holds none of "
+                f"{', '.join(recipe.labels)}"
+            )
+    about = {
+        "dataset": recipe.dataset_name,
+        "split": recipe.dataset_test_split,
+        "conversations": len(examples["test"]),
+        "questions": len(questions),
+        "num_shots": recipe.num_shots,
+        "categories_from": recipe.category_column or "the words of the request (complaint, question, other)",
+        "dropped": reports["test"].dropped,
+    }
+    return questions, about
+
+
+def _number_repeated(questions: list[Question]) -> list[Question]:
+    """Questions of different rows may have one id (several rows of one ticket): the second is called id#2."""
+    times: Counter[str] = Counter()
+    numbered = []
+    for question in questions:
+        times[question.id] += 1
+        again = times[question.id] > 1
+        numbered.append(dataclasses.replace(question, id=f"{question.id}#{times[question.id]}") if again else question)
+    return numbered
+
+
+def _shots(recipe: Recipe, train: list) -> list[dict[str, Any]]:
+    if recipe.num_shots > len(train):
+        raise UserError(f"num_shots: {recipe.num_shots} is more than the {len(train)} training examples")
+    chosen = random.Random(recipe.split_seed).sample(train, recipe.num_shots)
+    return [m for example in chosen for m in example.prompt + example.completion if m["role"] != "system"]

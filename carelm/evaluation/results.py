@@ -1,0 +1,164 @@
+"""Predictions and measurements of several models -> `results.json`: scores with intervals, and which differences are real."""
+
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from carelm.evaluation import scores
+from carelm.evaluation.questions import Question
+from carelm.recipe import Recipe
+
+MOST_CHANGED = 3
+FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
+
+
+def make_results(
+    recipe: Recipe,
+    questions: list[Question],
+    lines: dict[str, list[dict[str, Any]]],
+    measured: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of `results.json`, less what is known of the test split and the conditions.
+
+    Args:
+        recipe: names the labels, the primary metric and the number of resamples.
+        questions: the test questions.
+        lines: for each model its predictions in the order of the questions.
+        measured: for each model what was measured while it answered.
+    """
+    conversations = [q.conversation for q in questions]
+    drawn = scores.draws(len(set(conversations)), recipe.num_resamples, recipe.split_seed)
+    models, tables, turns = {}, {}, {}
+    for name, predicted in lines.items():
+        answers = scores.Answers(conversations, [p["prediction"] for p in predicted], [q.references for q in questions])
+        turns[name] = scores.per_turn(answers)
+        tables[name] = scores.statistics(answers, recipe.labels, turns[name])
+        models[name] = {
+            **{score: scores.interval(table, drawn) for score, table in tables[name].items()},
+            "empty_predictions": sum(not p["prediction"].strip() for p in predicted),
+            "cut_predictions": sum(p["finish_reason"] == "length" for p in predicted),
+            "mean_new_tokens": round(float(np.mean([p["new_tokens"] for p in predicted])), 1),
+            **measured[name],
+            "categories": _by_category(recipe, questions, answers, turns[name]),
+        }
+        if recipe.labels:
+            models[name]["confusion"] = scores.confusion(answers, recipe.labels)
+    pairs = scores.compare(tables, drawn)
+    deciding = recipe.primary_metric if recipe.primary_metric in next(iter(turns.values())) else "rougeL"
+    for pair in pairs:
+        a, b = pair["models"]
+        pair["changed_by"] = deciding
+        change = turns[b][deciding] - turns[a][deciding]
+        order = np.argsort(-change, kind="stable")
+        pair["better"] = [questions[i].id for i in order[:MOST_CHANGED] if change[i] > 0]
+        pair["worse"] = [questions[i].id for i in order[::-1][:MOST_CHANGED] if change[i] < 0]
+    first = scores.Answers(
+        conversations, [p["prediction"] for p in next(iter(lines.values()))], [q.references for q in questions]
+    )
+    conversation_count = len(set(conversations))
+    return {
+        "primary_metric": recipe.primary_metric,
+        "models": models,
+        "pairs": pairs,
+        "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
+        "cautions": _cautions(recipe, measured, len(pairs)) + _about_answers(recipe, questions, models),
+        "examples": {name: _extremes(questions, turns[name][deciding]) for name in lines},
+        "signatures": {
+            "rouge": f"rouge_score {version('rouge-score')}, no stemmer, F-measure",
+            **scores.signatures(first),
+        },
+    }
+
+
+def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
+    """One plain sentence: which of two models is better by this metric, or that the test set does not tell."""
+    a, b = pair["models"]
+    score = pair["scores"][metric]
+    called = scores.NAMES[metric]
+    figures = f"{score['difference']:+.4g}, 95 % interval {score['low']:+.4g} to {score['high']:+.4g}"
+    p_value = f"p {score['p_value_holm']:.3g} after Holm's correction"
+    if conversations < FEWEST_CONVERSATIONS:
+        return (
+            f"{b} against {a}: {conversations} conversations are too few to tell ({called} {score['difference']:+.4g})."
+        )
+    if score["p_value_holm"] >= 0.05 or score["low"] <= 0 <= score["high"]:
+        return f"{b} against {a}: no difference in {called} that this test set can show ({figures}, {p_value})."
+    word = "better" if score["difference"] > 0 else "worse"
+    return f"{b} is {word} than {a} in {called} ({figures}, {p_value})."
+
+
+def _by_category(recipe: Recipe, questions: list[Question], answers: scores.Answers, turns: dict) -> dict[str, Any]:
+    found = {}
+    for category in sorted({q.category for q in questions}):
+        rows = [i for i, q in enumerate(questions) if q.category == category]
+        part = scores.Answers(
+            *([side[i] for i in rows] for side in (answers.conversations, answers.predictions, answers.references))
+        )
+        tables = scores.statistics(part, recipe.labels, {name: values[rows] for name, values in turns.items()})
+        drawn = scores.draws(len(set(part.conversations)), recipe.num_resamples, recipe.split_seed)
+        found[category] = {"questions": len(rows), **{score: scores.interval(t, drawn) for score, t in tables.items()}}
+    return found
+
+
+def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -> list[str]:
+    """What is unlike between the models and may stand behind a difference, and what hides one."""
+    cautions = []
+    if recipe.temperature > 0:
+        cautions.append("Answers were drawn (temperature above 0): they depend on the batches and the number of ranks.")
+    if pairs and 2 * pairs / (recipe.num_resamples + 1) >= 0.05:
+        cautions.append(
+            f"With {pairs} pairs, {recipe.num_resamples} resamples cannot show any difference after Holm's correction; set "
+            f"num_resamples to {100 * pairs}."
+        )
+    if len({str(m["conditions"]) for m in measured.values()}) > 1:
+        cautions.append(
+            "The models were not measured in one place: their speeds do not compare (see the conditions of each)."
+        )
+    for key, what in (("precision", "computed in"), ("bits", "held in")):
+        held = {name: m[key] for name, m in measured.items()}
+        if len(set(held.values())) > 1:
+            each = ", ".join(
+                f"{name} {value or 'whole'}{' bits' if key == 'bits' and value else ''}" for name, value in held.items()
+            )
+            cautions.append(f"The models are unlike: {what} {each}.")
+    return cautions
+
+
+def _about_answers(recipe: Recipe, questions: list[Question], models: dict[str, Any]) -> list[str]:
+    """What a score alone does not say: letters that ROUGE does not see, answers cut off, labels that never change."""
+    cautions = []
+    letters = [c for q in questions for text in q.references for c in text if c.isalpha()]
+    unseen = sum(not c.isascii() for c in letters) / max(1, len(letters))
+    if unseen > 0.01 and recipe.primary_metric.startswith("rouge"):
+        cautions.append(
+            f"ROUGE as rouge_score defines it sees a-z and 0-9 only, and {unseen:.0%} of the references' letters are others: "
+            "set primary_metric: chrf."
+        )
+    for name, model in models.items():
+        if model["cut_predictions"] > len(questions) / 2:
+            cautions.append(
+                f"{name}: {model['cut_predictions']} of {len(questions)} answers were cut at max_new_tokens "
+                f"{recipe.max_new_tokens}; set it higher."
+            )
+        if recipe.labels:
+            table = model["confusion"].values()
+            answered = {label: sum(row[label] for row in table) for label in next(iter(table))}
+            given = [label for label, count in answered.items() if count and label != scores.UNPARSABLE]
+            if answered[scores.UNPARSABLE]:
+                cautions.append(f"{name}: {answered[scores.UNPARSABLE]} of {len(questions)} answers hold no label.")
+            if len(given) == 1:
+                cautions.append(
+                    f"{name}: every label that it gives is {given[0]}; it does not tell the questions apart."
+                )
+    if recipe.labels:
+        commonest, count = max(((label, sum(row.values())) for label, row in next(iter(models.values()))["confusion"].items()),
+                               key=lambda pair: pair[1])  # fmt: skip
+        cautions.append(f"Always answering {commonest} would have an accuracy of {count / len(questions):.3f}.")
+    return cautions
+
+
+def _extremes(questions: list[Question], values: np.ndarray) -> dict[str, list[str]]:
+    order = np.argsort(-values, kind="stable")
+    return {"best": [questions[i].id for i in order[:MOST_CHANGED]],
+            "worst": [questions[i].id for i in order[::-1][:MOST_CHANGED]]}  # fmt: skip

@@ -1,0 +1,51 @@
+"""Files and folders: where a name leads, writing whole, hashes. Imports no torch."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+CODE = (".py", ".j2", ".json", ".yaml")
+
+
+def locate(name: str) -> str:
+    """A path as the user means it: from the current folder, else from the project's; unchanged where neither has it."""
+    for folder in (Path.cwd(), PROJECT):
+        if (folder / Path(name).expanduser()).exists():
+            return str(folder / Path(name).expanduser())
+    return name
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that under its name there is all of it or nothing."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def code_fingerprint(*places: str) -> str:
+    """A hash of the code and settings in these files and folders of the project, in depth."""
+    paths = [PROJECT / place for place in places]
+    files = (f for p in paths for f in ([p] if p.is_file() else sorted(p.rglob("*"))) if f.suffix in CODE)
+    return fingerprint(*(part for f in files for part in (str(f.relative_to(PROJECT)), f.read_bytes())))
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of anything that JSON can hold, or of bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object; an empty one where there is no file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return {}

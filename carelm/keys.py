@@ -1,0 +1,220 @@
+"""Every key of a recipe: who owns it, its type, its default, and those that are refused or free to change.
+
+A key belongs to CareLM (the dataclass `Recipe`), to TRL's `SFTConfig` or to TRL's `ModelConfig`. The names, types and
+defaults of the last two are read from their source with `ast`, because importing them costs five seconds; their
+values are checked by TRL itself once the run starts. Imports no torch.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from carelm.errors import UserError
+from carelm.recipe import Recipe
+
+# Keys that the evaluator alone reads.
+EVALUATION_KEYS = (
+    "models", "num_shots", "max_new_tokens", "max_batch_tokens", "temperature", "top_p", "reference_columns", "labels",
+    "primary_metric", "num_resamples", "num_latency_prompts",
+)  # fmt: skip
+# Keys that may change when a run goes on: where it runs, how much, what it shows.
+FREE_PREFIXES = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "hub_",
+    "dataloader_",
+    "ddp_",
+    "per_device_",
+    "sample_",
+    "trackio_",
+)
+FREE_KEYS = {
+    "output_dir", "max_steps", "num_train_epochs", "report_to", "run_name", "project", "push_to_hub", "disable_tqdm",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
+    "max_empty_share", "max_hours", "stall_timeout", "torch_empty_cache_steps", "precision", "tf32", "debug",
+    "include_num_input_tokens_seen", "attn_implementation", *EVALUATION_KEYS,
+}  # fmt: skip
+NOT_ABOUT_DATA = {
+    "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
+    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", *EVALUATION_KEYS,
+}  # fmt: skip
+# Keys of SFTConfig and ModelConfig that CareLM derives or that have no effect here, and what to use instead.
+REFUSED = {
+    "deepspeed": "name an accelerate file that holds it: accelerate launch --config_file accelerate_configs/zero2.yaml",
+    "fsdp": "use DeepSpeed ZeRO-3: accelerate launch --config_file accelerate_configs/zero3.yaml",
+    "fsdp_config": "use DeepSpeed ZeRO-3: accelerate launch --config_file accelerate_configs/zero3.yaml",
+    "gradient_accumulation_steps": "set global_batch_size, the accumulation follows from it",
+    "auto_find_batch_size": "set per_device_train_batch_size, which never changes the curve",
+    **dict.fromkeys(("bf16", "fp16", "dtype", "bf16_full_eval", "fp16_full_eval"), "set precision"),
+    "use_peft": "set method: lora, prompt_tuning or full",
+    "lora_task_type": "CareLM trains causal language models only; leave it out",
+    **dict.fromkeys(
+        ("packing", "packing_strategy", "padding_free", "eval_packing", "train_sampling_strategy", "length_column_name"),
+        "set group_by_length",
+    ),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "set trained_turns"),
+    "truncation_mode": "set too_long",
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "set prompt_template and completion_template"),
+    **dict.fromkeys(("eos_token", "pad_token"), "the chat template decides: set chat_template_path"),
+    "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint; --restart begins anew",
+    "use_cpu": "hide the GPUs: CUDA_VISIBLE_DEVICES= accelerate launch ...",
+    "load_best_model_at_end": "set early_stopping_patience, which keeps the best checkpoint",
+    **dict.fromkeys(
+        (
+            "model_init_kwargs", "loss_type", "shuffle_dataset", "dataset_num_proc", "activation_offloading",
+            "router_aux_loss_coef", "dataloader_drop_last", "remove_unused_columns", "label_names", "ignore_data_skip",
+            "average_tokens_across_devices", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
+            "do_train", "do_eval", "do_predict", "local_rank", "accelerator_config", "parallelism_config",
+            "restore_callback_states_from_checkpoint", "eval_accumulation_steps", "prediction_loss_only",
+            "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object",
+            "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
+            "dataloader_in_order", "hub_revision", "log_level_replica",
+            "hub_strategy", "hub_always_push", "use_cache", "logging_first_step", "metric_for_best_model",
+            "greater_is_better", "eval_delay", "activation_checkpointing", "activation_checkpointing_kwargs",
+        ),
+        "it has no effect in CareLM; leave it out",
+    ),
+}  # fmt: skip
+LAUNCHER_KEYS = (
+    "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
+)  # fmt: skip
+# Where CareLM's defaults differ from TRL's: a recipe of four lines should be a good run.
+DEFAULTS = {
+    "model_name_or_path": "demo/base",
+    "use_bnb_nested_quant": True,
+    "lora_target_modules": ["all-linear"],
+    "lora_dropout": 0.0,  # dropout draws other masks on other numbers of ranks: the curve would not be the same
+    "max_length": 1024,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "eval_strategy": "epoch",
+    "eval_on_start": True,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": ["tensorboard"],
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a recipe: its type as annotated, its default as source text, and who owns it."""
+
+    name: str
+    annotation: str
+    default: str
+    help: str
+    owner: str
+    choices: tuple[str, ...] = ()
+
+
+@cache
+def known_keys() -> dict[str, Key]:
+    """Every key by name: CareLM's from the dataclass, the others from the source of transformers and TRL."""
+    keys = {}
+    for package, file, class_name, owner in (
+        ("transformers", "training_args.py", "TrainingArguments", "training"),
+        ("trl", "trainer/base_config.py", "_BaseConfig", "training"),
+        ("trl", "trainer/sft_config.py", "SFTConfig", "training"),
+        ("trl", "trainer/model_config.py", "ModelConfig", "model"),
+    ):
+        source = Path(importlib.util.find_spec(package).origin).parent / file
+        body = next(n.body for n in ast.parse(source.read_text()).body if getattr(n, "name", "") == class_name)
+        for statement in body:
+            if isinstance(statement, ast.AnnAssign) and not statement.target.id.startswith("_"):
+                arguments = {k.arg: k.value for k in getattr(statement.value, "keywords", [])}
+                metadata = arguments.get("metadata", ast.Dict([], []))
+                help_nodes = [v for k, v in zip(metadata.keys, metadata.values) if getattr(k, "value", "") == "help"]
+                try:
+                    help = " ".join(ast.literal_eval(help_nodes[0]).split())
+                except (IndexError, ValueError):  # no help, or one that is computed
+                    help = ""
+                name = statement.target.id
+                default = ast.unparse(arguments["default"]) if "default" in arguments else "None"
+                help = help or (keys[name].help if name in keys else "")
+                keys[name] = Key(name, ast.unparse(statement.annotation), default, help, owner)
+    for f in dataclasses.fields(Recipe):
+        if "help" in f.metadata:
+            annotation = f.type if isinstance(f.type, str) else str(f.type).replace("<class '", "").replace("'>", "")
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            keys[f.name] = Key(f.name, annotation, repr(default), f.metadata["help"], "own", f.metadata["choices"])
+    return keys
+
+
+@cache
+def enum_values(name: str) -> tuple[str, ...]:
+    """The values of one of transformers' string enums (SchedulerType, OptimizerNames ...), read from its source."""
+    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    for file in ("trainer_utils.py", "training_args.py"):
+        for node in ast.parse((folder / file).read_text()).body:
+            if getattr(node, "name", "") == name:
+                assigned = (statement for statement in node.body if isinstance(statement, ast.Assign))
+                return tuple(s.value.value for s in assigned if isinstance(s.value, ast.Constant))
+    return ()
+
+
+def known(key: str, where: str) -> Key:
+    """The key of this name, if it is one that a recipe may hold; otherwise an error with the nearest one that is."""
+    if key in REFUSED:
+        raise UserError(f"{where}: key '{key}' is not set in a recipe: {REFUSED[key]}")
+    if key in LAUNCHER_KEYS:
+        raise UserError(f"{where}: '{key}' belongs to the launcher: accelerate launch --{key} ... train/sft.py ...")
+    if key not in known_keys():
+        names = [k for k in known_keys() if k not in REFUSED]
+        starts = [k for k in names if str(key) and k.startswith(str(key))]
+        near = starts[:1] or difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
+        raise UserError(f"{where}: unknown key '{key}'{hint}")
+    return known_keys()[key]
+
+
+def typed(key: Key, value: Any, where: str) -> Any:
+    """The value in the key's type. YAML reads 2e-4 as text, so text that is a number counts as one."""
+    kinds = {kind.strip().split("[")[0] for kind in key.annotation.split("|")}
+    problem = UserError(f"{where}{key.name}: {value!r} is not of type {key.annotation}")
+    if isinstance(value, str) and value.lower() in ("none", "null") and "str" not in kinds:
+        value = None
+    if value is None:
+        if "None" in kinds or key.default == "None":
+            return None
+        raise problem
+    if isinstance(value, bool):
+        if "bool" in kinds or "Literal" in kinds:
+            return value
+        if kinds & {"list"}:
+            return [str(value).lower()]
+        raise problem
+    if "dict" in kinds and isinstance(value, (dict, str)):
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except json.JSONDecodeError:
+            raise problem from None
+    if "list" in kinds and not isinstance(value, dict):
+        values = value if isinstance(value, list) else [value]
+        texts = "list[str]" in key.annotation
+        return [str(v).lower() if isinstance(v, bool) else str(v) if texts else v for v in values]
+    if "int" in kinds and isinstance(value, int):
+        return value
+    if "float" in kinds and isinstance(value, (int, float, str)):
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            raise problem from None
+    if kinds & {"str", "SchedulerType", "OptimizerNames"} and isinstance(value, str):
+        choices = key.choices or tuple(v for kind in kinds - {"str", "None"} for v in enum_values(kind))
+        if choices and value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{where}{key.name}: '{value}' is none of {', '.join(choices)}{hint}")
+        return value
+    raise problem

@@ -1,0 +1,108 @@
+"""What is trained: an adapter on a frozen base, or the base itself."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from trl import ModelConfig
+
+from carelm.chat.chat import Chat
+from carelm.errors import UserError
+from carelm.models.base import align_special_tokens, load_base, load_config
+from carelm.models.precision import Precision
+from carelm.ranks import say
+from carelm.recipe import Recipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def check_base(recipe: Recipe) -> None:
+    """What can be wrong with base and adapter, found on the meta device, before any weights and any output.
+
+    Raises:
+        UserError: where there is no such base, only pickled weights, or none of the adapter's target modules.
+    """
+    trust = recipe.training.get("trust_remote_code", False)
+    config = load_config(recipe)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
+    if not getattr(model, "accepts_loss_kwargs", True):
+        raise UserError(
+            f"model_name_or_path: {type(model).__name__} takes a mean over each batch and not over the tokens of a whole step: "
+            "the curve would depend on the ranks; take another base"
+        )
+    held = getattr(config, "quantization_config", None) or {}
+    held = held if isinstance(held, dict) else held.to_dict()
+    bits = 4 if held.get("load_in_4bit") else 8 if held.get("load_in_8bit") else None
+    if held and (bits is None or bits != recipe.bits):
+        mend = f"set load_in_{bits}bit: true" if bits else "take its original in whole weights"
+        raise UserError(f"model_name_or_path: {recipe.base} is quantised already ({held.get('quant_method')}); {mend}")
+    if recipe.method == "lora":
+        with torch.device("meta"):
+            add_adapter(model, recipe)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and recipe.max_length > positions:
+        say(f"max_length {recipe.max_length} is beyond the {positions} positions that the base was trained on")
+
+
+def adapter_config(recipe: Recipe) -> PeftConfig:
+    """PEFT's configuration of the recipe's method (lora or prompt_tuning)."""
+    model_args = ModelConfig(**recipe.model)
+    if recipe.method == "prompt_tuning":
+        text = recipe.prompt_tuning_init_text
+        return PromptTuningConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=recipe.num_virtual_tokens,
+            # PEFT's default draws from N(0, 1), some fifty times the size of word embeddings.
+            prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.SAMPLE_VOCAB,
+            prompt_tuning_init_text=text,
+            tokenizer_name_or_path=recipe.base if text else None,
+        )
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules=model_args.lora_target_modules,
+        target_parameters=model_args.lora_target_parameters,
+        modules_to_save=model_args.lora_modules_to_save,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+    )
+
+
+def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> "PeftModel":
+    """Freezes the base and puts a new adapter on it, the same one for the same seed on every rank.
+
+    Raises:
+        UserError: where the base has no such target modules.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    set_seed(recipe.seed)
+    # ZeRO-3 gathers parameters of one dtype only (https://github.com/deepspeedai/DeepSpeed/issues/8072); DeepSpeed keeps
+    # fp32 masters itself. Elsewhere trainable weights are fp32 (https://github.com/huggingface/transformers/issues/23165).
+    fp32_weights = not (zero_stage == 3 and recipe.bits is None)
+    dtype = torch.float32 if fp32_weights else model.dtype
+    try:
+        model = get_peft_model(model, adapter_config(recipe), autocast_adapter_dtype=fp32_weights)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"method {recipe.method}, lora_target_modules: {str(error).strip().splitlines()[0]}") from None
+    # PEFT leaves lora_modules_to_save in the base's dtype, and a soft prompt in fp32.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def load_model(recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0) -> "PreTrainedModel | PeftModel":
+    """What is trained: the base alone (`full`) or with a new adapter, and told where an answer ends."""
+    model = load_base(recipe, precision)
+    align_special_tokens(model, chat)
+    return model if recipe.method == "full" else add_adapter(model, recipe, zero_stage)

@@ -1,0 +1,172 @@
+"""A recipe's YAML file and the command line -> a checked recipe, and back. Imports no torch."""
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from carelm.checks import check
+from carelm.errors import UserError
+from carelm.files import locate, write_whole
+from carelm.keys import DEFAULTS, FREE_KEYS, FREE_PREFIXES, REFUSED, Key, known, known_keys, typed
+from carelm.recipe import Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose only booleans are true and false (a label may be yes or no), and that refuses a key written twice."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = {}
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise UserError(
+                    f"{self.name}: key '{key_node.value}' stands on line {seen[key_node.value]} and again on line "
+                    f"{key_node.start_mark.line + 1}; remove one"
+                )
+            seen[key_node.value] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Recipe:
+    """Reads `[--config FILE] [--key value ...]` into a checked recipe; `--help` prints every key and exits.
+
+    Args:
+        arguments: the command line without the script's name.
+        usage: the text above the list of keys in `--help`.
+        only_own: `--help` lists CareLM's keys and few others, for files that train nothing.
+
+    Raises:
+        UserError: for an unreadable file, and for a key that is unknown, abbreviated, doubled, refused or wrongly typed.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        _print_help(usage, only_own)
+    config, given = _split_command_line(arguments)
+    path = Path(locate(config or "recipes/demo.yaml"))
+    values = {}
+    for key, value in _read_yaml(path).items():
+        values[key] = typed(known(key, str(path)), value, f"{path}: ")
+    for name, texts in given.items():
+        key = known(name, "command line")
+        values[name] = typed(key, _parse_texts(key, texts), "--")
+    values = {**DEFAULTS, **values}
+    values.setdefault("output_dir", f"outputs/{path.stem}")
+    by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
+                ("own", "training", "model")}  # fmt: skip
+    recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=path.stem)
+    check(recipe)
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the recipe as resolved, where it is not there yet as it is; `--config` reads it again."""
+    text = yaml.safe_dump(recipe.keys(), sort_keys=True, allow_unicode=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
+
+
+def check_identity(recipe: Recipe, path: Path) -> None:
+    """Raises UserError where the run that wrote `path` (its recipe.yaml) is another run than this one."""
+    before, now = {**DEFAULTS, **_read_yaml(path)}, recipe.keys()
+    changed = []
+    for key in sorted(before.keys() | now.keys()):
+        if key in FREE_KEYS or key.startswith(FREE_PREFIXES) or key not in known_keys():
+            continue
+        try:
+            default = ast.literal_eval(known_keys()[key].default)
+        except ValueError:
+            default = None
+        was, is_now = before.get(key, default), now.get(key, default)
+        if was != is_now:
+            changed.append(f"{key} (was {was!r}, is {is_now!r})")
+    if changed:
+        raise UserError(
+            f"output_dir {path.parent} holds another run, made with other values of {', '.join(changed)}: set another "
+            "output_dir, or --restart to begin anew (the old folder is renamed and kept)"
+        )
+
+
+def _print_help(usage: str, only_own: bool) -> NoReturn:
+    """Prints every key with its type and default, CareLM's first, and exits with status 0."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
+    groups = {
+        "own": parser.add_argument_group("CareLM's keys"),
+        "model": parser.add_argument_group("keys of TRL's ModelConfig"),
+        "training": parser.add_argument_group("keys of TRL's SFTConfig and transformers' TrainingArguments"),
+    }
+    shared = ("output_dir", "model_name_or_path", "max_length", "seed")
+    for key in known_keys().values():
+        if key.name in REFUSED or (only_own and key.owner != "own" and key.name not in shared):
+            continue
+        default = repr(DEFAULTS[key.name]) if key.name in DEFAULTS else key.default
+        choices = f" One of: {', '.join(key.choices)}." if key.choices else ""
+        help = f"{key.help}{choices} ({key.annotation}, default: {default})".replace("%%", "%").replace("%", "%%")
+        groups[key.owner].add_argument(f"--{key.name}", metavar="", help=help)
+    parser.print_help()
+    sys.exit(0)
+
+
+def _split_command_line(arguments: list[str]) -> tuple[str | None, dict[str, list[str]]]:
+    """`--config X --a 1 --b=2 --flag` -> ("X", {"a": ["1"], "b": ["2"], "flag": []})."""
+    given: dict[str, list[str]] = {}
+    name = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            if name in given:
+                raise UserError(f"--{name} stands twice on the command line; remove one")
+            given[name] = [value] if equals else []
+        elif name is None:
+            raise UserError(
+                f"'{argument}' is not a key: write --config {argument} for a recipe, --key value for the rest"
+            )
+        else:
+            given[name].append(argument)
+    config = given.pop("config", None)
+    if config is not None and len(config) != 1:
+        raise UserError("--config takes one recipe file")
+    return (config[0] if config else None), given
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_Loader)
+    except OSError as error:
+        raise UserError(
+            f"recipe {path} cannot be read ({error.strerror}); see recipes/ for those that come with CareLM"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"recipe {path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} holds no `key: value` lines")
+    return values
+
+
+def _parse_texts(key: Key, texts: list[str]) -> Any:
+    """Words of the command line -> a value, by the same rules as YAML; a key without words is a switch."""
+    if not texts:
+        return True
+    if key.annotation.replace(" | None", "") == "str":
+        return " ".join(texts)
+    try:
+        values = [yaml.load(text, Loader=_Loader) for text in texts]
+    except yaml.YAMLError:
+        values = texts
+    return values if len(values) > 1 else values[0]

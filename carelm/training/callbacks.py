@@ -1,0 +1,211 @@
+"""What goes on beside the optimizer steps: seeds, the progress bar, speed and memory, TensorBoard, sample answers."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from carelm import ranks
+from carelm.models.generation import Decoding, generate
+
+
+class StepSeed(TrainerCallback):
+    """Seeds torch before every step from (seed, step, rank).
+
+    Dropout is then a function of the step: a resumed run draws what the unbroken one would have drawn, and whatever an
+    evaluation or a sample answer drew in between has no effect.
+    """
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.manual_seed((args.seed * 1_000_003 + state.global_step) * 65_536 + args.process_index)
+
+
+class Evaluations(TrainerCallback):
+    """An evaluation at the end also where the recipe has none in between, so that a run always ends with its figures."""
+
+    def __init__(self, has_validation: bool):
+        self.has_validation = has_validation
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.has_validation and args.eval_strategy == "no" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+class Speed(TrainerCallback):
+    """Times the optimizer steps of this process (fetching batches, evaluations and saves are not in it) and watches memory.
+
+    Attributes:
+        step_seconds: sum over this process's steps.
+        tokens: tokens trained on in them, over all ranks, without padding.
+        first_step_at: time.time() at the end of the first step.
+    """
+
+    def __init__(self):
+        self.step_seconds, self.tokens, self.first_step_at = 0.0, 0, None
+        self.reads_utilisation = False
+        self.batches = None  # the trainer's GlobalBatches, set once there is a trainer
+        self._began = self._tokens_before = 0
+        self._window = (0.0, 0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._plan_epoch, self._plan = None, []
+        if torch.cuda.is_available():
+            try:
+                torch.cuda.utilization()
+                self.reads_utilisation = True
+            except Exception as error:  # NVML's own errors: a slice of a GPU, or a container, may not have it
+                ranks.say(f"GPU utilisation cannot be read here ({error})")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self._began
+        self.step_seconds += seconds
+        epoch, position = divmod(state.global_step - 1, self.batches.steps_per_epoch)
+        if epoch != self._plan_epoch:
+            self._plan_epoch, self._plan = epoch, self.batches.plan(epoch)
+        tokens = int(self.batches.lengths[self._plan[position]].sum())
+        self.tokens += tokens
+        self._window = (self._window[0] + seconds, self._window[1] + tokens)
+        if self.first_step_at is None:
+            self.first_step_at = time.time()
+
+    def read(self) -> dict[str, float]:
+        """Speed since the last call, and memory now."""
+        (seconds, tokens), self._window = self._window, (0.0, 0)
+        figures = {"tokens_per_second": tokens / seconds} if seconds else {}
+        figures["host_memory_bytes"] = psutil.Process().memory_info().rss
+        if torch.cuda.is_available():
+            figures["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+            if self.reads_utilisation:
+                figures["gpu_utilisation_percent"] = torch.cuda.utilization()
+        return figures
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the run's optimizer steps, with the loss and the time left; rank 0 alone."""
+
+    def __init__(self):
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="train",
+                unit="step",
+                file=sys.stderr,
+                dynamic_ncols=True,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)  # drawn with the next step
+        if self.bar is not None and "eval_loss" in logs:
+            self.bar.write(f"carelm: step {state.global_step}: eval loss {logs['eval_loss']:.4f}", file=sys.stderr)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class TensorBoard(TrainerCallback):
+    """Scalars of every log, under train/, eval/ and system/; a resumed run hides what is to be done again."""
+
+    NAMES = {
+        "loss": "train/loss",
+        "grad_norm": "train/grad_norm",
+        "learning_rate": "train/learning_rate",
+        "epoch": "train/epoch",
+        "eval_loss": "eval/loss",
+    }
+
+    def __init__(self, folder: Path, speed: Speed):
+        self.folder, self.speed, self.writer = folder, speed, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Steps after the checkpoint that a killed run had already written are purged by TensorBoard's readers.
+            purge = state.global_step + 1 if state.global_step else 0
+            self.writer = SummaryWriter(str(self.folder), purge_step=purge)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.writer is None:
+            return
+        for key, value in logs.items():
+            if key in self.NAMES:
+                self.writer.add_scalar(self.NAMES[key], value, state.global_step)
+        if "loss" in logs:
+            for key, value in self.speed.read().items():
+                self.writer.add_scalar(f"system/{key}", value, state.global_step)
+        self.writer.flush()
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        if self.writer is not None:
+            self.writer.add_text(tag, text, step)
+            self.writer.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+class SampleAnswers(TrainerCallback):
+    """Answers the same few validation prompts at every evaluation, as TensorBoard text."""
+
+    def __init__(self, chat, samples: list[dict[str, Any]], max_new_tokens: int, tensorboard: TensorBoard | None):
+        self.chat, self.samples, self.max_new_tokens, self.tensorboard = chat, samples, max_new_tokens, tensorboard
+        self.synced_gpus = False  # True under ZeRO-3
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not self.samples or self.tensorboard is None:
+            return
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        with torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16):  # as in training
+            answers = generate(
+                model,
+                self.chat,
+                [self.chat.prompt_ids(sample["prompt"]) for sample in self.samples],
+                Decoding(self.max_new_tokens),
+                device=args.device,
+                synced_gpus=self.synced_gpus,
+            )
+        for i, (sample, answer) in enumerate(zip(self.samples, answers)):
+            question = "\n\n".join(f"{m['role']}: {m['content']}" for m in sample["prompt"])
+            reference = sample["completion"][0]["content"]
+            text = f"```\n{question}\n\n--- answer\n{answer.text}\n\n--- reference\n{reference}\n```"
+            self.tensorboard.add_text(f"answers/{i}", text, state.global_step)
+
+
+def make_callbacks(recipe, prepared, chat, speed: Speed) -> list[TrainerCallback]:
+    """The callbacks of a run, in the order in which they act."""
+    from transformers import EarlyStoppingCallback
+
+    tensorboard = (
+        TensorBoard(recipe.output_dir / "runs", speed) if "tensorboard" in recipe.training["report_to"] else None
+    )
+    callbacks = [StepSeed(), speed, ProgressBar(), Evaluations(prepared.validation is not None)]
+    if tensorboard is not None:
+        callbacks.append(tensorboard)
+    callbacks.append(SampleAnswers(chat, prepared.samples, recipe.sample_max_new_tokens, tensorboard))
+    if recipe.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+    if ranks.rank() != 0:
+        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
+    return callbacks

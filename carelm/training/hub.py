@@ -1,0 +1,82 @@
+"""The model card of a finished run, and the push to the Hub."""
+
+import os
+from typing import Any
+
+from carelm.data.sources import is_hub_id
+from carelm.errors import UserError
+from carelm.recipe import Recipe
+
+
+def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> str:
+    """README.md of the output folder: what was trained on what, how, and the figures, with the Hub's metadata on top."""
+    import yaml
+
+    method = recipe.method + (f" on a {recipe.bits}-bit base" if recipe.bits else "")
+    base = recipe.model["model_name_or_path"]
+    head = {"library_name": "transformers" if recipe.method == "full" else "peft", "pipeline_tag": "text-generation",
+            "tags": ["carelm", "sft", recipe.method]}  # fmt: skip
+    # The Hub refuses a card that names what it cannot have.
+    head |= {} if os.path.exists(recipe.base) else {"base_model": base}
+    head |= {"datasets": [recipe.dataset_name]} if is_hub_id(recipe.dataset_name) else {}
+    used = ", ".join(f"{name} {part['used']:,} of {part['rows']:,}" for name, part in report.items())
+    figures = [
+        ("eval loss before", metrics["eval_loss_before"]),
+        ("eval loss", metrics["eval_loss"]),
+        ("train loss", metrics["train_loss"]),
+        ("optimizer steps", metrics["global_step"]),
+        ("tokens trained on", metrics["num_train_tokens"]),
+        ("trained parameters", f"{metrics['trainable_parameters']:,} ({metrics['trainable_percent']} %)"),
+        ("precision", metrics["precision"]),
+        ("ranks, ZeRO stage", f"{metrics['world_size']}, {metrics['zero_stage']}"),
+        ("wall seconds", metrics["wall_seconds"]),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in figures if value is not None)
+    keys = {k: v for k, v in recipe.keys().items() if v not in (None, [], {})}
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False)}---
+
+# {recipe.name}
+
+A chat assistant fine-tuned with CareLM: {method}, from `{base}`.
+
+**Data.** `{recipe.dataset_name}`, rows used: {used}.
+
+| figure | value |
+|---|---|
+{table}
+
+Its answers can be wrong. Where they concern health or money, a person who answers for them should read them first.
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(keys, sort_keys=True, allow_unicode=True)}```
+"""
+
+
+def push(recipe: Recipe) -> str:
+    """Uploads the finished output folder, without checkpoints and TensorBoard events; returns the repository's address.
+
+    Raises:
+        UserError: where the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    api = HfApi(token=recipe.training.get("hub_token"))
+    name = recipe.training.get("hub_model_id") or recipe.output_dir.name
+    try:
+        address = api.create_repo(name, private=recipe.training.get("hub_private_repo"), exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=recipe.output_dir,
+            ignore_patterns=["checkpoint-*", "runs/*", "eval/*", "merged/*", "*.partial", ".*"],
+            commit_message=f"{recipe.name}, fine-tuned with CareLM",
+        )
+    except (HTTPError, OSError, ValueError) as error:  # ValueError: a name or a card that the Hub would not take
+        raise UserError(
+            f"push_to_hub: the Hub refused {name} ({str(error).splitlines()[0]}); the run is finished and saved, and the same "
+            "command tries again"
+        ) from None
+    return str(address)

@@ -1,0 +1,183 @@
+"""Examples -> prepared splits on disk: memory-mapped arrays, named by a fingerprint of all that went into them.
+
+`prepare` is run by one rank per machine before any process group exists; the others wait for its files, however long
+that takes. Imports no torch.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from carelm import ranks
+from carelm.chat.chat import Chat, Rendered
+from carelm.data.report import SplitReport, list_counts
+from carelm.data.sources import SPLITS, find_files, is_hub_id
+from carelm.data.splits import make_examples
+from carelm.errors import UserError
+from carelm.files import code_fingerprint, fingerprint
+from carelm.keys import NOT_ABOUT_DATA
+from carelm.recipe import Recipe
+
+
+class PreparedSplit:
+    """The tokens of one split, memory-mapped: item i is the pair (input_ids int32 [length], trained bool [length])."""
+
+    def __init__(self, folder: Path, name: str):
+        self.tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
+        self.trained = np.load(folder / f"{name}.trained.npy", mmap_mode="r")
+        self.offsets = np.load(folder / f"{name}.offsets.npy")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        return self.tokens[part], self.trained[part]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [number of examples]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Train and validation in tokens, a few validation examples as messages, the report and the fingerprint."""
+
+    train: PreparedSplit
+    validation: PreparedSplit | None
+    samples: list[dict[str, Any]]
+    report: dict[str, dict[str, Any]]
+    fingerprint: str
+
+
+def prepare(recipe: Recipe, chat: Chat) -> Prepared:
+    """The data of a run in tokens. One rank per machine prepares, the others wait for its files.
+
+    Raises:
+        UserError: for whatever is wrong with the data, on the rank that prepares (the others end with it).
+    """
+    home = Path(os.environ.get("CARELM_CACHE", "~/.cache/carelm")).expanduser()
+    key = _fingerprint(recipe, chat)
+    folder = home / key
+    if ranks.local_rank() == 0 and not (folder / "report.json").exists():
+        aside = home / f"{key}.{socket.gethostname()}-{os.getpid()}.partial"
+        try:
+            aside.mkdir(parents=True)
+            _write(recipe, chat, aside)
+            try:
+                aside.rename(folder)
+            except OSError:  # another run prepared the same data in the meantime
+                if not (folder / "report.json").exists():
+                    raise
+        except OSError as error:
+            raise UserError(
+                f"CARELM_CACHE: {home} cannot be written ({error.strerror or error}); set it to another folder"
+            ) from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    launcher = os.getppid()
+    while not (folder / "report.json").exists():
+        if os.getppid() != launcher:
+            raise UserError("the launcher has ended while the data was being prepared")
+        time.sleep(0.05)
+    about = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return Prepared(
+        train=PreparedSplit(folder, "train"),
+        validation=PreparedSplit(folder, "validation") if "validation" in about["prepared"] else None,
+        samples=about["samples"][: recipe.num_sample_answers],
+        report=about["report"],
+        fingerprint=about["fingerprint"],
+    )
+
+
+def check_nodes_agree(prepared: Prepared) -> None:
+    """Raises UserError where a node has prepared other examples than the first one; every rank calls it."""
+    everyone = ranks.gather((socket.gethostname(), prepared.fingerprint))
+    first = everyone[0]
+    for host, found in everyone:
+        if found != first[1]:
+            raise UserError(
+                f"dataset_name: {host} has other rows than {first[0]}, or another tokenizer or chat template; put the files "
+                "on a disk that all nodes share, or remove what an earlier day has left in CARELM_CACHE there"
+            )
+
+
+def _fingerprint(recipe: Recipe, chat: Chat) -> str:
+    """Of the rows, the keys that shape them, the tokenizer with its template, and this code."""
+    keys = {k: v for k, v in recipe.keys().items() if k in Recipe.__dataclass_fields__ and k not in NOT_ABOUT_DATA}
+    parts: list[Any] = [keys, chat.max_length, chat.tokenizer.chat_template]
+    parts.append(
+        chat.tokenizer.backend_tokenizer.to_str().encode() if chat.tokenizer.is_fast else chat.tokenizer.get_vocab()
+    )
+    parts.append(code_fingerprint("carelm/data", "carelm/chat", "carelm/training/prepared.py"))
+    if is_hub_id(recipe.dataset_name):
+        # A Hub dataset is looked at again every day; the launcher's day, so that all ranks have one.
+        parts.append([recipe.dataset_name, psutil.Process(os.getppid()).create_time() // 86400])
+    else:
+        for split, files in find_files(recipe).items():
+            parts.append(split)
+            for file in files:
+                try:
+                    parts += [file.name, file.read_bytes()]
+                except OSError as error:
+                    raise UserError(f"dataset_name: {file} cannot be read ({error.strerror})") from None
+    return fingerprint(*parts)
+
+
+def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
+    examples, reports = make_examples(recipe)
+    prepared, content, samples = [], [], []
+    for split in ("train", "validation"):
+        if not examples.get(split):
+            continue
+        rendered, counts = chat.render(examples[split])
+        kept = [r for r in rendered if r is not None]
+        if split == "validation":
+            fitting = (e for e, r in zip(examples[split], rendered) if r is not None)
+            fitting = (e for e in fitting if len(chat.prompt_ids(e.prompt)) <= chat.max_length)
+            samples = [{"prompt": e.prompt, "completion": e.completion} for e in itertools.islice(fitting, 32)]
+        _describe(reports[split], kept, counts)
+        if not kept:
+            raise UserError(f"max_length: nothing is left of the {split} split ({list_counts(reports[split].dropped)})")
+        arrays = {
+            "tokens": np.concatenate([r.input_ids for r in kept]),
+            "trained": np.concatenate([r.trained for r in kept]),
+            "offsets": np.cumsum([0] + [len(r.input_ids) for r in kept]),
+        }
+        for name, array in arrays.items():
+            np.save(folder / f"{split}.{name}.npy", array)
+        content += [arrays["tokens"].tobytes(), arrays["trained"].tobytes()]
+        prepared.append(split)
+    if "test" in reports:
+        reports["test"].used = len(examples["test"])
+    about = {
+        "prepared": prepared,
+        "samples": samples,
+        "report": {split: asdict(reports[split]) for split in SPLITS if split in reports},
+        "fingerprint": fingerprint(*content),
+    }
+    (folder / "report.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _describe(report: SplitReport, kept: list[Rendered], counts: Counter) -> None:
+    if counts["too long"]:
+        report.dropped["too long"] = counts.pop("too long")
+    report.fitted |= dict(counts)
+    report.used = len(kept)
+    if kept:
+        lengths = np.array([len(r.input_ids) for r in kept])
+        report.length_p50, report.length_p95 = (int(np.percentile(lengths, p, method="lower")) for p in (50, 95))
+        report.length_max, report.tokens = int(lengths.max()), int(lengths.sum())
+        report.trained_tokens = int(sum(r.trained.sum() for r in kept))
+        report.truncated_share = sum(counts.values()) / len(kept)

@@ -1,0 +1,231 @@
+"""A run's output folder: which run it holds, whether that is finished, and what is written when it is. Imports no torch.
+
+outputs/NAME/
+    recipe.yaml           the recipe as resolved, from the start
+    data_report.json      what became of the rows
+    checkpoint-N/         see carelm.training.checkpoints
+    runs/                 TensorBoard
+    adapter_model.safetensors, adapter_config.json (or the model), tokenizer files, generation_config.json
+    README.md             the model card
+    train_metrics.json    written last: the run is finished
+"""
+
+import itertools
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from carelm.errors import UserError
+from carelm.files import write_whole
+from carelm.provenance import git_commit, versions
+from carelm.ranks import Launch, rank, say, share
+from carelm.recipe import Recipe
+from carelm.recipe_file import check_identity, save_recipe
+from carelm.training import hub
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
+
+LOCK = ".lock"  # held by the first rank of the run that writes there
+RESTARTED = ".restarted_by_job"
+MADE_BESIDE = {"eval", "merged"}  # by eval/run.py and train/merge.py
+LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
+
+
+def find_finished(recipe: Recipe) -> dict[str, Any] | None:
+    """The metrics of this very run where it is finished; None where there is something to do.
+
+    Raises:
+        UserError: where the folder holds another run.
+    """
+    saved = recipe.output_dir / "recipe.yaml"
+    if not saved.exists():
+        _check_unclaimed(recipe.output_dir)
+    if not saved.exists() or _restarts(recipe):
+        return None
+    if _names(recipe.output_dir) <= {"recipe.yaml", "runs", *MADE_BESIDE}:
+        say(f"{recipe.output_dir} holds a run that ended before its first checkpoint; it begins anew")
+        return None
+    check_identity(recipe, saved)
+    try:
+        metrics = json.loads((recipe.output_dir / "train_metrics.json").read_text())
+    except OSError:
+        return None
+    return metrics if metrics.get("budget") == _budget(recipe) else None
+
+
+def _budget(recipe: Recipe) -> dict[str, Any]:
+    """How long to train: with more of it, a finished run goes on."""
+    return {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")}
+
+
+def _restarts(recipe: Recipe) -> bool:
+    """Whether to begin anew: a job that SLURM starts again goes on with what its first start began."""
+    if not recipe.restart or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return recipe.restart
+    try:
+        return (recipe.output_dir / RESTARTED).read_text() != os.environ["SLURM_JOB_ID"]
+    except OSError:
+        return True
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies there, without requests, locks and marks."""
+    return {p.name for p in folder.iterdir() if not p.name.startswith((".", "stop_request"))}
+
+
+def _check_unclaimed(folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"output_dir: {folder} is a file; set another output_dir")
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output_dir: {there} cannot be written; set another output_dir")
+    others = sorted(_names(folder) - MADE_BESIDE) if folder.is_dir() else []
+    if others:
+        there = ", ".join(others[:3])
+        raise UserError(f"output_dir: {folder} holds no run of CareLM, but files ({there}); set another output_dir")
+
+
+def free_name(path: Path) -> Path:
+    """`path` with .old-1, .old-2 ... in its name: the first that is not taken, for what is to be kept aside."""
+    path = path.resolve()
+    stem, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
+    names = (path.with_name(f"{stem}.old-{number}{suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def find_recipe(folder: Path) -> Path | None:
+    """The recipe.yaml of the run that made this adapter or checkpoint; None where it is not one of CareLM's."""
+    return next((f for f in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if f.exists()), None)
+
+
+def check_zero(recipe: Recipe, launch: Launch | None, arguments: "SFTConfig") -> int:
+    """The ZeRO stage that is really on (0 without DeepSpeed).
+
+    Raises:
+        UserError: where DeepSpeed was asked for and is off, or the stage cannot do what the recipe wants.
+    """
+    plugin = arguments.deepspeed_plugin
+    if launch is not None and launch.deepspeed and plugin is None:
+        raise UserError(
+            "distributed_type: DeepSpeed was asked for and is off (accelerate turns it off where ACCELERATE_USE_CPU is set "
+            "by --cpu); use accelerate_configs/cpu_zero2.yaml on a CPU"
+        )
+    stage = plugin.zero_stage if plugin is not None else 0
+    if plugin is not None and recipe.method != "full" and arguments.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(
+            f"optim: {arguments.optim.value} is not kept by DeepSpeed's checkpoints here; set optim: adamw_torch"
+        )
+    if recipe.model.get("use_dora") and stage == 3 and recipe.bits:
+        raise UserError(
+            f"use_dora: under ZeRO-3 DoRA cannot take the norms of a base in {recipe.bits} bits; leave out "
+            f"load_in_{recipe.bits}bit, or use accelerate_configs/zero2.yaml"
+        )
+    return stage
+
+
+def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
+    """Makes the folder ready (rank 0) and returns the checkpoint to go on from, the same one on every rank.
+
+    Raises:
+        UserError: where another run writes there, there are checkpoints and none is whole, or the folder cannot be written.
+    """
+    from carelm.training import checkpoints
+
+    folder, problem, newest = recipe.output_dir, None, None
+    if rank() == 0:
+        try:
+            anew = _restarts(recipe)
+            if folder.exists() and not anew:
+                newest = checkpoints.newest_whole(folder)
+            if folder.exists() and _lock(folder) and not anew:
+                newest = checkpoints.newest_whole(folder)  # the run that held it has gone on meanwhile
+            if folder.exists() and anew:
+                aside = free_name(folder)
+                folder.rename(aside)
+                say(f"--restart: the earlier run is kept as {aside}")
+            folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder)
+            if recipe.restart and "SLURM_JOB_ID" in os.environ:
+                (folder / RESTARTED).write_text(os.environ["SLURM_JOB_ID"])
+            save_recipe(recipe, folder / "recipe.yaml")
+            if newest is not None:
+                say(f"going on from {newest}")
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"output_dir: {folder} cannot be written ({error.strerror})"
+    problem, newest = share((problem, newest), arguments.device)
+    if problem is not None:
+        raise UserError(problem)
+    return newest
+
+
+_locks: list[IO[str]] = []
+
+
+def _lock(folder: Path) -> bool:
+    """Keeps other runs out of the folder until this process ends; returns whether another one had to be waited for.
+
+    Raises:
+        UserError: where another run does not leave it.
+    """
+    import fcntl
+
+    path = folder / LOCK
+    if path.exists() and any(os.path.samestat(os.fstat(held.fileno()), path.stat()) for held in _locks):
+        return False  # opening it again, and closing it, would give the lock back
+    waited, file = False, open(path, "a+")  # noqa: SIM115 - stays open as long as this process
+    until = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):  # POSIX allows both for a lock that is held
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if "CARELM_STATUS_FILE" in os.environ and f"job {os.environ['SLURM_JOB_ID']}," in holder:
+                break  # an earlier start of this job, on a node that is lost
+            if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > until:
+                raise UserError(
+                    f"output_dir: {folder} is in use by {holder}; wait for it, or set another output_dir (if that machine "
+                    f"is gone, remove {path})"
+                ) from None
+            waited = True
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            break
+    _locks.append(file)
+    file.truncate(0)
+    job = ""
+    if "CARELM_STATUS_FILE" in os.environ:  # slurm/train.sh knows its own by it
+        start = int(os.environ.get("SLURM_RESTART_COUNT", 0)) + 1
+        job = f"job {os.environ['SLURM_JOB_ID']}, start {start}, "
+    file.write(f"{job}process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return waited
+
+
+def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Writes the data report, the model card and, last, the metrics; publishes."""
+    folder = recipe.output_dir
+    metrics = metrics | {"budget": _budget(recipe), "versions": versions(), "git_commit": git_commit()}
+    try:
+        write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
+        write_whole(folder / "README.md", hub.model_card(recipe, metrics, report))
+        write_whole(folder / "train_metrics.json", json.dumps(metrics, indent=1))
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); make room and run again") from None
+    return publish(recipe, metrics)
+
+
+def publish(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Pushes a finished run to the Hub (rank 0), where the recipe says so and its metrics do not say that it is there."""
+    if recipe.training.get("push_to_hub") and "pushed_to" not in metrics and rank() == 0:
+        metrics = metrics | {"pushed_to": hub.push(recipe)}
+        write_whole(recipe.output_dir / "train_metrics.json", json.dumps(metrics, indent=1))
+        say(f"pushed to {metrics['pushed_to']}")
+    return metrics

@@ -1,0 +1,584 @@
+"""Rows of any usual file become the same examples, text stays as it is, and what is left out is counted and named."""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+
+from carelm.chat.chat import make_chat
+from carelm.chat.preview import preview
+from carelm.chat.tokenizer import load_tokenizer
+from carelm.data import readers, sources, splits
+from carelm.data.report import format_report
+from carelm.errors import UserError
+from carelm.recipe_file import load_recipe
+from carelm.training import prepared
+
+ODD_TEXTS = [
+    "Line one.\r\nLine two.\r\n\r\n1. Three",
+    "Your order {{Order Number}} and {x} cost {0}%s.",
+    "Größe 38 – ¿sí? 价格 😀 é e\u0301",
+    '  spaces before, "quotes", commas, and a tab\t  ',
+    "unix\nline ends\n",
+]
+TEMPLATES = {"prompt_template": "{question}", "completion_template": "{answer}"}
+MESSAGES = {"messages_column": "messages"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return load_tokenizer(str(base), revision="main", trust_remote_code=False, template_file=None)
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, monkeypatch):
+    """A recipe over a file or folder; the keys given override a small one."""
+    monkeypatch.setattr("carelm.chat.chat.load_tokenizer", lambda *_, **__: tokenizer)
+
+    def make(dataset, **keys):
+        keys = {"validation_fraction": 0, "test_fraction": 0, "max_length": 256, "dataset_name": str(dataset)} | keys
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(keys if "messages_column" in keys else TEMPLATES | keys), encoding="utf-8")
+        return load_recipe(["--config", str(path)], usage="")
+
+    return make
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return path
+
+
+def pairs(number, start=0):
+    return [{"question": f"Question {i}?", "answer": f"Answer {i}.", "n": i} for i in range(start, start + number)]
+
+
+def turns_of(recipe, split="train"):
+    examples, _ = splits.make_examples(recipe)
+    return [(e.prompt, e.completion) for e in examples[split]]
+
+
+def error_of(recipe) -> str:
+    with pytest.raises(UserError) as caught:
+        splits.make_examples(recipe)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def prepare(recipe):
+    return prepared.prepare(recipe, make_chat(recipe))
+
+
+# Reading
+
+
+def odd_rows():
+    return [{"question": f"Question {i}: {text}", "answer": text} for i, text in enumerate(ODD_TEXTS)]
+
+
+def write_formats(folder):
+    """The same rows in every format, and as two files of one split."""
+    rows = odd_rows()
+    write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "nested.json").write_text(json.dumps({"about": "x", "rows": rows}), encoding="utf-8")
+    with open(folder / "rows.csv", "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    write_jsonl(folder / "parts/train-00000-of-00002.jsonl", rows[:2])
+    write_jsonl(folder / "parts/train-00001-of-00002.jsonl", rows[2:])
+    write_jsonl(folder / "one/train.jsonl", rows)
+
+
+def test_a_csv_file_with_semicolons_is_told_so(tmp_path):
+    (tmp_path / "rows.csv").write_text("question;reply\na;b\n", encoding="utf-8-sig")
+    with pytest.raises(UserError, match="separated by semicolons"):
+        list(readers.read_rows(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.json", "nested.json", "rows.csv", "rows.parquet", "parts", "parts/*.jsonl", "one"]
+)
+def test_every_format_folder_and_glob_gives_the_same_text_to_the_byte(tmp_path, make, name):
+    write_formats(tmp_path)
+    expected = [
+        ([{"role": "user", "content": row["question"]}], [{"role": "assistant", "content": row["answer"]}])
+        for row in odd_rows()
+    ]
+    assert turns_of(make(tmp_path / name)) == expected
+
+
+def test_tokens_decode_to_the_text_to_the_byte(tmp_path, make, tokenizer):
+    prepared = prepare(make(write_jsonl(tmp_path / "rows.jsonl", odd_rows())))
+    for i, row in enumerate(odd_rows()):
+        ids, trained = prepared.train[i]
+        assert tokenizer.decode(ids[trained]) == row["answer"] + "<|eot_id|>"
+        assert row["question"] in tokenizer.decode(ids[~trained])
+
+
+def test_other_columns_are_filled_in_as_they_are(tmp_path, make):
+    rows = [{"question": "Which {{sizes}}?", "stock": {"größe": [38, 40]}, "answer": "38", "n": 7, "none": None}]
+    recipe = make(
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        prompt_template="{question} {{kept}} {stock} {n}{none}",
+        system_prompt="Row {n}.",
+        category_column="n",
+        id_column="n",
+    )
+    (example,) = splits.make_examples(recipe)[0]["train"]
+    assert example.prompt == [
+        {"role": "system", "content": "Row 7."},
+        {"role": "user", "content": 'Which {{sizes}}? {kept} {"größe": [38, 40]} 7'},
+    ]
+    assert (example.category, example.id, example.source) == ("7", "7", "rows.jsonl:1")
+
+
+def test_a_column_may_have_any_name(tmp_path, make):
+    rows = [{"ticket.question": "Which sizes?", "reply [en]": "38", "note: urgent": "yes"}]
+    recipe = make(
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        prompt_template="{ticket.question} ({note: urgent})",
+        completion_template="{reply [en]}",
+    )
+    (example,) = splits.make_examples(recipe)[0]["train"]
+    assert (example.prompt[-1]["content"], example.completion[0]["content"]) == ("Which sizes? (yes)", "38")
+    with pytest.raises(UserError, match="prompt_template: .*no column 'note: calm'"):
+        splits.make_examples(make(tmp_path / "rows.jsonl", prompt_template="{note: calm}"))
+
+
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, make):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"Question": "a", "answer": "b"}])
+    message = error_of(make(path))
+    assert "prompt_template" in message and "'question'" in message and "Question, answer" in message
+    for key in ("category_column", "id_column"):
+        assert key in error_of(make(path, prompt_template="{Question}", **{key: "topic"}))
+    assert "messages_column" in error_of(make(path, messages_column="turns"))
+    assert "row_filter" in error_of(make(path, prompt_template="{Question}", row_filter={"lang": "en"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("rows.jsonl", b'{"question": "a", "answer": "b"}\n\n{"question": \n', "rows.jsonl:3"),
+        ("rows.jsonl", b'{"question": "a", "answer": "b"}\n["a"]\n', "rows.jsonl:2"),
+        ("rows.jsonl", b'{"question": "\xff", "answer": "b"}\n', "UTF-8"),
+        ("rows.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "\\ud83d", "answer": "b"}\n', "rows.jsonl:2"),
+        ("rows.json", b'{"question": "a"}\n{"question": "b"}', "rows.json"),
+        ("rows.json", b'["a"]', "rows.json"),
+        ("rows.csv", b"question,answer\na,b\nc,d, or e\n", "rows.csv:2"),
+        ("rows.csv", b'question,answer\na,"b" c\n', "rows.csv"),
+        ("rows.parquet", b"PAR1", "rows.parquet"),
+        ("rows.txt", b"a", "rows.txt"),
+        ("rows.jsonl", b"", "no rows"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_row(tmp_path, make, name, content, named):
+    (tmp_path / name).write_bytes(content)
+    assert named in error_of(make(tmp_path / name))
+
+
+def test_a_file_folder_or_split_that_is_not_there_is_named(tmp_path, make):
+    assert "nowhere.jsonl" in error_of(make(tmp_path / "nowhere.jsonl"))
+    write_jsonl(tmp_path / "folder/training.jsonl", pairs(2))
+    message = error_of(make(tmp_path / "folder"))
+    assert "dataset_train_split" in message and "training.jsonl" in message
+    assert len(turns_of(make(tmp_path / "folder", dataset_train_split="training"))) == 2
+
+
+# Messages
+
+
+def chat(*turns, role="role", content="content", names=("user", "assistant")):
+    names = dict(zip(("user", "assistant"), names))
+    return [{role: names.get(r, r), content: text} for r, text in turns]
+
+
+TURNS = (("user", "Hi\r\n{{Name}}"), ("assistant", "Hello."), ("user", "Size 38?"), ("assistant", " Größe 38, yes.\n "))
+
+
+@pytest.mark.parametrize(
+    ("messages", "keys"),
+    [
+        (chat(*TURNS), {}),
+        (chat(*TURNS, role="from", content="value", names=("human", "gpt")), {}),
+        (chat(*TURNS, role="speaker", content="utterance", names=("USER", "SYSTEM")), {"assistant_roles": ["SYSTEM"]}),
+        (chat(*TURNS, role="speaker", content="text", names=("customer", "agent")), {}),
+        (
+            chat(*TURNS, role="IsCustomer", content="Text", names=(True, False)),
+            {"role_key": "IsCustomer", "content_key": "Text", "user_roles": ["true"], "assistant_roles": ["false"]},
+        ),
+        (json.dumps(chat(*TURNS), ensure_ascii=False), {}),
+    ],
+    ids=["role", "from", "speaker-utterance", "speaker-text", "bool", "json-text"],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_every_usual_shape_of_messages_gives_the_same_turns(tmp_path, make, messages, keys, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        write_jsonl(path, [{"messages": messages}])
+    elif suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), path)
+    else:
+        file = io.StringIO(newline="")
+        text = messages if isinstance(messages, str) else json.dumps(messages)
+        csv.writer(file).writerows([["messages"], [text]])
+        path.write_bytes(file.getvalue().encode())
+    ((prompt, completion),) = turns_of(make(path, **MESSAGES, **keys))
+    assert [(m["role"], m["content"]) for m in prompt + completion] == list(TURNS)
+    assert len(completion) == 1
+
+
+def test_trained_turns_says_where_the_completion_begins(tmp_path, make):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(*TURNS)}])
+    for trained_turns, prompt_length in (("last", 3), ("all", 1)):
+        ((prompt, completion),) = turns_of(make(path, **MESSAGES, trained_turns=trained_turns))
+        assert len(prompt) == prompt_length and len(prompt + completion) == 4
+
+
+def test_turns_after_the_last_answer_are_left_out(tmp_path, make):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(*TURNS, ("user", "Thanks"), ("user", "Bye"))}])
+    for trained_turns in ("last", "all"):
+        ((prompt, completion),) = turns_of(make(path, **MESSAGES, trained_turns=trained_turns))
+        assert [(m["role"], m["content"]) for m in prompt + completion] == list(TURNS)
+
+
+def test_a_greeting_that_opens_a_conversation_is_prompt(tmp_path, make):
+    rows = [{"messages": chat(("assistant", "Welcome!"), *TURNS)}, {"messages": chat(("assistant", "Welcome!"))}]
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **MESSAGES, trained_turns="all", max_empty_share=0.5)
+    examples, reports = splits.make_examples(recipe)
+    (example,) = examples["train"]
+    assert [m["content"] for m in example.prompt] == ["Welcome!", "Hi\r\n{{Name}}"]
+    assert [m["role"] for m in example.completion] == ["assistant", "user", "assistant"]
+    assert reports["train"].dropped == {"no turn before the answer": 1}
+
+
+TOOL_TURNS = [
+    {"role": "system", "content": "Use the tools."},
+    {"role": "user", "content": "Where is order 7?"},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "find_order", "arguments": '{"order": "7", "ü": 1}'}}]},
+    {"role": "tool", "tool_call_id": "c1", "name": "find_order", "content": '{"status": "sent"}'},
+    {"role": "assistant", "content": "It is on its way."},
+]  # fmt: skip
+
+
+def test_tool_calls_with_null_content_are_answers(tmp_path, make, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": TOOL_TURNS}])
+    recipe = make(path, **MESSAGES, trained_turns="all", system_prompt="Not used.")
+    ((prompt, completion),) = turns_of(recipe)
+    assert [m["role"] for m in prompt] == ["system", "user"] and prompt[0]["content"] == "Use the tools."
+    assert completion[0]["content"] == ""
+    assert completion[0]["tool_calls"][0]["function"] == {"name": "find_order", "arguments": {"order": "7", "ü": 1}}
+    assert completion[1] == {
+        "role": "tool",
+        "content": '{"status": "sent"}',
+        "name": "find_order",
+        "tool_call_id": "c1",
+    }
+    ids, trained = prepare(recipe).train[0]
+    assert tokenizer.decode(ids[trained]) == (
+        '{"name": "find_order", "arguments": {"order": "7", "ü": 1}}<|eot_id|>It is on its way.<|eot_id|>'
+    )
+
+
+def test_a_call_without_an_answer_yet_is_still_an_answer(tmp_path, make):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": TOOL_TURNS[:4]}])
+    ((_, completion),) = turns_of(make(path, **MESSAGES))
+    assert [m["role"] for m in completion] == ["assistant"] and completion[0]["tool_calls"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([{"who": "user", "content": "a"}], "role_key"),
+        ([{"role": "user", "said": "a"}], "content_key"),
+        ([{"role": "wizard", "content": "a"}], "'wizard'"),
+        ([{"role": "user", "content": ["a"]}], "list"),
+        (["hello"], "'hello'"),
+        ("hello", "JSON"),
+        (7, "int"),
+    ],
+)
+def test_messages_of_an_unknown_shape_are_named_with_the_row(tmp_path, make, messages, named):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(*TURNS)}, {"messages": messages}])
+    message = error_of(make(path, **MESSAGES))
+    assert "rows.jsonl:2" in message and named in message
+
+
+# Rows that are left out
+
+
+def test_empty_answers_are_counted_and_named_until_there_are_too_many(tmp_path, make):
+    rows = pairs(20)
+    rows[3]["answer"], rows[7]["answer"], rows[9]["answer"] = "", " \r\n", None
+    rows[11]["answer"] = {"not": "text"}
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    examples, reports = splits.make_examples(make(path, max_empty_share=0.2))
+    assert len(examples["train"]) == 16
+    assert reports["train"].dropped == {"empty answer": 3, "answer is not text": 1}
+    assert reports["train"].first_without_answer == ["rows.jsonl:4", "rows.jsonl:8", "rows.jsonl:10"]
+    message = error_of(make(path, max_empty_share=0.19))
+    assert "max_empty_share" in message and "4 of 20" in message and "rows.jsonl:4" in message
+
+
+def test_an_answer_template_with_fixed_words_is_empty_where_its_columns_are(tmp_path, make):
+    rows = [{"question": "a", "answer": ""}, *pairs(19)]
+    examples, reports = splits.make_examples(
+        make(write_jsonl(tmp_path / "rows.jsonl", rows), completion_template="Label: {answer}")
+    )
+    assert reports["train"].dropped == {"empty answer": 1}
+
+
+def test_duplicates_are_dropped_and_counted(tmp_path, make):
+    rows = [*pairs(3), *pairs(2), {"question": "Question 0?", "answer": "Another answer."}]
+    examples, reports = splits.make_examples(make(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    assert len(examples["train"]) == 4 and reports["train"].dropped == {"duplicate": 2}
+
+
+def test_questions_in_train_and_test_are_named_and_removed_or_kept_on_demand(tmp_path, make):
+    write_jsonl(tmp_path / "folder/train.jsonl", pairs(10))
+    write_jsonl(tmp_path / "folder/test.jsonl", [pairs(1, start=4)[0] | {"answer": "Other."}, *pairs(3, start=20)])
+    examples, reports = splits.make_examples(make(tmp_path / "folder"))
+    assert len(examples["train"]) == 9 and "Question 4?" not in {e.prompt[0]["content"] for e in examples["train"]}
+    assert reports["train"].dropped == {"question also in validation or test": 1}
+    assert "train.jsonl:5" in reports["train"].first_in_other_split[0]
+    assert "Question 4?" in reports["train"].first_in_other_split[0]
+
+    examples, reports = splits.make_examples(make(tmp_path / "folder", keep_test_questions=True))
+    assert len(examples["train"]) == 10 and reports["train"].dropped == {}
+    assert reports["train"].fitted == {"question also in validation or test, kept": 1}
+
+
+def test_row_filter_keeps_rows_by_column_and_must_leave_some(tmp_path, make):
+    rows = [row | {"lang": "en" if row["n"] % 2 else "de", "kind": row["n"] % 3} for row in pairs(12)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    examples, _ = splits.make_examples(make(path, row_filter={"lang": "en", "kind": [0, 2]}))
+    assert [e.source for e in examples["train"]] == [f"rows.jsonl:{n + 1}" for n in (3, 5, 9, 11)]
+    assert "row_filter" in error_of(make(path, row_filter={"lang": "fr"}))
+
+
+def test_nothing_left_to_train_on_is_an_error(tmp_path, make):
+    write_jsonl(tmp_path / "folder/train.jsonl", pairs(3))
+    write_jsonl(tmp_path / "folder/test.jsonl", pairs(3))
+    assert "nothing is left" in error_of(make(tmp_path / "folder"))
+    with pytest.raises(UserError, match="max_length.*train"):
+        prepare(make(write_jsonl(tmp_path / "rows.jsonl", pairs(3)), max_length=8))
+
+
+# Splits
+
+
+def test_splits_by_name_stay_as_they_are(tmp_path, make):
+    write_jsonl(tmp_path / "folder/train.jsonl", pairs(30))
+    write_jsonl(tmp_path / "folder/dev.jsonl", pairs(5, start=100))
+    write_jsonl(tmp_path / "folder/test.jsonl", pairs(4, start=200))
+    write_jsonl(tmp_path / "folder/test_extra.jsonl", pairs(4, start=300))
+    recipe = make(tmp_path / "folder", dataset_validation_split="dev", validation_fraction=0.5, test_fraction=0.3)
+    examples, _ = splits.make_examples(recipe)
+    assert {split: len(e) for split, e in examples.items()} == {"train": 30, "validation": 5, "test": 4}
+
+
+def ids_by_split(recipe):
+    return {split: [e.id for e in examples] for split, examples in splits.make_examples(recipe)[0].items()}
+
+
+def test_splits_by_fraction_hold_every_row_once_and_depend_on_the_seed_alone(tmp_path, make):
+    rows = pairs(400)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    keys = {"validation_fraction": 0.1, "test_fraction": 0.2, "id_column": "n"}
+    first = ids_by_split(make(path, **keys))
+    assert sorted(i for ids in first.values() for i in ids) == sorted(str(n) for n in range(400))
+    assert 20 <= len(first["validation"]) <= 60 and 50 <= len(first["test"]) <= 110
+    assert ids_by_split(make(path, **keys)) == first
+    assert ids_by_split(make(path, **keys, split_seed=1)) != first
+    backwards = ids_by_split(make(write_jsonl(tmp_path / "backwards.jsonl", rows[::-1]), **keys))
+    assert {split: set(ids) for split, ids in backwards.items()} == {split: set(ids) for split, ids in first.items()}
+    more = ids_by_split(make(write_jsonl(tmp_path / "more.jsonl", [*pairs(50, start=400), *rows]), **keys))
+    assert all(set(first[split]) <= set(more[split]) for split in first)
+
+
+def test_splits_by_fraction_keep_one_question_on_one_side(tmp_path, make):
+    rows = [{"question": f"Question {i % 20}?", "answer": f"Answer {i}."} for i in range(200)]
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), validation_fraction=0.2, test_fraction=0.2)
+    examples, reports = splits.make_examples(recipe)
+    sides = [{e.question for e in examples[split]} for split in sources.SPLITS]
+    assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert reports["train"].dropped == {} and sum(len(e) for e in examples.values()) == 200
+
+
+def test_max_samples_draws_the_same_rows_each_time_and_counts_the_rest(tmp_path, make):
+    write_jsonl(tmp_path / "folder/train.jsonl", pairs(50))
+    write_jsonl(tmp_path / "folder/validation.jsonl", pairs(20, start=100))
+    write_jsonl(tmp_path / "folder/test.jsonl", pairs(20, start=200))
+    recipe = make(tmp_path / "folder", max_samples=10, max_eval_samples=5)
+    examples, reports = splits.make_examples(recipe)
+    assert {split: len(e) for split, e in examples.items()} == {"train": 10, "validation": 5, "test": 5}
+    assert reports["train"].dropped == {"beyond max_samples": 40}
+    sources = [e.source for e in examples["train"]]
+    assert [e.source for e in splits.make_examples(recipe)[0]["train"]] == sources
+    assert sources != [f"train.jsonl:{i}" for i in range(1, 11)]
+    other = make(tmp_path / "folder", max_samples=10, split_seed=1)
+    assert [e.source for e in splits.make_examples(other)[0]["train"]] != sources
+
+
+# Rows that do not fit
+
+
+def test_rows_over_the_window_are_dropped_and_counted(tmp_path, make):
+    rows = [*pairs(5), {"question": "Long?", "answer": "word " * 200}]
+    prepared = prepare(make(write_jsonl(tmp_path / "rows.jsonl", rows), max_length=64))
+    assert len(prepared.train) == 5 and prepared.report["train"]["dropped"] == {"too long": 1}
+    assert prepared.train.lengths.max() <= 64
+
+
+def test_old_turns_go_first_and_the_system_message_stays(tmp_path, make, tokenizer):
+    turns = [t for i in range(8) for t in (("user", f"Question {i}? " + "word " * 8), ("assistant", f"Answer {i}."))]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(*turns)}])
+    for trained_turns in ("last", "all"):
+        recipe = make(path, **MESSAGES, trained_turns=trained_turns, system_prompt="Be kind.", max_length=128)
+        prepared = prepare(recipe)
+        assert prepared.report["train"]["fitted"] == {"old turns dropped": 1}
+        ids, trained = prepared.train[0]
+        text = tokenizer.decode(ids)
+        assert len(ids) <= 128 and "Be kind." in text and "Question 0" not in text and "Question 7" in text
+        last = "Answer 7.<|eot_id|>"
+        assert tokenizer.decode(ids[trained]).endswith(last)
+        assert (tokenizer.decode(ids[trained]) == last) == (trained_turns == "last")
+
+
+def test_a_cut_answer_keeps_its_end_of_turn(tmp_path, make, tokenizer):
+    answer = "word " * 200
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "Long?", "answer": answer}])
+    prepared = prepare(make(path, max_length=64, too_long="cut"))
+    ids, trained = prepared.train[0]
+    text = tokenizer.decode(ids[trained])
+    assert len(ids) == 64 and text.endswith("<|eot_id|>") and answer.startswith(text.removesuffix("<|eot_id|>"))
+    assert "Long?" in tokenizer.decode(ids) and prepared.report["train"]["fitted"] == {"answer cut": 1}
+    assert prepared.report["train"]["truncated_share"] == 1.0
+
+
+def test_a_cut_prompt_keeps_the_whole_answer(tmp_path, make, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "word " * 200, "answer": "Short answer."}])
+    prepared = prepare(make(path, max_length=64, too_long="cut", system_prompt="Be kind."))
+    ids, trained = prepared.train[0]
+    assert 56 <= len(ids) <= 64 and tokenizer.decode(ids[trained]) == "Short answer.<|eot_id|>"
+    assert "Be kind." in tokenizer.decode(ids) and prepared.report["train"]["fitted"] == {"prompt cut": 1}
+
+
+def test_a_cut_that_falls_into_a_tools_turn_leaves_whole_answers_only(tmp_path, make, tokenizer):
+    turns = [dict(m) for m in TOOL_TURNS]
+    turns[3]["content"] = "result " * 200
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
+    prepared = prepare(make(path, **MESSAGES, trained_turns="all", max_length=128, too_long="cut"))
+    ids, trained = prepared.train[0]
+    assert tokenizer.decode(ids[trained]).count("<|eot_id|>") == 1
+    assert tokenizer.decode(ids).endswith('"ü": 1}}<|eot_id|>')
+
+
+# The report and the prepared files
+
+
+def test_the_report_counts_what_a_person_counts(tmp_path, make, tokenizer):
+    answers = ["One.", "Two words.", "Three words here.", "One.", "", "word " * 100]
+    rows = [{"question": f"Question {i}?", "answer": a} for i, a in enumerate(answers)]
+    rows.append(rows[0])
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), max_length=64, max_empty_share=0.5)
+    report = prepare(recipe).report["train"]
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}],
+            tokenize=False,
+        )
+        for row in rows[:4]
+    ]
+    lengths = sorted(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts)
+    assert (report["rows"], report["used"]) == (7, 4)
+    assert report["dropped"] == {"empty answer": 1, "duplicate": 1, "too long": 1}
+    assert report["rows"] == report["used"] + sum(report["dropped"].values())
+    assert report["first_without_answer"] == ["rows.jsonl:5"]
+    assert (report["tokens"], report["length_max"], report["length_p50"]) == (sum(lengths), lengths[-1], lengths[1])
+    answers_with_ends = [tokenizer(a + "<|eot_id|>", add_special_tokens=False)["input_ids"] for a in answers[:4]]
+    assert report["trained_tokens"] == sum(map(len, answers_with_ends))
+    assert report["truncated_share"] == 0
+    shown = format_report({"train": report})
+    assert "rows.jsonl:5" in shown and "1 empty answer" in shown and str(report["trained_tokens"]) in shown
+
+
+def test_prepared_data_is_written_once_and_reused(tmp_path, make, monkeypatch):
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", pairs(20)), validation_fraction=0.3)
+    first = prepare(recipe)
+    monkeypatch.setattr(prepared, "_write", lambda *_: pytest.fail("prepared again"))
+    again = prepare(recipe)
+    assert again.fingerprint == first.fingerprint and again.report == first.report
+    assert np.array_equal(again.train.tokens, first.train.tokens)
+    assert len(again.validation) == len(first.validation) > 0
+    assert again.samples[0]["prompt"][0]["role"] == "user"
+
+
+def test_a_changed_row_key_or_template_gives_another_fingerprint(tmp_path, make, tokenizer):
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(20))
+    seen = {prepare(make(path)).fingerprint, prepare(make(path, system_prompt="Be kind.")).fingerprint}
+    write_jsonl(path, [*pairs(19), {"question": "Question 19?", "answer": "Changed."}])
+    seen.add(prepare(make(path)).fingerprint)
+    template = tokenizer.chat_template
+    tokenizer.chat_template = template.replace("<|end_header_id|>\\n\\n", "<|end_header_id|>\\n")
+    try:
+        assert tokenizer.chat_template != template
+        seen.add(prepare(make(path)).fingerprint)
+    finally:
+        tokenizer.chat_template = template
+    assert len(seen) == 4
+
+
+def test_a_failed_preparation_leaves_nothing_behind(tmp_path, make, own_cache):
+    with pytest.raises(UserError):
+        prepare(make(write_jsonl(tmp_path / "rows.jsonl", [{"question": "a", "answer": ""}])))
+    assert list(own_cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, make, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(3))
+    monkeypatch.setenv("CARELM_CACHE", str(path / "cache"))
+    with pytest.raises(UserError, match="CARELM_CACHE"):
+        prepare(make(path))
+
+
+def _prepare_as_second_rank(recipe, chat, queue):
+    os.environ["LOCAL_RANK"] = "1"
+    prepared._write = lambda *_: queue.put("the second rank prepared")
+    queue.put("waits")
+    queue.put(prepared.prepare(recipe, chat).fingerprint)
+
+
+def test_a_second_rank_waits_for_the_first_ones_files(tmp_path, make):
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", pairs(20)))
+    chat = make_chat(recipe)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    second = context.Process(target=_prepare_as_second_rank, args=(recipe, chat, queue), daemon=True)
+    second.start()
+    assert queue.get(timeout=20) == "waits"
+    time.sleep(0.5)
+    assert second.is_alive() and queue.empty()
+    first = prepared.prepare(recipe, chat)
+    assert queue.get(timeout=20) == first.fingerprint
+    second.join(timeout=20)
+    assert second.exitcode == 0
+
+
+def test_a_preview_shows_the_trained_part_and_says_what_is_dropped(tmp_path, make):
+    rows = [*pairs(1), {"question": "Long?", "answer": "word " * 200}]
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), max_length=64)
+    shown = preview(recipe, make_chat(recipe), 2)
+    assert "\033[7;32mAnswer 0.<|eot_id|>\033[0m" in shown and "rows.jsonl:2: dropped" in shown

@@ -1,0 +1,193 @@
+"""A merge is the adapter's own function within its tolerance, is whole or not there, and says how near it is."""
+
+import functools
+import io
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+from launching import PROJECT, environment, script
+from safetensors.torch import load_file, save_file
+from test_evaluator import make_adapter
+
+from carelm.errors import UserError
+from carelm.evaluation import candidates
+from carelm.models import merge
+from carelm.recipe_file import load_recipe
+
+
+def run_merge(*keys):
+    """train/merge.py in this process, which has torch loaded already; what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["train/merge.py", *map(str, keys)])
+        patch.chdir(PROJECT)
+        runpy.run_path("train/merge.py", run_name="__main__")
+    return subprocess.CompletedProcess(keys, 0, out.getvalue(), err.getvalue())
+
+
+refused = functools.partial(script, file="train/merge.py")  # a refusal ends the process
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A drawn adapter on the 4-bit base, merged onto the weights that it computes with."""
+    folder = tmp_path_factory.mktemp("merge") / "run"
+    make_adapter(folder)
+    done = run_merge("--adapter", folder, "--output_dir", folder / "merged", "--num_prompts", 8)
+    return folder, json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_onto_the_quantised_weights_in_fp32_it_is_the_adapter(merged):
+    folder, certificate = merged
+    assert certificate["onto"] == "quantized" and certificate["dtype"] == "fp32"
+    assert certificate["mean_kl"] <= 1e-6 and certificate["top1_agreement"] == 1
+    assert certificate["same_text_share"] == 1 and certificate["tokens"] > 100
+    assert json.loads((folder / "merged/merge.json").read_text()) == certificate
+
+
+def test_a_merge_is_a_plain_checkpoint_with_all_that_belongs_to_it(merged, base):
+    folder, _ = merged
+    there = {p.name for p in (folder / "merged").iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    } <= there
+    assert "quantization_config" not in json.loads((folder / "merged/config.json").read_text())
+    weights, original = (load_file(f / "model.safetensors") for f in (folder / "merged", base))
+    assert weights.keys() == original.keys() and all(w.dtype == torch.float32 for w in weights.values())
+
+
+def test_the_same_merge_again_says_so_and_another_is_not_put_over_it(merged):
+    folder, certificate = merged
+    again = run_merge("--adapter", folder, "--output_dir", folder / "merged")
+    assert json.loads(again.stdout) == certificate and "holds this merge" in again.stderr
+    other = refused("--adapter", folder, "--output_dir", folder / "merged", "--dtype", "bf16")
+    assert other.returncode == 2 and "is there already" in other.stderr
+
+
+def test_a_merge_of_an_earlier_adapter_is_refused_by_the_evaluator_and_kept_aside_by_the_next_merge(merged, tmp_path):
+    folder, certificate = merged
+    shutil.copytree(folder, tmp_path / "run")
+    make_adapter(tmp_path / "run", "--lora_r", "8")
+    recipe = load_recipe(["--output_dir", str(tmp_path / "run"), "--lora_r", "8"], usage="")
+    with pytest.raises(UserError, match="was made of an earlier adapter"):
+        candidates.find(recipe, "merged")
+    done = run_merge("--adapter", tmp_path / "run", "--output_dir", tmp_path / "run/merged", "--num_prompts", 0)
+    assert "merged.old-1" in done.stderr and "not known" in done.stderr
+    assert json.loads((tmp_path / "run/merged.old-1/merge.json").read_text()) == certificate
+    made = json.loads((tmp_path / "run/merged/merge.json").read_text())
+    assert made["mean_kl"] is None and made["adapter"] != certificate["adapter"]
+    assert candidates.find(recipe, "merged").name == "merged"
+    stricter = refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "run/merged")
+    assert stricter.returncode == 2 and "not within" in stricter.stderr
+
+
+def test_fp16_is_certified_on_a_cpu(merged, tmp_path):
+    folder, _ = merged
+    done = run_merge("--adapter", folder, "--output_dir", tmp_path / "m", "--dtype", "fp16", "--num_prompts", 2)
+    assert json.loads(done.stdout.strip().splitlines()[-1])["dtype"] == "fp16"
+
+
+def test_beyond_its_tolerance_nothing_is_left_and_the_status_says_so(merged, tmp_path):
+    folder, _ = merged
+    done = refused("--adapter", folder, "--output_dir", tmp_path / "m", "--onto", "base", "--num_prompts", 2,
+                   "--tolerance", 1e-9)  # fmt: skip
+    assert done.returncode == 1 and "beyond its tolerance" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def weights_of(folder, tmp_path, recipe, onto, dtype="fp32"):
+    merge.merge_weights(candidates.find(recipe, "adapter").recipe, folder, tmp_path, onto, dtype)
+    return load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("keys", [("--use_dora", "true"), ("--use_rslora", "true")], ids=str)
+def test_every_kind_of_lora_gives_what_peft_itself_merges(tmp_path, keys):
+    recipe = make_adapter(tmp_path / "run", "--load_in_4bit", "false", "--precision", "fp32", *keys)
+    candidate = candidates.find(recipe, "adapter")
+    ours = weights_of(tmp_path / "run", tmp_path / "merged", recipe, "base")
+    model, _ = candidate.load(candidate.make_chat())
+    theirs = model.merge_and_unload().state_dict()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    changed = candidates.find(recipe, "base").load(candidate.make_chat())[0].state_dict()
+    assert not torch.allclose(
+        ours["model.layers.0.mlp.up_proj.weight"], changed["model.layers.0.mlp.up_proj.weight"], atol=1e-3
+    )
+
+
+def test_an_eight_bit_base_is_merged_onto_what_it_computes_with(tmp_path):
+    make_adapter(tmp_path / "run", "--load_in_4bit", "false", "--load_in_8bit", "true")
+    done = run_merge("--adapter", tmp_path / "run", "--output_dir", tmp_path / "m", "--num_prompts", 4)
+    onto_quantized = json.loads(done.stdout.strip().splitlines()[-1])
+    done = run_merge("--adapter", tmp_path / "run", "--output_dir", tmp_path / "b", "--num_prompts", 4, "--tolerance", 1,
+                     "--onto", "base")  # fmt: skip
+    assert onto_quantized["onto"] == "quantized" and onto_quantized["mean_kl"] <= onto_quantized["tolerance"] < 0.02
+    assert onto_quantized["mean_kl"] <= 1.2 * json.loads(done.stdout.strip().splitlines()[-1])["mean_kl"]
+
+
+def test_a_base_in_shards_gives_the_same_weights_in_the_same_shards(merged, base, tmp_path):
+    folder, _ = merged
+    parts = load_file(base / "model.safetensors")
+    names = sorted(parts)
+    shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    index = {}
+    for k, chosen in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{k:05}-of-00002.safetensors"
+        save_file({n: parts[n] for n in chosen}, tmp_path / "base" / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(chosen, file)
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    recipe = load_recipe(["--output_dir", str(folder), "--model_name_or_path", str(tmp_path / "base")], usage="")
+    recipe.precision = "fp32"
+    merge.merge_weights(recipe, folder, tmp_path / "merged", "quantized", "fp32")
+    whole = load_file(folder / "merged/model.safetensors")
+    shards = [load_file(tmp_path / "merged" / f) for f in sorted(set(index.values()))]
+    assert all(torch.equal(shard[name], whole[name]) for shard in shards for name in shard)
+    assert json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())["weight_map"] == index
+
+
+def test_a_killed_merge_leaves_no_folder_that_looks_whole(merged, tmp_path):
+    folder, _ = merged
+    target = tmp_path / "m"
+    process = subprocess.Popen(
+        [sys.executable, "train/merge.py", "--adapter", folder, "--output_dir", target],
+        cwd=PROJECT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    aside = tmp_path / "m.partial"
+    while not (aside / "model.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not target.exists() and not (aside / "merge.json").exists()
+    run_merge("--adapter", folder, "--output_dir", target, "--num_prompts", 2)
+    assert (target / "merge.json").exists() and not aside.exists()
+
+
+def test_prompt_tuning_has_nothing_to_merge(tmp_path):
+    make_adapter(tmp_path / "run", "--method", "prompt_tuning")
+    done = refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "m")
+    assert done.returncode == 2 and "is a trained prompt" in done.stderr and not (tmp_path / "m").exists()
+
+
+def test_onto_quantized_needs_a_quantised_base(tmp_path):
+    make_adapter(tmp_path / "run", "--load_in_4bit", "false")
+    done = refused("--adapter", tmp_path / "run", "--output_dir", tmp_path / "m", "--onto", "quantized")
+    assert done.returncode == 2 and "use --onto base" in done.stderr
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    recipe = make_adapter(tmp_path / "run", "--load_in_4bit", "false")
+    file = tmp_path / "run/adapter_model.safetensors"
+    save_file({n.replace("layers.3.", "layers.9."): t for n, t in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="belongs to another base"):
+        weights_of(tmp_path / "run", tmp_path / "merged", recipe, "base")
