@@ -4,6 +4,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
 # DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -16,11 +17,11 @@ eval: $(READY)
 	python train/merge.py --adapter outputs/demo --output_dir outputs/demo/merged
 	accelerate launch eval/run.py
 
-test: $(READY)
+test: $(READY_DEV)
 	python -m pytest $(TESTS)
 
 # The tests that take a minute or more each, most of them every other way to stop a job of a SLURM cluster.
-test-long: $(READY)
+test-long: $(READY_DEV)
 	python -m pytest -m long $(TESTS)
 
 bench: $(READY)
@@ -34,12 +35,12 @@ bench: $(READY)
 bench-gpu: $(READY)
 	python benchmarks/gpu.py
 
-check: $(READY)
+check: $(READY_DEV)
 	ruff check .
 	ruff format --check .
 	! command -v shellcheck >/dev/null || shellcheck -x slurm/*.sh
 
-style: $(READY)
+style: $(READY_DEV)
 	ruff check --fix .
 	ruff format .
 
@@ -48,3 +49,7 @@ $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -r requirements.txt
 	touch $(READY)
+
+$(READY_DEV): $(READY)
+	$(VENV)/bin/pip install -e '.[dev]'
+	touch $(READY_DEV)

@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-CODE = (".py", ".j2", ".json", ".yaml")
+ROOT = Path(__file__).resolve().parent.parent  # where the package lies
+PROJECT = ROOT if (ROOT / "train/sft.py").is_file() else None  # none of it lies beside an installed wheel
+CODE = (".py", ".j2", ".json", ".yaml", ".sh")
 
 
 def locate(name: str) -> str:
     """A path as the user means it: from the current folder, else from the project's; unchanged where neither has it."""
-    for folder in (Path.cwd(), PROJECT):
+    for folder in filter(None, (Path.cwd(), PROJECT)):
         if (folder / Path(name).expanduser()).exists():
             return str(folder / Path(name).expanduser())
     return name
@@ -30,9 +31,9 @@ def write_whole(path: Path, text: str) -> None:
 
 def code_fingerprint(*places: str) -> str:
     """A hash of the code and settings in these files and folders of the project, in depth."""
-    paths = [PROJECT / place for place in places]
+    paths = [ROOT / place for place in places]
     files = (f for p in paths for f in ([p] if p.is_file() else sorted(p.rglob("*"))) if f.suffix in CODE)
-    return fingerprint(*(part for f in files for part in (str(f.relative_to(PROJECT)), f.read_bytes())))
+    return fingerprint(*(part for f in files for part in (str(f.relative_to(ROOT)), f.read_bytes())))
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,7 +1,6 @@
 """What made a result: the versions of the packages, and the commit of this code."""
 
 import importlib.metadata
-import os
 import subprocess
 
 from carelm.files import PROJECT
@@ -16,9 +15,11 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of this code, with a + where the working tree differs from it; None outside a git checkout."""
+    if PROJECT is None or not (PROJECT / ".git").exists():
+        return None
     git = ["git", "-C", str(PROJECT)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if commit.returncode != 0 or not os.path.exists(PROJECT / ".git"):
+    if commit.returncode != 0:
         return None
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return commit.stdout.strip() + ("+" if changed else "")

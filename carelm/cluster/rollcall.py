@@ -26,6 +26,7 @@ from carelm.provenance import versions
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
 
+PLACES = ("carelm", "train", "eval", "slurm", "accelerate_configs", "ds_configs")
 PATIENCE = int(os.environ.get("ROLL_CALL_PATIENCE", 40))  # seconds until a rank counts as missing
 MEBIBYTES = 64  # of the all-reduce
 
@@ -115,7 +116,7 @@ def report(sign: Path) -> dict[str, Any]:
         "host": socket.gethostname(),
         "problem": f"SLURM gave {given} GPUs and torch sees {gpus}; look at nvidia-smi there" if gpus < given else None,
         "sees_output": sign.exists(),
-        "code of CareLM": code_fingerprint("carelm", "train", "eval", "accelerate_configs", "ds_configs"),
+        "code of CareLM": code_fingerprint(*PLACES),
         "set of GPUs": f"{gpus} {', '.join(names)}".strip(),
         "python": platform.python_version(),
     }
