@@ -5,7 +5,6 @@ piece is tokenised by itself, so that the ids of a prompt are the same in traini
 of the text up to and including the assistant's header.
 """
 
-import datetime
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,7 @@ from carelm.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Templates that print today's date (Llama 3.1 and later) would make other tokens of the same rows tomorrow. This is the
-# day that Llama's own template falls back to.
-DAY = datetime.date(2024, 7, 26)
+MARK = "QzMarkzQ"  # stands for an answer where what the template puts around it is looked for
 
 
 @dataclass(frozen=True)
@@ -67,11 +64,19 @@ class Chat:
         self.end_of_turn_id = self._find_end_of_turn()
 
     def _find_end_of_turn(self) -> int:
-        """The special token that the template writes after an answer, and that generation stops at."""
-        question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
-        tail = self._pieces([question], [answer])[1][0]
+        """The first special token that the template writes after an answer's text, and that generation stops at."""
+        question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}
+        text = self.text([question, answer])
+        if MARK not in text:
+            raise UserError(
+                f"chat_template_path: the chat template of {self.tokenizer.name_or_path} does not write an answer's text; set "
+                "another template"
+            )
+        tail = text.rpartition(MARK)[2]
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         for token in self._tokenize([tail])[0]:
-            if token in self.tokenizer.all_special_ids:
+            if token in special:
                 return int(token)
         raise UserError(
             f"chat_template_path: the chat template of {self.tokenizer.name_or_path} ends an answer with {tail!r}, which "
@@ -80,9 +85,7 @@ class Chat:
 
     def text(self, messages: list[dict[str, Any]], *, for_answer: bool = False) -> str:
         """The text of a conversation; with `for_answer` up to and including the assistant's header."""
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=for_answer, strftime_now=DAY.strftime
-        )
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer)
 
     def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids that ask for the next assistant turn; the same ids that stand before it in training."""

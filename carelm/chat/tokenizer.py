@@ -1,5 +1,6 @@
 """The tokenizer of a base, with the chat template that the recipe names."""
 
+from carelm.chat.template import read_template, settle
 from carelm.errors import UserError
 
 
@@ -10,7 +11,7 @@ def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool,
     learnable because labels never come from padding.
 
     Raises:
-        UserError: where there is no tokenizer, or the template file cannot be read.
+        UserError: where there is no tokenizer, a chat template that cannot be rendered, or nothing to pad with.
     """
     from transformers import AutoTokenizer
 
@@ -20,13 +21,15 @@ def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool,
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model_name_or_path: no tokenizer can be loaded from {name_or_path} ({reason})") from None
     if template_file is not None:
-        try:
-            with open(template_file, encoding="utf-8") as file:
-                tokenizer.chat_template = file.read()
-        except OSError as error:
-            raise UserError(f"chat_template_path: {template_file} cannot be read ({error.strerror})") from None
+        tokenizer.chat_template = read_template(template_file)
+    if tokenizer.chat_template:
+        where = f"model_name_or_path: the chat template of {name_or_path}"
+        where = where if template_file is None else f"chat_template_path: {template_file}"
+        tokenizer.chat_template = settle(tokenizer.chat_template, where)
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         usual = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", tokenizer.unk_token, tokenizer.eos_token)
-        tokenizer.pad_token = next(token for token in usual if token in vocabulary)
+        tokenizer.pad_token = next((token for token in usual if token in vocabulary), None)
+        if tokenizer.pad_token is None:
+            raise UserError(f"model_name_or_path: the tokenizer of {name_or_path} names no pad, unk or eos token")
     return tokenizer

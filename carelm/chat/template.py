@@ -1,0 +1,93 @@
+"""Chat templates: read from a file, found sound, and with one fixed day in place of today's."""
+
+import datetime
+
+from carelm.errors import UserError
+
+# Templates that print today's date (Llama 3.1 and later) would make other tokens of the same rows tomorrow. This is the
+# day that Llama's own template falls back to.
+DAY = datetime.datetime(2024, 7, 26)
+
+
+def read_template(path: str) -> str:
+    """The text of the recipe's template file.
+
+    Raises:
+        UserError: where it cannot be read, is no UTF-8, begins with a byte order mark or is empty.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise UserError(f"chat_template_path: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"chat_template_path: {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save it as UTF-8"
+        ) from None
+    if not text.strip():
+        raise UserError(f"chat_template_path: {path} is empty; write a chat template into it")
+    return text
+
+
+def settle(template: str | dict[str, str], where: str) -> str | dict[str, str]:
+    """The template, or each of a tokenizer's named ones, with a fixed day; what cannot be rendered is refused.
+
+    Args:
+        where: what holds the template, for messages.
+
+    Raises:
+        UserError: for a template that is no Jinja, begins with a byte order mark or asks for the date in a format that only
+            shows while it is rendered, and for named templates without a default.
+    """
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise UserError(
+                f"{where} is one of {', '.join(sorted(template))}, none of them called default; write the one to use to a "
+                ".jinja file and set chat_template_path to it"
+            )
+        return {name: settle(text, f"{where}, '{name}'") for name, text in template.items()}
+    if template.startswith("\ufeff"):
+        raise UserError(
+            f"{where} begins with a byte order mark, which would stand in every prompt; save it as UTF-8 without one"
+        )
+    return _with_fixed_day(template, where)
+
+
+def _with_fixed_day(template: str, where: str) -> str:
+    """With a macro `strftime_now` in front where the template calls it, so that it renders the same every day and in every
+    server; from version 5.22 transformers takes no function of ours in its place."""
+    from jinja2 import TemplateSyntaxError, nodes  # costs a tenth of a second, which --help need not wait
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # knows the tags that transformers adds
+
+    try:
+        tree = _compile_jinja_template(template).environment.parse(template)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{where}, line {error.lineno} is no Jinja ({_one_line(error)}); mend the template") from None
+    if any(isinstance(node, nodes.Macro) and node.name == "strftime_now" for node in tree.body):
+        return template  # it has its own, or this one: the template of a result
+    days = {}
+    for call in tree.find_all(nodes.Call):
+        if not isinstance(call.node, nodes.Name) or call.node.name != "strftime_now":
+            continue
+        try:
+            (given,) = call.args + [keyword.value for keyword in call.kwargs]
+            days[given.as_const()] = DAY.strftime(given.as_const())
+        except (ValueError, TypeError, nodes.Impossible):
+            raise UserError(
+                f"{where}, line {call.lineno} calls strftime_now with no literal format, so that the day cannot be fixed; "
+                "write the format there as text"
+            ) from None
+    if not days:
+        return template
+    known = " else ".join(f"{_quoted(day)} if format == {_quoted(form)}" for form, day in days.items())
+    other = "raise_exception('strftime_now: a format that does not stand in the template')"
+    # The line's end is eaten (`trim_blocks`), and what follows stands at a line's beginning as before.
+    return f"{{%- macro strftime_now(format) %}}{{{{ {known} else {other} }}}}{{% endmacro %}}\n{template}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
