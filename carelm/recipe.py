@@ -62,6 +62,9 @@ class Recipe:
     content_key: str | None = _key(None, "Key of a message's text (default: content, value, utterance or text).")
     user_roles: list[str] = _key([], "Values of the role that mean the user, where they are unusual.")
     assistant_roles: list[str] = _key([], "Values of the role that mean the assistant, where they are unusual.")
+    tools_column: str | None = _key(
+        None, 'Column with the tools that the model may call (default, beside messages: tools or functions; "": none).'
+    )
     trained_turns: str = _key("last", "Which assistant turns carry loss.", ("last", "all"))
     category_column: str | None = _key(None, "Column with the category, for scores by category.")
     id_column: str | None = _key(None, "Column with the row's id (default: file:row).")

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 # Three workers share two cores: threads that wait for one another would take most of the time. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -50,3 +51,29 @@ def own_cache(tmp_path_factory, monkeypatch) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("CARELM_CACHE", str(cache))
     return cache
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base):
+    """The tiny base's tokenizer, loaded once."""
+    from carelm.chat.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(base), revision="main", trust_remote_code=False, template_file=None)
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer, monkeypatch):
+    """A recipe over a file or folder; the keys given override a small one over the columns question and answer."""
+    from carelm.recipe_file import load_recipe
+
+    monkeypatch.setattr("carelm.chat.chat.load_tokenizer", lambda *_, **__: tokenizer)
+
+    def make(dataset, **keys):
+        keys = {"validation_fraction": 0, "test_fraction": 0, "max_length": 256, "dataset_name": str(dataset)} | keys
+        if not keys.keys() & {"messages_column", "text_column"}:
+            keys = {"prompt_template": "{question}", "completion_template": "{answer}"} | keys
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump(keys), encoding="utf-8")
+        return load_recipe(["--config", str(path)], usage="")
+
+    return make

@@ -15,6 +15,8 @@ class Example:
     category: str | None
     source: str  # file:row, for messages to people
     references: tuple[str, ...] = ()  # of a test row with several; else the completion is the reference
+    tools: list[dict[str, Any]] | None = None  # what the model may call, as OpenAI writes it
+    unused_keys: frozenset[str] = frozenset()  # of the row's messages
 
     @property
     def question(self) -> str:

@@ -1,86 +1,170 @@
 """A row's list of messages -> turns with the roles and keys that chat templates know."""
 
-import json
 from typing import Any
 
 from carelm.data.example import NoAnswer
+from carelm.data.tools import read_json, to_rows, to_tool_calls
+from carelm.data.values import as_text, is_empty, is_missing
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "utterance", "text")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TRAIN_KEYS = ("weight", "train", "loss")  # of OpenAI, Axolotl and ms-swift: 0 or false is a turn without loss
+TEXT_PARTS = ("text", "input_text", "output_text")
 ROLES = {
-    **dict.fromkeys(("user", "human", "customer", "client", "patient"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "agent", "model", "chatbot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
-    "system": "system",
+    **dict.fromkeys(("user", "human", "customer", "client", "patient", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "agent", "model", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),  # ShareGPT's: an assistant's turn that is the call as JSON
 }
 
 
-def from_messages(recipe: Recipe, source: str, messages: Any) -> tuple[list[dict], list[dict]]:
+def to_turns(recipe: Recipe, source: str, messages: Any) -> tuple[list[dict], set[str]]:
+    """The value of `messages_column` as turns, and the keys of its messages that are not used.
+
+    It is a list of objects, the same as JSON text, or an object of lists (a Hub dataset's sequence). A key counts where it
+    has a value: Parquet gives every message the keys of all the others, with null. A turn is {"role", "content"}, with
+    "tool_calls", "reasoning_content" and "train": False where an assistant's message has them; a tool's turn may have
+    "name" and "tool_call_id". Text parts of one message are joined by line ends.
+
+    Raises:
+        UserError: for a message of an unknown shape, role or content, with the row.
+    """
+    where = f"{source}: column '{recipe.messages_column}'"
     if isinstance(messages, str):  # a CSV file holds the list as JSON
-        try:
-            messages = json.loads(messages)
-        except json.JSONDecodeError:
-            raise UserError(
-                f"{source}: column '{recipe.messages_column}' is text and no JSON list of messages"
-            ) from None
-    if messages is not None and not isinstance(messages, (list, tuple)):
-        raise UserError(
-            f"{source}: column '{recipe.messages_column}' holds a {type(messages).__name__}, no list of messages"
-        )
-    turns = [_to_turn(recipe, source, message) for message in messages or []]
-    while turns and turns[-1]["role"] != "assistant":  # a question that nobody answered
-        turns.pop()
-    if not turns:
-        raise NoAnswer("no assistant turn")
+        messages = read_json(messages, f"{where} is text and no JSON list of messages") if messages.strip() else []
+    messages = [] if is_missing(messages) else to_rows(messages)
+    if not isinstance(messages, (list, tuple)):
+        raise UserError(f"{where} holds a {type(messages).__name__}, no list of messages")
+    turns: list[dict] = []
+    unused: set[str] = set()
+    for message in messages:
+        turn, left = _to_turn(recipe, source, message)
+        unused |= left
+        if turn["role"] == "call":
+            turn["role"] = "assistant"
+            if turns and turns[-1].get("called"):  # calls in a row are made at once
+                turns[-1]["tool_calls"] += turn["tool_calls"]
+                continue
+            turn["called"] = True
+        turns.append(turn)
+    return [{key: value for key, value in turn.items() if key != "called"} for turn in turns], unused
+
+
+def split_turns(turns: list[dict], trained_turns: str) -> tuple[list[dict], list[dict]]:
+    """Turns -> the prompt and the completion, which begins with the first (trained_turns: all) or last trained answer.
+
+    Raises:
+        NoAnswer: where there is none, or one that says nothing.
+    """
     # A greeting that opens the conversation answers nothing: it is prompt.
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > 0]
-    if not answers:
-        raise NoAnswer("no turn before the answer")
-    split = answers[0] if recipe.trained_turns == "all" else answers[-1]
-    for turn in turns[split:]:
-        if turn["role"] == "assistant" and not turn["content"].strip() and not turn.get("tool_calls"):
-            raise NoAnswer("empty answer")
-    return turns[:split], turns[split:]
+    opening = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), 0)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i > opening]
+    trained = [i for i in answers if turns[i].get("train", True)]
+    if not trained:
+        raise NoAnswer(
+            "no assistant turn" if not any(turn["role"] == "assistant" for turn in turns)
+            else "no turn before the answer" if not answers
+            else "no trained turn"
+        )  # fmt: skip
+    first, last = trained[0 if trained_turns == "all" else -1], trained[-1]
+    if any(not turns[i]["content"].strip() and not turns[i].get("tool_calls") for i in trained if i >= first):
+        raise NoAnswer("empty answer")
+    prompt = [{key: value for key, value in turn.items() if key != "train"} for turn in turns[:first]]
+    return prompt, turns[first : last + 1]  # what follows the last answer is a question that nobody answered
 
 
-def _to_turn(recipe: Recipe, source: str, message: Any) -> dict[str, Any]:
-    """A message of any of the usual shapes as {"role", "content", ...}; null content becomes empty text."""
-    if not isinstance(message, dict):
-        raise UserError(f"{source}: a message is {message!r}, not an object with a role and a text")
-    role_key = recipe.role_key or next((k for k in ROLE_KEYS if k in message), None)
-    content_key = recipe.content_key or next((k for k in CONTENT_KEYS if k in message), None)
-    if role_key not in message or (content_key not in message and not message.get("tool_calls")):
-        key = "content_key" if role_key in message else "role_key"
-        raise UserError(f"{source}: a message has the keys {', '.join(map(str, message))}; set {key} to one of them")
-    given = message[role_key]
-    name = str(given).lower() if isinstance(given, bool) else str(given)
-    role = (
-        "user" if name in recipe.user_roles
-        else "assistant" if name in recipe.assistant_roles
-        else ROLES.get(name.lower())
-    )  # fmt: skip
-    if role is None:
+def role_of(recipe: Recipe, source: str, value: Any) -> str:
+    """A role as rows call it -> user, assistant, system, tool or call; the recipe's own names come first."""
+    name = _word(as_text(value, f"{source}: a message's role") or "")
+    if name in map(_word, recipe.user_roles):
+        return "user"
+    if name in map(_word, recipe.assistant_roles):
+        return "assistant"
+    if name.lower() not in ROLES:
         raise UserError(f"{source}: a message has the role {name!r}; put it in user_roles or assistant_roles")
-    content = message.get(content_key)
-    if content is not None and not isinstance(content, str):
-        raise UserError(f"{source}: a message's '{content_key}' is {type(content).__name__}, not text")
-    turn = {"role": role, "content": content or ""}
-    if message.get("tool_calls"):
-        turn["tool_calls"] = [_to_tool_call(call) for call in message["tool_calls"]]
-    for extra in ("name", "tool_call_id"):
-        if role == "tool" and message.get(extra):
-            turn[extra] = message[extra]
-    return turn
+    return ROLES[name.lower()]
 
 
-def _to_tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Chat templates expect the arguments as an object; the OpenAI shape holds them as JSON text."""
-    function = dict(call.get("function", call))
-    if isinstance(function.get("arguments"), str):
-        try:
-            function["arguments"] = json.loads(function["arguments"])
-        except json.JSONDecodeError:
-            pass  # a template that can render objects can render text
-    return {"type": "function", "function": function}
+def _word(role: str) -> str:
+    """True of a JSON file is True or TRUE in a CSV file."""
+    role = role.strip()
+    return role.lower() if role.lower() in ("true", "false") else role
+
+
+def _to_turn(recipe: Recipe, source: str, message: Any) -> tuple[dict[str, Any], set[str]]:
+    """A message of any of the usual shapes as a turn, with the keys of it that are not used."""
+    if not isinstance(message, dict):
+        raise UserError(f"{source}: a message is {message!r:.60}, not an object with a role and a text")
+    values = {key: value for key, value in message.items() if not is_empty(value)}
+
+    def first(*keys: str) -> str | None:
+        """The first of these keys that has a value; it is used."""
+        key = next((key for key in keys if key in values), None)
+        used.add(key)
+        return key
+
+    used: set[str | None] = set()
+    role_key = first(recipe.role_key) if recipe.role_key else first(*ROLE_KEYS)
+    content_keys = (recipe.content_key,) if recipe.content_key else CONTENT_KEYS
+    if role_key is None:
+        raise UserError(f"{source}: a message has {_keys(message)}; set role_key to the one with the role")
+    role = role_of(recipe, source, values[role_key])
+    content_key = first(*content_keys)
+    turn: dict[str, Any] = {"role": role, "content": ""}
+    if role in ("assistant", "call"):
+        if calls_key := first("tool_calls", "function_call"):
+            turn["tool_calls"] = to_tool_calls(source, values[calls_key])
+        elif role == "call":
+            turn["tool_calls"] = to_tool_calls(source, values.get(content_key))
+            content_key = None
+            if not turn["tool_calls"]:
+                raise UserError(f"{source}: a message of the role {values[role_key]!r} holds no call")
+        if reasoning_key := first(*REASONING_KEYS):
+            turn["reasoning_content"] = _text(source, reasoning_key, values[reasoning_key], role)
+            used |= {key for key in REASONING_KEYS if values.get(key) == values[reasoning_key]}
+        if not all([_carries_loss(source, key, values[key]) for key in TRAIN_KEYS if first(key)]):
+            turn["train"] = False
+    elif role == "tool":
+        for key in ("name", "tool_call_id"):
+            if first(key):
+                turn[key] = _text(source, key, values[key], role)
+    if content_key:
+        turn["content"] = _text(source, content_key, values[content_key], role)
+    elif not turn.keys() & {"tool_calls", "reasoning_content"} and not any(key in message for key in content_keys):
+        raise UserError(f"{source}: a message has {_keys(message)}; set content_key to the one with the text")
+    return turn, set(values) - used
+
+
+def _keys(message: dict) -> str:
+    return f"the keys {', '.join(map(repr, message)) or '(none)'}"
+
+
+def _text(source: str, key: str, value: Any, role: str) -> str:
+    """A message's text, text parts joined by line ends; what a tool returned may be any value, as JSON."""
+    parts = [value] if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else None
+    if parts is None or (
+        role == "tool" and not all(isinstance(p, dict) and p.get("type") in TEXT_PARTS for p in parts)
+    ):
+        return as_text(value, f"{source}: a message's '{key}'") or ""
+    texts = []
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") in (None, *TEXT_PARTS) and isinstance(part.get("text"), str):
+            part = part["text"]
+        if not isinstance(part, str):
+            what = part.get("type") if isinstance(part, dict) else None
+            what = f"a part of type {what!r}" if isinstance(what, str) else f"{part!r:.60}"
+            raise UserError(f"{source}: a message's '{key}' holds {what}; only text and text parts can be used")
+        texts.append(part)
+    return "\n".join(texts)
+
+
+def _carries_loss(source: str, key: str, value: Any) -> bool:
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise UserError(
+            f"{source}: a message's '{key}' is {value!r:.60}; write 1 or true to train the turn, 0 or false not to"
+        )
+    return bool(value)

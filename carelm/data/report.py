@@ -12,6 +12,7 @@ class SplitReport:
     used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     fitted: dict[str, int] = field(default_factory=dict)
+    unused_keys: dict[str, int] = field(default_factory=dict)  # of messages, with the rows that have them
     first_without_answer: list[str] = field(default_factory=list)
     first_in_other_split: list[str] = field(default_factory=list)
     length_p50: int = 0
@@ -39,6 +40,9 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
         lines.append(f"{split:<11}{r['rows']:>7}{r['used']:>7}{tokens}  {list_counts(r['dropped'])}")
         if r["fitted"]:
             lines.append(f"{'':<11}of these {list_counts(r['fitted'])}")
+        if r["unused_keys"]:
+            keys = ", ".join(f"{key} (of {rows} rows)" for key, rows in r["unused_keys"].items())
+            lines.append(f"{'':<11}keys of the messages that are not used: {keys}")
         if r["first_without_answer"]:
             lines.append(f"{'':<11}without an answer, first: {', '.join(r['first_without_answer'])}")
         if r["first_in_other_split"]:

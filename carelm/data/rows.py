@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from carelm.data.example import Example, NoAnswer
-from carelm.data.messages import from_messages
+from carelm.data.messages import split_turns, to_turns
 from carelm.data.templates import fill
+from carelm.data.tools import to_tools
 from carelm.recipe import Recipe
 
 
@@ -22,8 +23,10 @@ def to_example(
     instead = reference_columns and split == "test"
     if instead and not references:
         raise NoAnswer("no reference")
+    unused: set[str] = set()
     if recipe.messages_column:
-        prompt, completion = from_messages(recipe, source, row[recipe.messages_column])
+        turns, unused = to_turns(recipe, source, row.get(recipe.messages_column))
+        prompt, completion = split_turns(turns, recipe.trained_turns)
     else:
         answer = references[0] if instead else fill(recipe.completion_template, row, source, answer=True)
         if not answer.strip():
@@ -40,4 +43,14 @@ def to_example(
         category=None if category is None else str(category),
         source=source,
         references=tuple(references),
+        tools=_tools(recipe, source, row),
+        unused_keys=frozenset(unused),
     )
+
+
+def _tools(recipe: Recipe, source: str, row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools of `tools_column`; beside messages also those of a column with OpenAI's name, `tools` or `functions`."""
+    columns = ["tools", "functions"] if recipe.messages_column else []
+    if recipe.tools_column is not None:
+        columns = [recipe.tools_column]
+    return next((tools for column in columns if (tools := to_tools(source, column, row.get(column)))), None)

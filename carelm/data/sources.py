@@ -110,7 +110,7 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, ref
     needed = {"messages_column": [recipe.messages_column] if recipe.messages_column else []}
     for key in ("prompt_template", "completion_template", "system_prompt"):
         needed[key] = template_columns(getattr(recipe, key) or "", key)
-    for key in ("category_column", "id_column"):
+    for key in ("category_column", "id_column", "tools_column"):
         needed[key] = [getattr(recipe, key)] if getattr(recipe, key) else []
     needed["row_filter"] = list(recipe.row_filter or {})
     needed["reference_columns"] = references

@@ -45,6 +45,7 @@ def _clean(
 ) -> tuple[list[Example], SplitReport]:
     report, kept, seen = SplitReport(rows=len(rows)), [], set()
     dropped: Counter = Counter()
+    unused: Counter = Counter()
     without_answer = 0
     for source, row in rows:
         try:
@@ -54,7 +55,7 @@ def _clean(
             without_answer += 1
             report.first_without_answer = (report.first_without_answer + [source])[:3]
             continue
-        content = json.dumps([example.prompt, example.completion], sort_keys=True, ensure_ascii=False)
+        content = json.dumps([example.prompt, example.completion, example.tools], sort_keys=True, ensure_ascii=False)
         try:
             content.encode()
         except UnicodeEncodeError as error:
@@ -65,7 +66,8 @@ def _clean(
         else:
             seen.add(content)
             kept.append(example)
-    report.dropped = dict(dropped)
+            unused.update(example.unused_keys)
+    report.dropped, report.unused_keys = dict(dropped), dict(sorted(unused.items()))
     if without_answer > recipe.max_empty_share * len(rows):
         raise UserError(
             f"max_empty_share: {without_answer} of {len(rows)} rows of the {split} split have no answer "

@@ -1,7 +1,6 @@
 """Rows of any usual file become the same examples, text stays as it is, and what is left out is counted and named."""
 
 import csv
-import io
 import json
 import multiprocessing
 import os
@@ -11,15 +10,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import yaml
+from small_rows import MESSAGES, TOOL_TURNS, chat, error_of, pairs, prepare, turns_of, write_jsonl
 
 from carelm.chat.chat import make_chat
 from carelm.chat.preview import preview
-from carelm.chat.tokenizer import load_tokenizer
 from carelm.data import readers, sources, splits
 from carelm.data.report import format_report
 from carelm.errors import UserError
-from carelm.recipe_file import load_recipe
 from carelm.training import prepared
 
 ODD_TEXTS = [
@@ -29,54 +26,6 @@ ODD_TEXTS = [
     '  spaces before, "quotes", commas, and a tab\t  ',
     "unix\nline ends\n",
 ]
-TEMPLATES = {"prompt_template": "{question}", "completion_template": "{answer}"}
-MESSAGES = {"messages_column": "messages"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    return load_tokenizer(str(base), revision="main", trust_remote_code=False, template_file=None)
-
-
-@pytest.fixture
-def make(tmp_path, tokenizer, monkeypatch):
-    """A recipe over a file or folder; the keys given override a small one."""
-    monkeypatch.setattr("carelm.chat.chat.load_tokenizer", lambda *_, **__: tokenizer)
-
-    def make(dataset, **keys):
-        keys = {"validation_fraction": 0, "test_fraction": 0, "max_length": 256, "dataset_name": str(dataset)} | keys
-        path = tmp_path / "small.yaml"
-        path.write_text(yaml.safe_dump(keys if "messages_column" in keys else TEMPLATES | keys), encoding="utf-8")
-        return load_recipe(["--config", str(path)], usage="")
-
-    return make
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-    return path
-
-
-def pairs(number, start=0):
-    return [{"question": f"Question {i}?", "answer": f"Answer {i}.", "n": i} for i in range(start, start + number)]
-
-
-def turns_of(recipe, split="train"):
-    examples, _ = splits.make_examples(recipe)
-    return [(e.prompt, e.completion) for e in examples[split]]
-
-
-def error_of(recipe) -> str:
-    with pytest.raises(UserError) as caught:
-        splits.make_examples(recipe)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def prepare(recipe):
-    return prepared.prepare(recipe, make_chat(recipe))
-
 
 # Reading
 
@@ -194,126 +143,6 @@ def test_a_file_folder_or_split_that_is_not_there_is_named(tmp_path, make):
     message = error_of(make(tmp_path / "folder"))
     assert "dataset_train_split" in message and "training.jsonl" in message
     assert len(turns_of(make(tmp_path / "folder", dataset_train_split="training"))) == 2
-
-
-# Messages
-
-
-def chat(*turns, role="role", content="content", names=("user", "assistant")):
-    names = dict(zip(("user", "assistant"), names))
-    return [{role: names.get(r, r), content: text} for r, text in turns]
-
-
-TURNS = (("user", "Hi\r\n{{Name}}"), ("assistant", "Hello."), ("user", "Size 38?"), ("assistant", " Größe 38, yes.\n "))
-
-
-@pytest.mark.parametrize(
-    ("messages", "keys"),
-    [
-        (chat(*TURNS), {}),
-        (chat(*TURNS, role="from", content="value", names=("human", "gpt")), {}),
-        (chat(*TURNS, role="speaker", content="utterance", names=("USER", "SYSTEM")), {"assistant_roles": ["SYSTEM"]}),
-        (chat(*TURNS, role="speaker", content="text", names=("customer", "agent")), {}),
-        (
-            chat(*TURNS, role="IsCustomer", content="Text", names=(True, False)),
-            {"role_key": "IsCustomer", "content_key": "Text", "user_roles": ["true"], "assistant_roles": ["false"]},
-        ),
-        (json.dumps(chat(*TURNS), ensure_ascii=False), {}),
-    ],
-    ids=["role", "from", "speaker-utterance", "speaker-text", "bool", "json-text"],
-)
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_every_usual_shape_of_messages_gives_the_same_turns(tmp_path, make, messages, keys, suffix):
-    path = tmp_path / f"rows.{suffix}"
-    if suffix == "jsonl":
-        write_jsonl(path, [{"messages": messages}])
-    elif suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), path)
-    else:
-        file = io.StringIO(newline="")
-        text = messages if isinstance(messages, str) else json.dumps(messages)
-        csv.writer(file).writerows([["messages"], [text]])
-        path.write_bytes(file.getvalue().encode())
-    ((prompt, completion),) = turns_of(make(path, **MESSAGES, **keys))
-    assert [(m["role"], m["content"]) for m in prompt + completion] == list(TURNS)
-    assert len(completion) == 1
-
-
-def test_trained_turns_says_where_the_completion_begins(tmp_path, make):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(*TURNS)}])
-    for trained_turns, prompt_length in (("last", 3), ("all", 1)):
-        ((prompt, completion),) = turns_of(make(path, **MESSAGES, trained_turns=trained_turns))
-        assert len(prompt) == prompt_length and len(prompt + completion) == 4
-
-
-def test_turns_after_the_last_answer_are_left_out(tmp_path, make):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(*TURNS, ("user", "Thanks"), ("user", "Bye"))}])
-    for trained_turns in ("last", "all"):
-        ((prompt, completion),) = turns_of(make(path, **MESSAGES, trained_turns=trained_turns))
-        assert [(m["role"], m["content"]) for m in prompt + completion] == list(TURNS)
-
-
-def test_a_greeting_that_opens_a_conversation_is_prompt(tmp_path, make):
-    rows = [{"messages": chat(("assistant", "Welcome!"), *TURNS)}, {"messages": chat(("assistant", "Welcome!"))}]
-    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **MESSAGES, trained_turns="all", max_empty_share=0.5)
-    examples, reports = splits.make_examples(recipe)
-    (example,) = examples["train"]
-    assert [m["content"] for m in example.prompt] == ["Welcome!", "Hi\r\n{{Name}}"]
-    assert [m["role"] for m in example.completion] == ["assistant", "user", "assistant"]
-    assert reports["train"].dropped == {"no turn before the answer": 1}
-
-
-TOOL_TURNS = [
-    {"role": "system", "content": "Use the tools."},
-    {"role": "user", "content": "Where is order 7?"},
-    {"role": "assistant", "content": None, "tool_calls": [
-        {"id": "c1", "type": "function", "function": {"name": "find_order", "arguments": '{"order": "7", "ü": 1}'}}]},
-    {"role": "tool", "tool_call_id": "c1", "name": "find_order", "content": '{"status": "sent"}'},
-    {"role": "assistant", "content": "It is on its way."},
-]  # fmt: skip
-
-
-def test_tool_calls_with_null_content_are_answers(tmp_path, make, tokenizer):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": TOOL_TURNS}])
-    recipe = make(path, **MESSAGES, trained_turns="all", system_prompt="Not used.")
-    ((prompt, completion),) = turns_of(recipe)
-    assert [m["role"] for m in prompt] == ["system", "user"] and prompt[0]["content"] == "Use the tools."
-    assert completion[0]["content"] == ""
-    assert completion[0]["tool_calls"][0]["function"] == {"name": "find_order", "arguments": {"order": "7", "ü": 1}}
-    assert completion[1] == {
-        "role": "tool",
-        "content": '{"status": "sent"}',
-        "name": "find_order",
-        "tool_call_id": "c1",
-    }
-    ids, trained = prepare(recipe).train[0]
-    assert tokenizer.decode(ids[trained]) == (
-        '{"name": "find_order", "arguments": {"order": "7", "ü": 1}}<|eot_id|>It is on its way.<|eot_id|>'
-    )
-
-
-def test_a_call_without_an_answer_yet_is_still_an_answer(tmp_path, make):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": TOOL_TURNS[:4]}])
-    ((_, completion),) = turns_of(make(path, **MESSAGES))
-    assert [m["role"] for m in completion] == ["assistant"] and completion[0]["tool_calls"]
-
-
-@pytest.mark.parametrize(
-    ("messages", "named"),
-    [
-        ([{"who": "user", "content": "a"}], "role_key"),
-        ([{"role": "user", "said": "a"}], "content_key"),
-        ([{"role": "wizard", "content": "a"}], "'wizard'"),
-        ([{"role": "user", "content": ["a"]}], "list"),
-        (["hello"], "'hello'"),
-        ("hello", "JSON"),
-        (7, "int"),
-    ],
-)
-def test_messages_of_an_unknown_shape_are_named_with_the_row(tmp_path, make, messages, named):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(*TURNS)}, {"messages": messages}])
-    message = error_of(make(path, **MESSAGES))
-    assert "rows.jsonl:2" in message and named in message
 
 
 # Rows that are left out

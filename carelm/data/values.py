@@ -1,0 +1,72 @@
+"""What a cell or member of a row is as text: one rule for every file format.
+
+- Text stays as it is. A value that is missing is None: null, NaN, NaT, and in a column the text that pandas and Python
+  write for them ("nan", "NaN", "NaT", "<NA>", in CSV also "None", "null", "NULL"), unless it is one of the labels.
+- A number that is whole is written without a fraction (1.0 is 1: a missing value makes an integer column float), any
+  other as Python writes it; true and false in small letters; a Decimal with the digits that it has.
+- Dates and times as in 2024-05-01 12:30:00, a date alone as in 2024-05-01.
+- Lists and objects as JSON. Members that are null are left out of objects: Parquet and Hub datasets give every object of
+  a column the members of all the others, with null.
+- Anything else (bytes, an infinite number, a picture) is refused, with its column and row.
+"""
+
+import datetime
+import json
+import uuid
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+from carelm.errors import UserError
+
+MISSING_TEXTS = {"nan", "NaN", "NaT", "<NA>"}
+MISSING_CSV_TEXTS = {"None", "null", "NULL"}
+EXACT_WHOLE = 1e15  # above it a float's digits are no longer all its own
+
+
+def as_text(value: Any, where: str) -> str | None:
+    """A value as text, None where it is missing; `where` names it in the UserError for one that cannot be text."""
+    value = plain(value, where)
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def cell_text(row: dict[str, Any], column: str, source: str, labels: Sequence[str] = ()) -> str | None:
+    """The text of a row's column, None where it is missing or not there; `source` is file:row."""
+    text = as_text(row.get(column), f"{source}: column '{column}'")
+    missing = MISSING_TEXTS | (MISSING_CSV_TEXTS if source.rpartition(":")[0].lower().endswith(".csv") else set())
+    return None if text is not None and text.strip() in missing and text.strip() not in labels else text
+
+
+def plain(value: Any, where: str) -> Any:
+    """A value as JSON has it: None, text, bool, number, list or object; what is missing is None and no member."""
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays
+        value = value.tolist()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, dict):
+        members = {str(key): plain(member, where) for key, member in value.items()}
+        return {key: member for key, member in members.items() if member is not None}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, where) for item in value]
+    if is_missing(value):
+        return None
+    if isinstance(value, float) and abs(value) != float("inf"):
+        return int(value) if value.is_integer() and abs(value) < EXACT_WHOLE else value
+    if isinstance(value, Decimal) and value.is_finite():
+        return format(value, "f")
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, uuid.UUID)):  # a datetime is a date
+        return str(value)
+    what = "an infinite number" if isinstance(value, (float, Decimal)) else f"a value of type {type(value).__name__}"
+    raise UserError(f"{where} holds {what}, which is no text; write it into the file as text")
+
+
+def is_missing(value: Any) -> bool:
+    """Null, NaN and NaT: what equals nothing."""
+    return value is None or (isinstance(value, (float, Decimal, datetime.datetime)) and value != value)
+
+
+def is_empty(value: Any) -> bool:
+    """Missing, or text, a list or an object that holds nothing (an object whose members are all empty, too)."""
+    if isinstance(value, dict):
+        return all(is_empty(member) for member in value.values())
+    return is_missing(value) or (isinstance(value, (str, list, tuple)) and len(value) == 0)
