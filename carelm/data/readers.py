@@ -1,83 +1,149 @@
-"""One file -> its rows: .jsonl, .json, .csv and .parquet."""
+"""One file -> its rows: .jsonl, .json, .csv, .tsv and .parquet, each also as .gz but the last."""
 
-import csv
+import gzip
 import json
-import sys
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from carelm.data.csv_text import encoding_by_mark, read_csv
 from carelm.errors import UserError
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+Rows = list[tuple[str, dict[str, Any]]]  # (file:row, row); rows count from 1
+
+_TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+DATA_SUFFIXES = (*_TEXTS, ".parquet", *(suffix + ".gz" for suffix in _TEXTS))
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (file:row, row) of one .jsonl, .json, .csv or .parquet file; rows count from 1, text stays as it is.
+@dataclass(frozen=True)
+class FileRows:
+    """What one file holds: its rows by the keys of a JSON object with several lists, else under None."""
+
+    by_key: dict[str | None, Rows]
+    taken_for: str = ""  # the encoding and the separator, where they are not the usual ones
+
+
+def data_suffix(name: str) -> str | None:
+    """`Train.CSV` -> ".csv", `a.jsonl.gz` -> ".jsonl.gz"; None for a file that is not read."""
+    return next((s for s in sorted(DATA_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), None)
+
+
+def read_file(path: Path, name: str) -> FileRows:
+    """The rows of one file, called `name` in messages to people; text stays as it is.
 
     Raises:
         UserError: for a file that cannot be read or parsed, with the row.
     """
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    suffix = data_suffix(path.name) or ""
     try:
-        for number, row in readers[path.suffix](path):
-            yield f"{path.name}:{number}", row
+        if suffix == ".parquet":
+            return FileRows({None: _number(name, _read_parquet(path))})
+        with gzip.open(path) if suffix.endswith(".gz") else open(path, "rb") as file:
+            if suffix.startswith((".csv", ".tsv")):
+                rows, taken_for = read_csv(file.read(), path)
+                return FileRows({None: _number(name, rows)}, taken_for)
+            if suffix.startswith(".json") and not suffix.startswith(".jsonl"):
+                lists = _read_json(file.read(), path)
+                return FileRows({k: _number(f"{name}:{k}" if len(lists) > 1 else name, v) for k, v in lists.items()})
+            return FileRows({None: [(f"{name}:{number}", row) for number, row in _read_jsonl(file, path)]})
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"dataset_name: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _number(name: str, rows: list[dict[str, Any]]) -> Rows:
+    return [(f"{name}:{number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    mark = file.read(4)
+    file.seek(0)
+    if (encoding := encoding_by_mark(mark) or "utf-8") not in ("utf-8", "utf-8-sig"):
+        file = _decode(file.read(), encoding, str(path)).encode().splitlines(keepends=True)
+    for number, line in enumerate(file, 1):
+        where = f"{path}:{number}"
+        text = _decode(line, "utf-8-sig" if number == 1 else "utf-8", where)
+        if not text.strip():
+            continue
+        row, twice = _parse(text, where)
+        if twice:
+            raise UserError(f"{where}: the key '{twice[0][1]}' stands twice in one object; rename or remove one")
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a line of a .jsonl file must be an object, such as {{...}}")
+        yield number, row
+
+
+def _decode(raw: bytes, encoding: str, where: str) -> str:
+    try:
+        return raw.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"dataset_name: {path} cannot be read ({error.strerror or error})") from None
+        name = encoding.removesuffix("-sig").upper()
+        raise UserError(f"{where}: not {name} at byte {error.start + 1}; save the file as UTF-8") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg} at character {error.pos + 1})") from None
+def _parse(text: str, where: str) -> tuple[Any, list[tuple[dict, str]]]:
+    """JSON text -> its value, and the objects in it that hold a key twice, each with that key."""
+    twice = []
+
+    def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice.append((found, next(key for key in keys if keys.count(key) > 1)))
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=to_dict), twice
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        hint = "; one object a line is .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{where}: not JSON ({error.msg} at {line}character {error.colno}){hint}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        raise UserError(f"{where}: JSON that cannot be read ({error})") from None
+
+
+def _read_json(raw: bytes, path: Path) -> dict[str | None, list[dict[str, Any]]]:
+    value, twice = _parse(_decode(raw, encoding_by_mark(raw[:4]) or "utf-8", str(path)), str(path))
+    lists = {None: value} if isinstance(value, list) else _lists(value) if isinstance(value, dict) else {}
+    if twice:
+        places = [f"{path}:{key or ''}{':' if key else ''}{i}" for key, rows in lists.items()
+                  for i, row in enumerate(rows, 1) if _holds(row, twice[0][0])]  # fmt: skip
+        where = places[0] if places else str(path)
+        raise UserError(f"{where}: the key '{twice[0][1]}' stands twice in one object; rename or remove one")
+    for key, rows in lists.items():
+        for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: a line of a .jsonl file must be an object, such as {{...}}")
-            yield number, row
+                raise UserError(f"{path}: entry {number} of the list{f' {key!r}' if key else ''} is no object {{...}}")
+    if not lists:
+        keys = f" (its keys: {', '.join(map(str, value))[:200]})" if isinstance(value, dict) else ""
+        raise UserError(f"{path}: a .json file must hold a list of objects, or an object with such lists{keys}")
+    return lists
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}: not JSON ({error.msg} on line {error.lineno}); one object a line is .jsonl"
-            ) from None
-    if isinstance(rows, dict):
-        rows = next((value for value in rows.values() if isinstance(value, list)), None)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: a .json file must hold a list of objects, or an object with one such list")
-    yield from enumerate(rows, 1)
+def _lists(value: dict[str, Any]) -> dict[str | None, list[Any]]:
+    """The lists of objects of a JSON object; a list of anything else belongs to no row."""
+    return {
+        key: part for key, part in value.items() if isinstance(part, list) and any(isinstance(r, dict) for r in part)
+    }
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(sys.maxsize)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            reader = csv.DictReader(file, strict=True)
-            for separator, called in ((";", "semicolons"), ("\t", "tabs")):
-                if reader.fieldnames and len(reader.fieldnames) == 1 and separator in reader.fieldnames[0]:
-                    raise UserError(f"{path}: the columns seem to be separated by {called}; save the file with commas")
-            for number, row in enumerate(reader, 1):
-                if None in row:
-                    raise UserError(f"{path}:{number}: more fields than the header has; quote fields that hold commas")
-                yield number, row
-        except csv.Error as error:
-            raise UserError(f"{path}: not CSV ({error})") from None
+def _holds(value: Any, wanted: dict) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is wanted or any(_holds(part, wanted) for part in parts)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not Parquet ({error})") from None
+        # ParquetFile and not read_table: a folder called lang=en adds no column.
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for name in names:
+                if names.count(name) > 1:
+                    raise UserError(f"{path}: the column '{name}' is there {names.count(name)} times; rename one")
+            return [row for batch in file.iter_batches() for row in batch.to_pylist()]
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None

@@ -8,6 +8,8 @@ from typing import Any
 class SplitReport:
     """What became of a split's rows; lengths in tokens."""
 
+    files: dict[str, int] = field(default_factory=dict)  # rows of each, before row_filter
+    notes: list[str] = field(default_factory=list)
     rows: int = 0
     used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -27,6 +29,11 @@ def list_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {what}" for what, number in counts.items()) or "none dropped"
 
 
+def shortened(names: list[str], number: int = 8) -> str:
+    more = f" and {len(names) - number} more" if len(names) > number else ""
+    return ", ".join(names[:number]) + more
+
+
 def format_report(report: dict[str, dict[str, Any]]) -> str:
     """The data report as a small table for the terminal."""
     head = f"{'split':<11}{'rows':>7}{'used':>7}{'p50':>6}{'p95':>6}{'max':>6}{'truncated':>11}{'trained tokens':>16}  dropped"
@@ -38,6 +45,9 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
             else " " * 45
         )
         lines.append(f"{split:<11}{r['rows']:>7}{r['used']:>7}{tokens}  {list_counts(r['dropped'])}")
+        if r["files"]:
+            lines.append(f"{'':<11}from {shortened(list(r['files']))}")
+        lines += [f"{'':<11}{note}" for note in r["notes"]]
         if r["fitted"]:
             lines.append(f"{'':<11}of these {list_counts(r['fitted'])}")
         if r["unused_keys"]:

@@ -1,24 +1,26 @@
 """Where a recipe's rows are: files, folders, globs and Hub datasets, by split."""
 
-import glob
 import os
+import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from carelm.data.readers import DATA_SUFFIXES, read_rows
+from carelm.data.readers import Rows, data_suffix, read_file
+from carelm.data.report import SplitReport, shortened
+from carelm.data.split_files import find_files
+from carelm.data.split_names import SPLITS, SplitNames
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import locate
 from carelm.recipe import Recipe
-
-SPLITS = ("train", "validation", "test")
 
 
 def is_hub_id(dataset_name: str) -> bool:
     """Whether a dataset name that is no file, folder or glob here has the shape of a Hub id (owner/name)."""
     if any(c in dataset_name for c in "*?[") or os.path.exists(locate(dataset_name)):
         return False
-    looks_like_path = dataset_name.startswith((".", "/", "~")) or dataset_name.endswith(DATA_SUFFIXES)
+    looks_like_path = dataset_name.startswith((".", "/", "~")) or data_suffix(dataset_name) is not None
     return not looks_like_path and dataset_name.count("/") <= 1
 
 
@@ -28,37 +30,80 @@ def stay_offline(recipe: Recipe) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def find_files(recipe: Recipe) -> dict[str, list[Path]]:
-    """The files of each split: by name in a folder (train.csv, test-00000.parquet), all of `train` for a file or glob."""
-    name = locate(recipe.dataset_name)
-    path = Path(name)
-    if path.is_dir():
-        wanted = {
-            "train": recipe.dataset_train_split,
-            "validation": recipe.dataset_validation_split,
-            "test": recipe.dataset_test_split,
-        }
-        files = sorted(p for p in path.iterdir() if p.suffix in DATA_SUFFIXES)
-        by_split = {s: [f for f in files if split_of(f) == wanted[s]] for s in SPLITS}
-        if not by_split["train"]:
-            there = ", ".join(f.name for f in files) or "no data files"
-            raise UserError(f"dataset_train_split: {path} has no file of a split '{wanted['train']}' (there: {there})")
-        return {s: f for s, f in by_split.items() if f}
-    matches = [Path(p) for p in sorted(glob.glob(name))] if not path.exists() else [path]
-    if not matches:
-        raise UserError(f"dataset_name: there is no file, folder or glob {recipe.dataset_name}")
-    for match in matches:
-        if match.suffix not in DATA_SUFFIXES:
-            raise UserError(f"dataset_name: {match} is none of {', '.join(DATA_SUFFIXES)}")
-    return {"train": matches}
+def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
+    """The (source, row) pairs of each split that the data has by name, after `row_filter`, and where they are from.
+
+    Raises:
+        UserError: for a file that cannot be read, a split that is not told apart or is empty, and a missing column.
+    """
+    splits, reports = _load_hub(recipe) if is_hub_id(recipe.dataset_name) else _load_files(recipe)
+    for split, rows in splits.items():
+        if not rows:
+            raise UserError(f"dataset_name: the {split} split of {recipe.dataset_name} has no rows")
+        _check_columns(recipe, rows, split, reference_columns(recipe, split, splits))
+        for column, wanted in (recipe.row_filter or {}).items():
+            wanted = [str(w) for w in (wanted if isinstance(wanted, list) else [wanted])]
+            rows = [pair for pair in rows if str(pair[1].get(column)) in wanted]
+        if recipe.row_filter:
+            reports[split].notes.append(f"row_filter keeps {len(rows)} of {len(splits[split])} rows")
+        splits[split], reports[split].rows = rows, len(rows)
+    if not splits["train"]:
+        raise UserError(f"row_filter: {recipe.row_filter} leaves no training row of {recipe.dataset_name}")
+    return splits, reports
 
 
-def split_of(file: Path) -> str:
-    """`train.jsonl`, `train-00000-of-00002.parquet` -> "train"."""
-    return file.stem.split("-0")[0]
+def _load_files(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
+    found, names = find_files(recipe), SplitNames(recipe)
+    splits: dict[str, Rows] = defaultdict(list)
+    reports: dict[str, SplitReport] = defaultdict(SplitReport)
+    unused = found.unused
+    for split, files in found.by_split.items():
+        for name, path in files.items():
+            read = read_file(path, name)
+            for key, of_key in _splits_of_lists(names, split, name in found.unnamed, path, list(read.by_key)).items():
+                unused += [] if of_key else [f"{name}: {key}"]
+                for s in of_key:
+                    rows = read.by_key[key]
+                    splits[s] += rows
+                    reports[s].files[name if len(read.by_key) == 1 else f"{name}: {key}"] = len(rows)
+            if read.taken_for:
+                reports[split].notes.append(f"{name} is read as {read.taken_for}")
+        parts = {match[0]: int(match[1]) for name in files if (match := re.search(r"\d+[-_. ]of[-_. ](\d+)", name))}
+        if parts and len(parts) < max(parts.values()):
+            reports[split].notes.append(f"{len(parts)} of {max(parts.values())} parts are here")
+    if "train" not in splits:
+        there = ", ".join(splits)
+        raise UserError(
+            f"dataset_train_split: {recipe.dataset_name} has no '{names.words['train'][0]}' (there: {there})"
+        )
+    for report in reports.values():
+        if empty := [name for name, rows in report.files.items() if not rows]:
+            report.notes.append(f"no rows in {shortened(empty)}")
+    if unused:
+        reports["train"].notes.append(f"not used: {shortened(unused)}")
+    return {s: splits[s] for s in SPLITS if s in splits}, reports
 
 
-def _load_hub(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
+def _splits_of_lists(
+    names: SplitNames, split: str, is_unnamed: bool, path: Path, keys: list[str | None]
+) -> dict[str | None, list[str]]:
+    """The splits of each list of a file: a JSON object's keys say them, else the file's name does."""
+    words = {key: names.word(key) for key in keys if key is not None}
+    if not any(words.values()) and len(keys) == 1:
+        return {keys[0]: [split]}
+    if others := [key for key, word in words.items() if word is None]:
+        raise UserError(
+            f"{path}: lists of objects under the keys {', '.join(words)}, and {', '.join(others)} is no split; give each list "
+            "a file of its own, or call the keys train, validation and test"
+        )
+    names.check(((word, key) for key, word in words.items()), str(path))
+    by_key = {key: names.splits(word) for key, word in words.items()}
+    if not is_unnamed and any(split not in splits for splits in by_key.values()):
+        raise UserError(f"{path}: the file's name says {split}, its keys say {', '.join(words)}; rename one of them")
+    return by_key
+
+
+def _load_hub(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
     import datasets
 
     try:
@@ -69,35 +114,19 @@ def _load_hub(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
             f"dataset_name: {recipe.dataset_name} is no file here and cannot be had from the Hub ({reason}); "
             "--dataset_name FILE puts a file in its place"
         ) from None
-    names = (recipe.dataset_train_split, recipe.dataset_validation_split, recipe.dataset_test_split)
-    if names[0] not in loaded:
+    names, words = SplitNames(recipe), {str(name).casefold(): name for name in loaded}
+    names.check(words.items(), recipe.dataset_name)
+    by_split = {split: [name for word, name in words.items() if word in names.words[split]] for split in SPLITS}
+    if not by_split["train"]:
         raise UserError(
-            f"dataset_train_split: {recipe.dataset_name} has no split '{names[0]}' (there: {', '.join(loaded)})"
+            f"dataset_train_split: {recipe.dataset_name} has no split '{names.words['train'][0]}' (there: {', '.join(loaded)})"
         )
-    return {
-        split: [(f"{name}:{i}", row) for i, row in enumerate(loaded[name], 1)]
-        for split, name in zip(SPLITS, names)
-        if name in loaded
-    }
-
-
-def load_splits(recipe: Recipe) -> dict[str, list[tuple[str, dict]]]:
-    """The (source, row) pairs of each split that the data has by name, after `row_filter`; columns are checked."""
-    if is_hub_id(recipe.dataset_name):
-        splits = _load_hub(recipe)
-    else:
-        splits = {s: [pair for f in files for pair in read_rows(f)] for s, files in find_files(recipe).items()}
-    for split, rows in splits.items():
-        if not rows:
-            raise UserError(f"dataset_name: the {split} split of {recipe.dataset_name} has no rows")
-        _check_columns(recipe, rows, split, reference_columns(recipe, split, splits))
-        for column, wanted in (recipe.row_filter or {}).items():
-            wanted = [str(w) for w in (wanted if isinstance(wanted, list) else [wanted])]
-            rows = [pair for pair in rows if str(pair[1].get(column)) in wanted]
-        splits[split] = rows
-    if not splits["train"]:
-        raise UserError(f"row_filter: {recipe.row_filter} leaves no training row of {recipe.dataset_name}")
-    return splits
+    splits = {s: [(f"{n}:{i}", row) for n in of_split for i, row in enumerate(loaded[n], 1)]
+              for s, of_split in by_split.items() if of_split}  # fmt: skip
+    reports = {s: SplitReport(files={n: len(splits[s]) for n in by_split[s]}) for s in splits}
+    if unused := [name for name in loaded if not any(name in of_split for of_split in by_split.values())]:
+        reports["train"].notes.append(f"not used: {shortened(unused)}")
+    return splits, reports
 
 
 def reference_columns(recipe: Recipe, split: str, splits: dict[str, Any]) -> list[str]:

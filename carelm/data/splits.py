@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 from carelm.data.example import Example, NoAnswer
+from carelm.data.readers import Rows
 from carelm.data.report import SplitReport, list_counts
 from carelm.data.rows import to_example
 from carelm.data.sources import load_splits, reference_columns
@@ -19,11 +20,12 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
     Raises:
         UserError: where too many rows have no answer, or a split has none left.
     """
+    splits, reports = load_splits(recipe)
     examples: dict[str, list[Example]] = {}
-    reports: dict[str, SplitReport] = {}
-    splits = load_splits(recipe)
-    for split, rows in splits.items():
-        examples[split], reports[split] = _clean(recipe, split, rows, reference_columns(recipe, split, splits))
+    for split in splits:
+        columns = reference_columns(recipe, split, splits)
+        examples[split] = _clean(recipe, split, splits[split], columns, reports[split])
+        splits[split] = []  # rows need more room than examples
     _cut_splits(recipe, examples, reports)
     _keep_apart(recipe, examples, reports)
     for split, limit in (
@@ -40,10 +42,8 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
     return examples, reports
 
 
-def _clean(
-    recipe: Recipe, split: str, rows: list[tuple[str, dict]], reference_columns: list[str]
-) -> tuple[list[Example], SplitReport]:
-    report, kept, seen = SplitReport(rows=len(rows)), [], set()
+def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str], report: SplitReport) -> list[Example]:
+    kept, seen = [], set()
     dropped: Counter = Counter()
     unused: Counter = Counter()
     without_answer = 0
@@ -73,7 +73,7 @@ def _clean(
             f"max_empty_share: {without_answer} of {len(rows)} rows of the {split} split have no answer "
             f"({list_counts(dropped)}; {', '.join(report.first_without_answer)}); mend the rows or raise max_empty_share"
         )
-    return kept, report
+    return kept
 
 
 def _cut_splits(recipe: Recipe, examples: dict[str, list[Example]], reports: dict[str, SplitReport]) -> None:

@@ -4,6 +4,7 @@
 that takes. Imports no torch.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -21,7 +22,9 @@ import psutil
 from carelm import ranks
 from carelm.chat.chat import Chat, Rendered
 from carelm.data.report import SplitReport, list_counts
-from carelm.data.sources import SPLITS, find_files, is_hub_id
+from carelm.data.sources import is_hub_id
+from carelm.data.split_files import find_files
+from carelm.data.split_names import SPLITS
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.files import code_fingerprint, fingerprint
@@ -125,11 +128,14 @@ def _fingerprint(recipe: Recipe, chat: Chat) -> str:
         # A Hub dataset is looked at again every day; the launcher's day, so that all ranks have one.
         parts.append([recipe.dataset_name, psutil.Process(os.getppid()).create_time() // 86400])
     else:
-        for split, files in find_files(recipe).items():
+        found = find_files(recipe)
+        parts.append(found.unused)  # the report names them
+        for split, files in found.by_split.items():
             parts.append(split)
-            for file in files:
+            for name, file in files.items():
                 try:
-                    parts += [file.name, file.read_bytes()]
+                    with open(file, "rb") as content:
+                        parts += [name, hashlib.file_digest(content, "sha256").digest()]
                 except OSError as error:
                     raise UserError(f"dataset_name: {file} cannot be read ({error.strerror})") from None
     return fingerprint(*parts)

@@ -136,7 +136,7 @@ def test_training_and_generation_share_the_prompt_on_real_rows(path, tokenizer, 
     if not folder.is_dir():
         pytest.skip(f"no rows for this recipe: there is no folder {folder}")
     recipe = load_recipe(["--config", str(path), "--dataset_name", str(folder)], usage="")
-    rows = sources.load_splits(recipe)["train"]
+    rows = sources.load_splits(recipe)[0]["train"]
     rows = rows[: REAL_ROWS // 2] + rows[-REAL_ROWS // 2 :]
     check_prompts_and_masks(recipe, examples_of(recipe, rows), tokenizer)
 

@@ -12,16 +12,27 @@ from carelm.errors import UserError
 from carelm.training import prepared
 
 MESSAGES = {"messages_column": "messages"}
+ODD_TEXTS = [
+    "Line one.\r\nLine two.\r\n\r\n1. Three",
+    "Your order {{Order Number}} and {x} cost {0}%s.",
+    "Größe 38 – ¿sí? 价格 😀 é e\u0301",
+    '  spaces before, "quotes", commas, and a tab\t  ',
+    "unix\nline ends\n",
+]
 
 
 def write_jsonl(path, rows):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     return path
 
 
 def pairs(number, start=0):
     return [{"question": f"Question {i}?", "answer": f"Answer {i}.", "n": i} for i in range(start, start + number)]
+
+
+def odd_rows():
+    return [{"question": f"Question {i}: {text}", "answer": text} for i, text in enumerate(ODD_TEXTS)]
 
 
 def turns_of(recipe, split="train"):

@@ -1,71 +1,21 @@
 """Rows of any usual file become the same examples, text stays as it is, and what is left out is counted and named."""
 
-import csv
-import json
 import multiprocessing
 import os
 import time
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-from small_rows import MESSAGES, TOOL_TURNS, chat, error_of, pairs, prepare, turns_of, write_jsonl
+from small_rows import MESSAGES, TOOL_TURNS, chat, error_of, odd_rows, pairs, prepare, write_jsonl
 
 from carelm.chat.chat import make_chat
 from carelm.chat.preview import preview
-from carelm.data import readers, sources, splits
+from carelm.data import split_names, splits
 from carelm.data.report import format_report
 from carelm.errors import UserError
 from carelm.training import prepared
 
-ODD_TEXTS = [
-    "Line one.\r\nLine two.\r\n\r\n1. Three",
-    "Your order {{Order Number}} and {x} cost {0}%s.",
-    "Größe 38 – ¿sí? 价格 😀 é e\u0301",
-    '  spaces before, "quotes", commas, and a tab\t  ',
-    "unix\nline ends\n",
-]
-
-# Reading
-
-
-def odd_rows():
-    return [{"question": f"Question {i}: {text}", "answer": text} for i, text in enumerate(ODD_TEXTS)]
-
-
-def write_formats(folder):
-    """The same rows in every format, and as two files of one split."""
-    rows = odd_rows()
-    write_jsonl(folder / "rows.jsonl", rows)
-    (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    (folder / "nested.json").write_text(json.dumps({"about": "x", "rows": rows}), encoding="utf-8")
-    with open(folder / "rows.csv", "w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.DictWriter(file, ["question", "answer"])
-        writer.writeheader()
-        writer.writerows(rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
-    write_jsonl(folder / "parts/train-00000-of-00002.jsonl", rows[:2])
-    write_jsonl(folder / "parts/train-00001-of-00002.jsonl", rows[2:])
-    write_jsonl(folder / "one/train.jsonl", rows)
-
-
-def test_a_csv_file_with_semicolons_is_told_so(tmp_path):
-    (tmp_path / "rows.csv").write_text("question;reply\na;b\n", encoding="utf-8-sig")
-    with pytest.raises(UserError, match="separated by semicolons"):
-        list(readers.read_rows(tmp_path / "rows.csv"))
-
-
-@pytest.mark.parametrize(
-    "name", ["rows.jsonl", "rows.json", "nested.json", "rows.csv", "rows.parquet", "parts", "parts/*.jsonl", "one"]
-)
-def test_every_format_folder_and_glob_gives_the_same_text_to_the_byte(tmp_path, make, name):
-    write_formats(tmp_path)
-    expected = [
-        ([{"role": "user", "content": row["question"]}], [{"role": "assistant", "content": row["answer"]}])
-        for row in odd_rows()
-    ]
-    assert turns_of(make(tmp_path / name)) == expected
+# Columns
 
 
 def test_tokens_decode_to_the_text_to_the_byte(tmp_path, make, tokenizer):
@@ -114,35 +64,6 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, make):
         assert key in error_of(make(path, prompt_template="{Question}", **{key: "topic"}))
     assert "messages_column" in error_of(make(path, messages_column="turns"))
     assert "row_filter" in error_of(make(path, prompt_template="{Question}", row_filter={"lang": "en"}))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "named"),
-    [
-        ("rows.jsonl", b'{"question": "a", "answer": "b"}\n\n{"question": \n', "rows.jsonl:3"),
-        ("rows.jsonl", b'{"question": "a", "answer": "b"}\n["a"]\n', "rows.jsonl:2"),
-        ("rows.jsonl", b'{"question": "\xff", "answer": "b"}\n', "UTF-8"),
-        ("rows.jsonl", b'{"question": "a", "answer": "b"}\n{"question": "\\ud83d", "answer": "b"}\n', "rows.jsonl:2"),
-        ("rows.json", b'{"question": "a"}\n{"question": "b"}', "rows.json"),
-        ("rows.json", b'["a"]', "rows.json"),
-        ("rows.csv", b"question,answer\na,b\nc,d, or e\n", "rows.csv:2"),
-        ("rows.csv", b'question,answer\na,"b" c\n', "rows.csv"),
-        ("rows.parquet", b"PAR1", "rows.parquet"),
-        ("rows.txt", b"a", "rows.txt"),
-        ("rows.jsonl", b"", "no rows"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named_with_the_row(tmp_path, make, name, content, named):
-    (tmp_path / name).write_bytes(content)
-    assert named in error_of(make(tmp_path / name))
-
-
-def test_a_file_folder_or_split_that_is_not_there_is_named(tmp_path, make):
-    assert "nowhere.jsonl" in error_of(make(tmp_path / "nowhere.jsonl"))
-    write_jsonl(tmp_path / "folder/training.jsonl", pairs(2))
-    message = error_of(make(tmp_path / "folder"))
-    assert "dataset_train_split" in message and "training.jsonl" in message
-    assert len(turns_of(make(tmp_path / "folder", dataset_train_split="training"))) == 2
 
 
 # Rows that are left out
@@ -241,7 +162,7 @@ def test_splits_by_fraction_keep_one_question_on_one_side(tmp_path, make):
     rows = [{"question": f"Question {i % 20}?", "answer": f"Answer {i}."} for i in range(200)]
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), validation_fraction=0.2, test_fraction=0.2)
     examples, reports = splits.make_examples(recipe)
-    sides = [{e.question for e in examples[split]} for split in sources.SPLITS]
+    sides = [{e.question for e in examples[split]} for split in split_names.SPLITS]
     assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
     assert reports["train"].dropped == {} and sum(len(e) for e in examples.values()) == 200
 
