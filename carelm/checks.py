@@ -46,6 +46,9 @@ def check(recipe: Recipe) -> None:
     for key in ("num_shots", "temperature"):
         if getattr(recipe, key) < 0:
             raise UserError(f"{key}: {getattr(recipe, key)} is below 0")
+    labels = [" ".join(label.split()) for label in recipe.labels]
+    if "" in labels or "unparsable" in labels or len(set(labels)) < len(labels):
+        raise UserError(f"labels: {recipe.labels}: each needs a name of its own that is neither empty nor 'unparsable'")
     if recipe.primary_metric in ("accuracy", "macro_f1") and not recipe.labels:
         raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
     for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
+from carelm.evaluation.labels import parse_label
 from carelm.evaluation.rouge import ROUGE_TYPES, Rouge
+from carelm.evaluation.scripts import bleu_tokenizer, unify
 
 TEXT_SCORES = (*ROUGE_TYPES, "bleu", "chrf", "exact_match")
 LABEL_SCORES = ("accuracy", "macro_f1")
@@ -39,6 +41,8 @@ QUESTION = re.compile(
 class Answers:
     """One model's answers to the test questions, in the order of the questions; all lists have one entry per question.
 
+    Texts are held in NFC and with \\n at line ends, so that every score sees the same of both sides.
+
     Attributes:
         conversations: the conversation that each question belongs to; several turns may share one.
         predictions: what the model said.
@@ -49,6 +53,10 @@ class Answers:
     predictions: list[str]
     references: list[list[str]]
 
+    def __post_init__(self):
+        object.__setattr__(self, "predictions", [unify(text) for text in self.predictions])
+        object.__setattr__(self, "references", [[unify(text) for text in several] for several in self.references])
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -56,13 +64,6 @@ class Statistics:
 
     table: np.ndarray
     score: Callable[[np.ndarray], np.ndarray]
-
-
-def parse_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that the text ends up with: the last one that stands in it as a whole word, whatever the case."""
-    pattern = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-    found = re.findall(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE)
-    return next(label for label in labels if label.lower() == found[-1].lower()) if found else None
 
 
 def kind_of_request(text: str) -> str:
@@ -79,12 +80,20 @@ def per_turn(answers: Answers) -> dict[str, np.ndarray]:
     return {**{name: np.array(rouge[name]) for name in ROUGE_TYPES}, "exact_match": np.array(exact, float)}
 
 
-def statistics(answers: Answers, labels: Sequence[str] = (), turns: dict | None = None) -> dict[str, Statistics]:
-    """The table of every score; `turns` is `per_turn(answers)` where it is at hand."""
+def statistics(
+    answers: Answers, labels: Sequence[str] = (), turns: dict | None = None, tokenizer: str | None = None
+) -> dict[str, Statistics]:
+    """The table of every score.
+
+    Args:
+        labels: what answers are read as, for accuracy and macro F1.
+        turns: `per_turn(answers)` where it is at hand.
+        tokenizer: BLEU's, which parts of a comparison have from the whole; by the script of the references where not given.
+    """
     _, owner = np.unique(np.array(answers.conversations, object).astype(str), return_inverse=True)
     turns = per_turn(answers) if turns is None else turns
     found = {name: Statistics(_sum_by(owner, np.stack([v, np.ones(len(v))], 1)), _mean) for name, v in turns.items()}
-    for name, metric in _sacrebleu().items():
+    for name, metric in _sacrebleu(tokenizer or bleu_tokenizer(answers.references)).items():
         rows = np.array(metric._extract_corpus_statistics(answers.predictions, _streams(answers.references)), float)
         found[name] = Statistics(_sum_by(owner, rows), _corpus_score(metric))
     if labels:
@@ -97,10 +106,15 @@ def statistics(answers: Answers, labels: Sequence[str] = (), turns: dict | None 
     return found
 
 
+def chrf_per_turn(answers: Answers) -> np.ndarray:
+    """chrF of each answer by itself, float64 [questions]: to rank answers in scripts that ROUGE cannot read."""
+    return np.array([CHRF().sentence_score(p, r).score for p, r in zip(answers.predictions, answers.references)])
+
+
 def signatures(answers: Answers) -> dict[str, str]:
     """sacrebleu's own description of how its scores were made, by score."""
     described = {}
-    for name, metric in _sacrebleu().items():
+    for name, metric in _sacrebleu(bleu_tokenizer(answers.references)).items():
         metric.corpus_score(answers.predictions, _streams(answers.references))
         described[name] = str(metric.get_signature())
     return described
@@ -182,8 +196,8 @@ def _macro_f1(sums: np.ndarray) -> np.ndarray:
     return (2 * tp / np.maximum(weight, 1)).sum(-1) / np.maximum((weight > 0).sum(-1), 1)
 
 
-def _sacrebleu() -> dict[str, BLEU | CHRF]:
-    return {"bleu": BLEU(), "chrf": CHRF()}
+def _sacrebleu(tokenizer: str) -> dict[str, BLEU | CHRF]:
+    return {"bleu": BLEU(tokenize=tokenizer), "chrf": CHRF()}
 
 
 def _streams(references: list[list[str]]) -> list[list[str | None]]:

@@ -1,0 +1,52 @@
+"""The scripts that texts are written in: what of them a score can read, and which tokenizer BLEU needs."""
+
+import unicodedata
+from collections.abc import Iterable
+
+import regex
+
+# Scripts without spaces between words, as ranges of a `regex` set; U+30FC prolongs a vowel in both Japanese syllabaries.
+KANA = r"\p{Hiragana}\p{Katakana}\u30fc"
+BY_LETTER = rf"{KANA}\p{{Thai}}\p{{Lao}}\p{{Khmer}}\p{{Myanmar}}\p{{Tibetan}}"
+NO_SPACES = rf"\p{{Han}}{BY_LETTER}"
+# What each of sacrebleu's tokenizers takes for one word however long it is; those of Japanese and Korean words need packages.
+UNREAD = {"char": None, "zh": BY_LETTER, "intl": NO_SPACES, "13a": NO_SPACES}
+ROUGE_READS = "a-z0-9"  # rouge_score.tokenize
+FEW = 0.01  # of a corpus' letters: a name, a loan word
+MANY = 0.1
+
+
+def unify(text: str) -> str:
+    r"""The text in NFC with \n at its line ends: what looks the same is the same."""
+    return unicodedata.normalize("NFC", regex.sub(r"\r\n|[\r\x85\u2028\u2029]", "\n", text))
+
+
+def share(texts: Iterable[str], letters: str) -> float:
+    """Which part of the letters, marks and digits of all texts is of this set."""
+    every = "".join(regex.sub(r"[^\p{L}\p{M}\p{N}]+", "", text.lower()) for text in texts)
+    return len(regex.findall(rf"[{letters}]", every, regex.V1)) / max(1, len(every))
+
+
+def bleu_tokenizer(references: list[list[str]]) -> str:
+    """The tokenizer of sacrebleu that reads the references, one for all models and categories of a comparison.
+
+    Characters for Japanese, Thai, Lao, Khmer, Burmese and Tibetan; words with each Han character apart where there are some;
+    Unicode's punctuation apart for other scripts than Latin; else mteval's 13a, by which English is compared elsewhere.
+    """
+    texts = [text for several in references for text in several]
+    if share(texts, BY_LETTER) >= MANY:
+        return "char"
+    if share(texts, r"\p{Han}") >= FEW:
+        return "zh"
+    return "intl" if share(texts, r"\p{L}--\p{Latin}") >= MANY else "13a"
+
+
+def unread_by_rouge(references: list[list[str]]) -> float:
+    """The share of the references' letters that ROUGE does not see."""
+    return 1 - share((text for several in references for text in several), ROUGE_READS)
+
+
+def unread_by_bleu(references: list[list[str]]) -> float:
+    """The share of the references' letters that stand in words which BLEU's tokenizer does not part."""
+    unread = UNREAD[bleu_tokenizer(references)]
+    return share((text for several in references for text in several), unread) if unread else 0.0
