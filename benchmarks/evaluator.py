@@ -80,7 +80,8 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
     candidate = candidates.find(recipe, "base")
     chat = candidate.make_chat()
     model, _ = candidate.load(chat)
-    model.generation_config.suppress_tokens = chat.tokenizer.all_special_ids  # no answer ends early, in any of the ways
+    ends = torch.tensor(chat.tokenizer.all_special_ids)  # no answer ends early, in any of the ways
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits.index_fill(-1, ends, -torch.inf))
     questions, _ = make_questions(recipe, make_chat(recipe))
     texts = [chat.text(q.messages, for_answer=True) for q in questions]
     decoding, cpu, largest = generation.Decoding(NEW_TOKENS), torch.device("cpu"), 0

@@ -96,6 +96,7 @@ class Candidate:
         from peft import PeftModel
 
         from carelm.models import base
+        from carelm.models.generation import unused_settings
 
         started = time.perf_counter()
         model = base.load_base(self.recipe, self.precision())
@@ -107,15 +108,12 @@ class Candidate:
             model = PeftModel.from_pretrained(model, self.adapter)
             trained = base.count_parameters(model)[1] - of_base
         base.align_special_tokens(model, chat)
-        generation = model.generation_config.to_diff_dict()
         about = {
             "kind": self.kind,
             "folder": str(self.adapter or self.recipe.base),
             "precision": self.precision().name,
             "bits": self.bits,
-            "generation_config": {
-                k: v for k, v in generation.items() if "token" not in k and k != "transformers_version"
-            },
+            "unused_generation_config": unused_settings(model),
             "total_parameters": base.count_parameters(model)[1],
             "trained_parameters": trained,
             "load_seconds": round(time.perf_counter() - started, 2),

@@ -21,7 +21,8 @@ UNFIT = ("old turns dropped", "prompt cut")
 FEWEST_OF_A_CATEGORY = 5
 WORDS = {
     "ROUGE-1, -2, -L, -Lsum": "words, pairs of words and longest run of words in order that answer and reference share, 0 to 1",
-    "BLEU, chrF": "runs of words, and of letters, that they share, 0 to 100; chrF reads every script",
+    "BLEU, chrF": "runs of words (characters, where there are no spaces) and of letters that they share, 0 to 100; chrF reads "
+    "all scripts",
     "exact match, accuracy": "share of answers that are the reference, or hold the right label",
     "macro F1": "right and complete for each label, in the mean over the labels: a rare one counts as much",
     "95 % interval": "the middle 95 % of the figures over resampled test sets",
@@ -217,7 +218,8 @@ class _Shown:
     def conditions(self) -> dict[str, Any]:
         """Of all models, then what is each one's own."""
         own = {
-            name: {**m["conditions"], "generation_config": m["generation_config"]} for name, m in self.models.items()
+            name: {**m["conditions"], "unused_generation_config": m["unused_generation_config"]}
+            for name, m in self.models.items()
         }
         return {**self.results["conditions"], **self.results["signatures"], **own}
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from carelm.evaluation import scores
+from carelm.evaluation import scores, scripts
 from carelm.evaluation.questions import Question
 from carelm.recipe import Recipe
 
 MOST_CHANGED = 3
+# What is in most generation configs and decides nothing, or what the report's "decoding" says.
+SILENT = ("do_sample temperature top_k top_p top_h min_p typical_p epsilon_cutoff eta_cutoff max_length use_cache "
+          "output_scores output_logits output_attentions output_hidden_states return_dict_in_generate").split()  # fmt: skip
 FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
 
 
@@ -27,35 +30,35 @@ def make_results(
         lines: for each model its predictions in the order of the questions.
         measured: for each model what was measured while it answered.
     """
-    conversations = [q.conversation for q in questions]
+    conversations, references = [q.conversation for q in questions], [q.references for q in questions]
+    tokenizer = scripts.bleu_tokenizer(references)
+    deciding = _deciding(recipe, references)
     drawn = scores.draws(len(set(conversations)), recipe.num_resamples, recipe.split_seed)
-    models, tables, turns = {}, {}, {}
+    models, tables, ranked = {}, {}, {}
     for name, predicted in lines.items():
-        answers = scores.Answers(conversations, [p["prediction"] for p in predicted], [q.references for q in questions])
-        turns[name] = scores.per_turn(answers)
-        tables[name] = scores.statistics(answers, recipe.labels, turns[name])
+        answers = scores.Answers(conversations, [p["prediction"] for p in predicted], references)
+        turns = scores.per_turn(answers)
+        tables[name] = scores.statistics(answers, recipe.labels, turns, tokenizer)
         models[name] = {
             **{score: scores.interval(table, drawn) for score, table in tables[name].items()},
             "empty_predictions": sum(not p["prediction"].strip() for p in predicted),
             "cut_predictions": sum(p["finish_reason"] == "length" for p in predicted),
             "mean_new_tokens": round(float(np.mean([p["new_tokens"] for p in predicted])), 1),
             **measured[name],
-            "categories": _by_category(recipe, questions, answers, turns[name]),
+            "categories": _by_category(recipe, questions, answers, turns, tokenizer),
         }
+        ranked[name] = scores.chrf_per_turn(answers) if deciding == "chrf" else turns[deciding]
         if recipe.labels:
             models[name]["confusion"] = scores.confusion(answers, recipe.labels)
     pairs = scores.compare(tables, drawn)
-    deciding = recipe.primary_metric if recipe.primary_metric in next(iter(turns.values())) else "rougeL"
     for pair in pairs:
         a, b = pair["models"]
         pair["changed_by"] = deciding
-        change = turns[b][deciding] - turns[a][deciding]
+        change = ranked[b] - ranked[a]
         order = np.argsort(-change, kind="stable")
         pair["better"] = [questions[i].id for i in order[:MOST_CHANGED] if change[i] > 0]
         pair["worse"] = [questions[i].id for i in order[::-1][:MOST_CHANGED] if change[i] < 0]
-    first = scores.Answers(
-        conversations, [p["prediction"] for p in next(iter(lines.values()))], [q.references for q in questions]
-    )
+    first = scores.Answers(conversations, [p["prediction"] for p in next(iter(lines.values()))], references)
     conversation_count = len(set(conversations))
     return {
         "primary_metric": recipe.primary_metric,
@@ -63,7 +66,7 @@ def make_results(
         "pairs": pairs,
         "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
         "cautions": _cautions(recipe, measured, len(pairs)) + _about_answers(recipe, questions, models),
-        "examples": {name: _extremes(questions, turns[name][deciding]) for name in lines},
+        "examples": {name: _extremes(questions, values) for name, values in ranked.items()},
         "signatures": {
             "rouge": f"rouge_score {version('rouge-score')}, no stemmer, F-measure",
             **scores.signatures(first),
@@ -88,17 +91,27 @@ def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
     return f"{b} is {word} than {a} in {called} ({figures}, {p_value})."
 
 
-def _by_category(recipe: Recipe, questions: list[Question], answers: scores.Answers, turns: dict) -> dict[str, Any]:
+def _by_category(
+    recipe: Recipe, questions: list[Question], answers: scores.Answers, turns: dict, tokenizer: str
+) -> dict[str, Any]:
     found = {}
     for category in sorted({q.category for q in questions}):
         rows = [i for i, q in enumerate(questions) if q.category == category]
         part = scores.Answers(
             *([side[i] for i in rows] for side in (answers.conversations, answers.predictions, answers.references))
         )
-        tables = scores.statistics(part, recipe.labels, {name: values[rows] for name, values in turns.items()})
+        tables = scores.statistics(part, recipe.labels, {k: values[rows] for k, values in turns.items()}, tokenizer)
         drawn = scores.draws(len(set(part.conversations)), recipe.num_resamples, recipe.split_seed)
         found[category] = {"questions": len(rows), **{score: scores.interval(t, drawn) for score, t in tables.items()}}
     return found
+
+
+def _deciding(recipe: Recipe, references: list[list[str]]) -> str:
+    """The score of single answers by which examples are chosen: the primary one where it is one and can read the references."""
+    readable = scripts.unread_by_rouge(references) < scripts.MANY
+    if recipe.primary_metric == "exact_match" or (readable and recipe.primary_metric in scores.ROUGE_TYPES):
+        return recipe.primary_metric
+    return "rougeL" if readable else "chrf"
 
 
 def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -> list[str]:
@@ -106,6 +119,12 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
     cautions = []
     if recipe.temperature > 0:
         cautions.append("Answers were drawn (temperature above 0): they depend on the batches and the number of ranks.")
+    unused = {key: None for m in measured.values() for key in m["unused_generation_config"] if key not in SILENT}
+    if unused:
+        whose = ", ".join(name for name, m in measured.items() if unused.keys() & m["unused_generation_config"].keys())
+        cautions.append(
+            f"All models decode alike: {', '.join(unused)} of the generation config of {whose} had no effect."
+        )
     if pairs and 2 * pairs / (recipe.num_resamples + 1) >= 0.05:
         cautions.append(
             f"With {pairs} pairs, {recipe.num_resamples} resamples cannot show any difference after Holm's correction; set "
@@ -128,13 +147,14 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
 def _about_answers(recipe: Recipe, questions: list[Question], models: dict[str, Any]) -> list[str]:
     """What a score alone does not say: letters that ROUGE does not see, answers cut off, labels that never change."""
     cautions = []
-    letters = [c for q in questions for text in q.references for c in text if c.isalpha()]
-    unseen = sum(not c.isascii() for c in letters) / max(1, len(letters))
-    if unseen > 0.01 and recipe.primary_metric.startswith("rouge"):
-        cautions.append(
-            f"ROUGE as rouge_score defines it sees a-z and 0-9 only, and {unseen:.0%} of the references' letters are others: "
-            "set primary_metric: chrf."
-        )
+    references = [q.references for q in questions]
+    unread = {"ROUGE as rouge_score defines it sees a-z and 0-9 only": scripts.unread_by_rouge(references),
+              f"BLEU's tokenizer ({scripts.bleu_tokenizer(references)}) wants spaces between words":
+              scripts.unread_by_bleu(references)}  # fmt: skip
+    for score, (what, share) in zip(("rouge", "bleu"), unread.items()):
+        if share > scripts.FEW:
+            advice = "set primary_metric: chrf" if recipe.primary_metric.startswith(score) else "chrF reads them"
+            cautions.append(f"{what}, and {share:.0%} of the references' letters are others: {advice}.")
     for name, model in models.items():
         if model["cut_predictions"] > len(questions) / 2:
             cautions.append(

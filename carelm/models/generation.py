@@ -1,19 +1,24 @@
 """Answers of a model to prompts: in batches of like length, left-padded, greedy unless told, timed."""
 
 import gc
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from carelm.chat.chat import Chat
 from carelm.ranks import rank
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PERCENTILES = (50, 95, 99)
 WARM_UP_PROMPTS = 2
 
@@ -30,7 +35,8 @@ class Decoding:
     def arguments(self) -> dict:
         """As `generate` of transformers takes them."""
         draws = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature > 0 else {}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, "use_cache": True, **draws}
+        plain = {"num_beams": 1, "return_dict_in_generate": False, "use_cache": True}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **plain, **draws}
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,32 @@ def generate(
     answering, start = model, longest
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         inputs, answering, start = _with_virtual_tokens(model, **inputs), model.get_base_model(), 0
-    output = answering.generate(**inputs, synced_gpus=synced_gpus, streamer=streamer, **decoding.arguments())
+    with _token_ids_alone(model):
+        output = answering.generate(**inputs, synced_gpus=synced_gpus, streamer=streamer, **decoding.arguments())
     model.train(was_training)
     return [_to_answer(chat, model.generation_config.eos_token_id, row) for row in output[:, start:].tolist()]
+
+
+@contextmanager
+def _token_ids_alone(model: torch.nn.Module) -> Iterator[None]:
+    """Of the model's generation config only its token ids count: beams, penalties, forced tokens, lengths, caches and all else
+    that a base brings along would make its answers unlike those that it is compared with.
+
+    `generate` fills whatever its arguments leave open from the model's own config, which therefore has to give way.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(**{name: getattr(own, name) for name in TOKEN_IDS})
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
+def unused_settings(model: torch.nn.Module) -> dict[str, Any]:
+    """What the model's generation config sets beside its token ids, and what is not used here."""
+    own = json.loads(model.generation_config.to_json_string())
+    return {k: v for k, v in own.items() if k not in (*TOKEN_IDS, "transformers_version", "_from_model_config")}
 
 
 def _with_virtual_tokens(
