@@ -72,11 +72,17 @@ def check(recipe: Recipe) -> None:
             "the recipe does not say where the conversations are: set prompt_template and completion_template (such as "
             '"{instruction}" and "{response}"), or messages_column'
         )
+    in_templates = []
     for key in ("system_prompt", "prompt_template", "completion_template"):
         if getattr(recipe, key) is not None:
             columns = template_columns(getattr(recipe, key), key)
             if key != "system_prompt" and not columns:
                 raise UserError(f"{key}: {getattr(recipe, key)!r} names no column; write {{column}}")
+            in_templates += columns
+    for column in recipe.optional_columns:
+        if column not in in_templates:
+            there = ", ".join(dict.fromkeys(in_templates)) or "none"
+            raise UserError(f"optional_columns: '{column}' is no column of the templates (theirs: {there})")
     if recipe.training["save_strategy"] == "best":
         raise UserError(
             "save_strategy: best is not there; set steps, epoch or no (early_stopping_patience keeps the best checkpoint)"

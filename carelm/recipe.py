@@ -57,6 +57,9 @@ class Recipe:
     )
     prompt_template: str | None = _key(None, 'The user message, e.g. "{instruction}".')
     completion_template: str | None = _key(None, 'The answer, e.g. "{response}".')
+    optional_columns: list[str] = _key(
+        [], "Columns of the templates that may be empty in a row; any other empty one counts like an empty answer."
+    )
     messages_column: str | None = _key(None, "Column with a list of messages, instead of the two templates.")
     role_key: str | None = _key(None, "Key of a message's role (default: role, from or speaker).")
     content_key: str | None = _key(None, "Key of a message's text (default: content, value, utterance or text).")
@@ -73,7 +76,7 @@ class Recipe:
         "A row that is still over max_length once its old turns are gone: drop it, or cut its prompt and answer.",
         ("drop", "cut"),
     )
-    max_empty_share: float = _key(0.1, "Stop when more than this share of the rows has no answer.")
+    max_empty_share: float = _key(0.1, "Stop when more than this share of the rows has no answer or an empty column.")
     keep_test_questions: bool = _key(False, "Leave questions that also stand in validation or test in train.")
     # the evaluator
     models: list[str] = _key(

@@ -4,7 +4,7 @@ from typing import Any
 
 from carelm.data.example import NoAnswer
 from carelm.data.tools import read_json, to_rows, to_tool_calls
-from carelm.data.values import as_text, is_empty, is_missing
+from carelm.data.values import as_text, as_word, is_empty, is_missing
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 
@@ -79,20 +79,14 @@ def split_turns(turns: list[dict], trained_turns: str) -> tuple[list[dict], list
 
 def role_of(recipe: Recipe, source: str, value: Any) -> str:
     """A role as rows call it -> user, assistant, system, tool or call; the recipe's own names come first."""
-    name = _word(as_text(value, f"{source}: a message's role") or "")
-    if name in map(_word, recipe.user_roles):
+    name = as_word(as_text(value, f"{source}: a message's role")) or ""
+    if name in map(as_word, recipe.user_roles):
         return "user"
-    if name in map(_word, recipe.assistant_roles):
+    if name in map(as_word, recipe.assistant_roles):
         return "assistant"
     if name.lower() not in ROLES:
         raise UserError(f"{source}: a message has the role {name!r}; put it in user_roles or assistant_roles")
     return ROLES[name.lower()]
-
-
-def _word(role: str) -> str:
-    """True of a JSON file is True or TRUE in a CSV file."""
-    role = role.strip()
-    return role.lower() if role.lower() in ("true", "false") else role
 
 
 def _to_turn(recipe: Recipe, source: str, message: Any) -> tuple[dict[str, Any], set[str]]:

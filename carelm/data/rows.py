@@ -5,8 +5,9 @@ from typing import Any
 
 from carelm.data.example import Example, NoAnswer
 from carelm.data.messages import split_turns, to_turns
-from carelm.data.templates import fill
+from carelm.data.templates import fill, template_columns
 from carelm.data.tools import to_tools
+from carelm.data.values import cell_text
 from carelm.recipe import Recipe
 
 
@@ -16,36 +17,61 @@ def to_example(
     """One row as an example; rows of the test split may have several references instead of a completion.
 
     Raises:
-        NoAnswer: for a row whose answer is empty, not text or not there.
-        UserError: for a message of an unknown shape or role.
+        NoAnswer: for a row whose answer is empty, not text or not there, and for an empty column of a template, unless it is
+            one of `optional_columns`.
+        UserError: for a message of an unknown shape or role, and for a value that cannot be text.
     """
-    references = [text for c in reference_columns if isinstance(text := row.get(c), str) and text.strip()]
+    references = [
+        text for c in reference_columns if (text := cell_text(row, c, source, recipe.labels)) and text.strip()
+    ]
     instead = reference_columns and split == "test"
     if instead and not references:
         raise NoAnswer("no reference")
     unused: set[str] = set()
     if recipe.messages_column:
-        turns, unused = to_turns(recipe, source, row.get(recipe.messages_column))
+        messages = row.get(recipe.messages_column)
+        messages = cell_text(row, recipe.messages_column, source) if isinstance(messages, str) else messages
+        turns, unused = to_turns(recipe, source, messages)
         prompt, completion = split_turns(turns, recipe.trained_turns)
     else:
-        answer = references[0] if instead else fill(recipe.completion_template, row, source, answer=True)
-        if not answer.strip():
-            raise NoAnswer("empty answer")
-        prompt = [{"role": "user", "content": fill(recipe.prompt_template, row, source)}]
+        answer = references[0] if instead else _answer(recipe, source, row)
+        question = _fill(recipe, "prompt_template", source, row)
+        if not question.strip():
+            raise NoAnswer("empty question")
+        prompt = [{"role": "user", "content": question}]
         completion = [{"role": "assistant", "content": answer}]
     if recipe.system_prompt and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": fill(recipe.system_prompt, row, source)}, *prompt]
-    category = row.get(recipe.category_column) if recipe.category_column else None
+        system = _fill(recipe, "system_prompt", source, row)
+        prompt = [{"role": "system", "content": system}, *prompt] if system.strip() else prompt
     return Example(
         prompt=prompt,
         completion=completion,
-        id=str(row[recipe.id_column]) if recipe.id_column and row.get(recipe.id_column) is not None else source,
-        category=None if category is None else str(category),
+        id=(cell_text(row, recipe.id_column, source) if recipe.id_column else None) or source,
+        category=cell_text(row, recipe.category_column, source, recipe.labels) if recipe.category_column else None,
         source=source,
         references=tuple(references),
         tools=_tools(recipe, source, row),
         unused_keys=frozenset(unused),
     )
+
+
+def _answer(recipe: Recipe, source: str, row: dict[str, Any]) -> str:
+    columns = template_columns(recipe.completion_template, "completion_template")
+    if any(isinstance(row.get(column), (list, dict)) for column in columns):
+        raise NoAnswer("answer is not text")
+    if not any((cell_text(row, column, source, recipe.labels) or "").strip() for column in columns):
+        raise NoAnswer("empty answer")
+    return _fill(recipe, "completion_template", source, row)
+
+
+def _fill(recipe: Recipe, key: str, source: str, row: dict[str, Any]) -> str:
+    """The template of this key with the row's columns."""
+    values = {}
+    for column in template_columns(getattr(recipe, key), key):
+        values[column] = cell_text(row, column, source, recipe.labels) or ""
+        if not values[column].strip() and column not in recipe.optional_columns:
+            raise NoAnswer(f"empty column '{column}'")
+    return fill(getattr(recipe, key), values)
 
 
 def _tools(recipe: Recipe, source: str, row: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -11,6 +11,7 @@ from carelm.data.report import SplitReport, shortened
 from carelm.data.split_files import find_files
 from carelm.data.split_names import SPLITS, SplitNames
 from carelm.data.templates import template_columns
+from carelm.data.values import as_text, as_word, cell_text
 from carelm.errors import UserError
 from carelm.files import locate
 from carelm.recipe import Recipe
@@ -42,8 +43,8 @@ def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]
             raise UserError(f"dataset_name: the {split} split of {recipe.dataset_name} has no rows")
         _check_columns(recipe, rows, split, reference_columns(recipe, split, splits))
         for column, wanted in (recipe.row_filter or {}).items():
-            wanted = [str(w) for w in (wanted if isinstance(wanted, list) else [wanted])]
-            rows = [pair for pair in rows if str(pair[1].get(column)) in wanted]
+            wanted = {as_word(as_text(w, "row_filter")) for w in (wanted if isinstance(wanted, list) else [wanted])}
+            rows = [pair for pair in rows if as_word(cell_text(pair[1], column, pair[0], labels=wanted)) in wanted]
         if recipe.row_filter:
             reports[split].notes.append(f"row_filter keeps {len(rows)} of {len(splits[split])} rows")
         splits[split], reports[split].rows = rows, len(rows)
@@ -135,7 +136,9 @@ def reference_columns(recipe: Recipe, split: str, splits: dict[str, Any]) -> lis
 
 
 def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, references: list[str]) -> None:
-    there = {column for _, row in rows for column in row}
+    by_file: dict[str, set[str]] = {}
+    for source, row in rows:
+        by_file.setdefault(source.rpartition(":")[0], set()).update(row)
     needed = {"messages_column": [recipe.messages_column] if recipe.messages_column else []}
     for key in ("prompt_template", "completion_template", "system_prompt"):
         needed[key] = template_columns(getattr(recipe, key) or "", key)
@@ -145,8 +148,9 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, ref
     needed["reference_columns"] = references
     if split == "test" and references:  # such rows may have no other answer
         needed["completion_template"] = []
+    everywhere = set().union(*by_file.values())
     for key, columns in needed.items():
         for column in columns:
-            if column not in there:
-                file = rows[0][0].rsplit(":", 1)[0]
-                raise UserError(f"{key}: {file} has no column '{column}' (there: {', '.join(sorted(there))})")
+            for file, there in by_file.items():
+                if column not in (everywhere if column in recipe.optional_columns else there):
+                    raise UserError(f"{key}: {file} has no column '{column}' (there: {', '.join(sorted(there))})")

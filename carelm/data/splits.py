@@ -69,9 +69,11 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
             unused.update(example.unused_keys)
     report.dropped, report.unused_keys = dict(dropped), dict(sorted(unused.items()))
     if without_answer > recipe.max_empty_share * len(rows):
+        optional = "name the columns that may be empty in optional_columns, " if "empty column" in str(dropped) else ""
         raise UserError(
-            f"max_empty_share: {without_answer} of {len(rows)} rows of the {split} split have no answer "
-            f"({list_counts(dropped)}; {', '.join(report.first_without_answer)}); mend the rows or raise max_empty_share"
+            f"max_empty_share: {without_answer} of {len(rows)} rows of the {split} split have no answer or an empty column "
+            f"({list_counts(dropped)}; {', '.join(report.first_without_answer)}); mend the rows, {optional}or raise "
+            "max_empty_share"
         )
     return kept
 

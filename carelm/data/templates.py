@@ -1,10 +1,7 @@
 """Templates with {columns}, and how a row fills them in."""
 
-import json
 from string import Formatter
-from typing import Any
 
-from carelm.data.example import NoAnswer
 from carelm.errors import UserError
 
 
@@ -25,19 +22,6 @@ def template_pieces(template: str, key: str) -> list[tuple[str, str | None]]:
     return [(text, None if name is None else name + (form and f":{form}")) for text, name, form, _ in parsed]
 
 
-def fill(template: str, row: dict[str, Any], source: str, answer: bool = False) -> str:
-    pieces, values = template_pieces(template, "template"), {}
-    for _, column in pieces:
-        if column is None:
-            continue
-        value = row.get(column)
-        if answer and isinstance(value, (list, dict)):
-            raise NoAnswer("answer is not text")
-        if answer and value is None:
-            raise NoAnswer("empty answer")
-        values[column] = (
-            "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        )
-    if answer and values and not any(value.strip() for value in values.values()):
-        raise NoAnswer("empty answer")
-    return "".join(text + values.get(column, "") for text, column in pieces)
+def fill(template: str, values: dict[str, str]) -> str:
+    """The template with each column's text in its place."""
+    return "".join(text + values.get(column, "") for text, column in template_pieces(template, "template"))

@@ -12,8 +12,9 @@
 
 import datetime
 import json
+import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection
 from decimal import Decimal
 from typing import Any
 
@@ -30,11 +31,18 @@ def as_text(value: Any, where: str) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def cell_text(row: dict[str, Any], column: str, source: str, labels: Sequence[str] = ()) -> str | None:
+def cell_text(row: dict[str, Any], column: str, source: str, labels: Collection[str] = ()) -> str | None:
     """The text of a row's column, None where it is missing or not there; `source` is file:row."""
     text = as_text(row.get(column), f"{source}: column '{column}'")
-    missing = MISSING_TEXTS | (MISSING_CSV_TEXTS if source.rpartition(":")[0].lower().endswith(".csv") else set())
+    is_csv = re.search(r"\.[ct]sv(\.gz)?:", source, re.IGNORECASE)
+    missing = MISSING_TEXTS | (MISSING_CSV_TEXTS if is_csv else set())
     return None if text is not None and text.strip() in missing and text.strip() not in labels else text
+
+
+def as_word(text: str | None) -> str | None:
+    """Text to compare with a recipe's words: true of a JSON file is True or TRUE in a CSV file."""
+    text = text and text.strip()
+    return text.lower() if text and text.lower() in ("true", "false") else text
 
 
 def plain(value: Any, where: str) -> Any:

@@ -26,23 +26,6 @@ def test_tokens_decode_to_the_text_to_the_byte(tmp_path, make, tokenizer):
         assert row["question"] in tokenizer.decode(ids[~trained])
 
 
-def test_other_columns_are_filled_in_as_they_are(tmp_path, make):
-    rows = [{"question": "Which {{sizes}}?", "stock": {"größe": [38, 40]}, "answer": "38", "n": 7, "none": None}]
-    recipe = make(
-        write_jsonl(tmp_path / "rows.jsonl", rows),
-        prompt_template="{question} {{kept}} {stock} {n}{none}",
-        system_prompt="Row {n}.",
-        category_column="n",
-        id_column="n",
-    )
-    (example,) = splits.make_examples(recipe)[0]["train"]
-    assert example.prompt == [
-        {"role": "system", "content": "Row 7."},
-        {"role": "user", "content": 'Which {{sizes}}? {kept} {"größe": [38, 40]} 7'},
-    ]
-    assert (example.category, example.id, example.source) == ("7", "7", "rows.jsonl:1")
-
-
 def test_a_column_may_have_any_name(tmp_path, make):
     rows = [{"ticket.question": "Which sizes?", "reply [en]": "38", "note: urgent": "yes"}]
     recipe = make(
