@@ -6,10 +6,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from carelm.data.csv_text import encoding_by_mark, read_csv
 from carelm.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Rows = list[tuple[str, dict[str, Any]]]  # (file:row, row); rows count from 1
 
@@ -144,6 +147,16 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
             for name in names:
                 if names.count(name) > 1:
                     raise UserError(f"{path}: the column '{name}' is there {names.count(name)} times; rename one")
-            return [row for batch in file.iter_batches() for row in batch.to_pylist()]
+            return [row for batch in file.iter_batches() for row in arrow_rows(pyarrow.Table.from_batches([batch]))]
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
+
+
+def arrow_rows(table: "pyarrow.Table") -> list[dict[str, Any]]:
+    """The rows of an Arrow table: maps are objects, and a number of 32 bits has the digits that it was written with."""
+    import pyarrow
+
+    for i, field in enumerate(table.schema):
+        if field.type == pyarrow.float32():  # 19.99 and not 19.989999771118164
+            table = table.set_column(i, field.name, table.column(i).cast(pyarrow.string()).cast(pyarrow.float64()))
+    return table.to_pylist(maps_as_pydicts="strict")

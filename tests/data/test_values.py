@@ -7,6 +7,8 @@ import json
 
 import numpy as np
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +106,16 @@ def test_parquet_columns_of_every_kind_are_text(tmp_path, make):
         'Which? 2024-05-01 12:00:00 4.50 2 true [38, 40] {"town": "Ulm", "zip": "89073"}',
     ]
     assert reports["train"].dropped == {"empty column 'n'": 1}
+
+
+def test_parquets_short_numbers_keep_their_digits_and_maps_are_objects(tmp_path, make):
+    table = pyarrow.table({
+        "question": ["Price?"], "answer": ["Low."], "price": pyarrow.array([19.99], pyarrow.float32()),
+        "stock": pyarrow.array([[("ulm", 3), ("bonn", None)]], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+    })  # fmt: skip
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    ((prompt, _),) = turns_of(make(tmp_path / "rows.parquet", prompt_template="{question} {price} {stock}"))
+    assert prompt[0]["content"] == 'Price? 19.99 {"ulm": 3}'
 
 
 def test_a_value_that_cannot_be_text_is_refused_with_its_column_and_row(tmp_path, make):
