@@ -2,7 +2,7 @@
 
     make train && python benchmarks/merging.py
 
-The tolerances in carelm/models/merge.py come from this: benchmarks/results/merging.json.
+The tolerances in carelm/evaluation/certificate.py come from this: benchmarks/results/merging.json.
 """
 
 import argparse
