@@ -3,7 +3,7 @@
 import importlib.metadata
 import subprocess
 
-from carelm.files import PROJECT
+from carelm.files import PROJECT, ROOT
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
@@ -14,7 +14,9 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with a + where the working tree differs from it; None outside a git checkout."""
+    """The commit of this code, with a + where the working tree differs from it; None outside a git checkout and its copies."""
+    if (ROOT / "COMMIT").is_file():  # a SLURM job's copy
+        return (ROOT / "COMMIT").read_text().strip() or None
     if PROJECT is None or not (PROJECT / ".git").exists():
         return None
     git = ["git", "-C", str(PROJECT)]

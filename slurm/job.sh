@@ -2,16 +2,19 @@
 # What train.sh and eval.sh share: the environment, the nodes of the job, a step that signals do not cut off, the end.
 # They source it with $project set. Lines marked SITE are what a site may have to change, with the #SBATCH lines there.
 
+origin=$project # or the project that the job has copied
+[[ ! -f $project/ORIGIN ]] || origin=$(<"$project/ORIGIN")
 # SITE: the environment; `module load ...` here where the cluster has one.
-if [[ -f ${VENV:-$project/.venv}/bin/activate ]]; then
+if [[ -f ${VENV:-$origin/.venv}/bin/activate ]]; then
     # shellcheck source=/dev/null
-    source "${VENV:-$project/.venv}/bin/activate"
+    source "${VENV:-$origin/.venv}/bin/activate"
 fi
 command -v accelerate-launch >/dev/null || {
-    echo "error: no environment: make it with make -C $project train, set VENV to another one, or load a module in slurm/job.sh" >&2
+    echo "error: no environment: make it with make -C $origin train, set VENV to another one, or load a module in slurm/job.sh" >&2
     exit 2
 }
-export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # whichever copy the environment was made for
+# Whichever copy the environment was made for; a node that does not see the job's copy says so by the project's code.
+export PYTHONPATH=$project:$origin${PYTHONPATH:+:$PYTHONPATH}
 # SITE: prepared data lies on the node's own disk; checkpoints and reports need a file system that all nodes share.
 export CARELM_CACHE=${CARELM_CACHE:-${TMPDIR:-/tmp}/carelm-cache-$(id -un)}
 # SITE: nodes without internet, after `slurm/train.sh --prefetch RECIPE` on a login node: export HF_HUB_OFFLINE=1
@@ -57,9 +60,26 @@ prepare_job() {
     rm -f "$CARELM_STATUS_FILE"
     ((${SLURM_RESTART_COUNT:-0})) || rm -f "$NODE_LOG.progress"
     echo "carelm: job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $RANKS ranks on ${hosts[*]}"
-    [[ -f $ACCELERATE_CONFIG_FILE || ! -f $project/$ACCELERATE_CONFIG_FILE ]] ||
-        ACCELERATE_CONFIG_FILE=$project/$ACCELERATE_CONFIG_FILE
+}
+
+# Whether the code that runs is the copy that this job has made.
+is_copy() {
+    [[ $project == */.code/$SLURM_JOB_ID ]]
+}
+
+# From here on the job runs a copy of its code and recipes. The first start makes it; in its WORDS stands the command line.
+keep_code() {
+    is_copy || project=$(python -P -m carelm.cluster.job keep "$@")
+    export PYTHONPATH=$project:$PYTHONPATH
+    ACCELERATE_CONFIG_FILE=$(python -P -m carelm.cluster.job locate "$ACCELERATE_CONFIG_FILE")
     export ACCELERATE_CONFIG_FILE
+}
+
+# The copy, and the link to it ($1), go with the job, unless that or SLURM starts it again.
+forget_code() {
+    if is_copy && [[ -z $goes_on && $(job_field Restarts) == "${SLURM_RESTART_COUNT:-0}" ]]; then
+        rm -rf "$project" "$1"
+    fi
 }
 
 # Runs a step in the background, so that a signal to this script is served while it runs; returns the step's status.
@@ -129,7 +149,7 @@ requeue() {
     fi
     echo "carelm: $(date +%T) requeued, to go on where it was"
     for _ in 1 2 3 4 5; do
-        scontrol requeue "$job" && return
+        scontrol requeue "$job" && goes_on=1 && return
         sleep 3
     done
     return 1

@@ -15,14 +15,18 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
-asked="" step=""
+asked="" step="" kept="" goes_on="" late=""
 trap 'asked="a signal before the start"' USR1 TERM
 
-# What SLURM runs is a copy in its spool folder; the job knows where it came from.
+# What SLURM runs is a copy in its spool folder; the job knows where it came from. Its first start copies code and recipes for
+# the later ones, which find them by a link beside the log.
 here=$(dirname "${BASH_SOURCE[0]}")
 for _ in 1 2 3 4 5; do
     [[ ! -f $here/job.sh ]] || break
-    here=$(scontrol show job "${SLURM_JOB_ID-}" | sed -n 's|^ *Command=\(.*/slurm\)/[^/]*\.sh.*|\1|p' | head -n 1) || sleep 3
+    about=$(scontrol show job "${SLURM_JOB_ID-}") || sleep 3
+    here=$(sed -n 's|^ *Command=\(.*/slurm\)/[^/]*\.sh.*|\1|p' <<<"$about" | head -n 1)
+    kept=$(sed -n 's|^ *StdOut=\(.*\)/.*|\1|p' <<<"$about" | head -n 1)/slurm-${SLURM_JOB_ID-}.code
+    [[ ${SLURM_RESTART_COUNT:-0} == 0 || ! -f $kept/slurm/job.sh ]] || here=$kept/slurm
 done
 [[ -f $here/job.sh ]] || { echo "slurm/train.sh: its folder with job.sh is not found" >&2 && exit 2; }
 project=$(realpath "$here/..")
@@ -35,8 +39,11 @@ elif [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
 fi
 
 ACCELERATE_CONFIG_FILE=${ACCELERATE_CONFIG_FILE:-accelerate_configs/nodes_zero2.yaml}
+trap '[[ -z $late ]] || kill "$late" 2>/dev/null || true; forget_code "$kept"' EXIT
 prepare_job
-set -- --config "$@"
+keep_code "$RANKS" "$kept" --config "$@"
+mapfile -t -d "" words <"$project/WORDS"
+set -- "${words[@]}"
 output=$(python -P -m carelm.cluster.job check "$RANKS" "$@")
 holder=$(sed -n "s/^job \([0-9]*\), .*/\1/p" "$output/.lock" 2>/dev/null || true)
 if [[ -n $holder && $holder != "$SLURM_JOB_ID" && -n $(squeue -h -t PD,R,S -j "$holder" 2>/dev/null || true) ]]; then
@@ -62,7 +69,6 @@ ask_to_stop() {
     fi
 }
 # SLURM does not start a job again that its time limit has ended: ranks that do not answer in time are left behind.
-late=""
 leave_in_time() {
     sleep "$SAVE_PATIENCE"
     echo "carelm: the ranks have not saved within $SAVE_PATIENCE s" >&2
@@ -70,7 +76,6 @@ leave_in_time() {
 }
 trap 'ask_to_stop "time limit or preemption"; leave_in_time & late=$!' USR1
 trap 'ask_to_stop SIGTERM' TERM
-trap '[[ -z $late ]] || kill "$late" 2>/dev/null || true' EXIT
 
 if [[ -z $asked ]] && call_roll "$@" && [[ -z $asked ]] && launch "$project/train/sft.py" "$@"; then
     exit 0

@@ -17,6 +17,8 @@ import pytest
 from launching import PROJECT, VENV, eval_losses, losses, mark, same_bits, script, stopped_at
 from two_nodes import Cluster, Jobs, what_is_missing
 
+from carelm.cluster.job import KEPT
+
 MISSING = what_is_missing()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(MISSING is not None, reason=MISSING or "")]
 
@@ -144,6 +146,27 @@ def test_a_run_that_was_stopped_and_killed_in_mid_save_goes_on_on_one_node(jobs,
     assert "checkpoint-10" in re.search("going on from .*", jobs.log(job)).group()
     check_close(jobs.run, unbroken)
     assert json.loads((jobs.run / "train_metrics.json").read_text())["world_size"] == 1
+
+
+def test_a_start_that_is_requeued_runs_what_the_first_one_ran(cluster, unbroken, tmp_path):
+    """Submitted in the project's folder, whose every part is broken while the job runs; --restart, too, is done once."""
+    for place in KEPT:
+        shutil.copytree(PROJECT / place, tmp_path / place, ignore=shutil.ignore_patterns("__pycache__"))
+    cluster.wait_for_nodes()
+    jobs = Jobs(cluster, tmp_path, project=tmp_path)
+    shutil.copytree(unbroken / "checkpoint-5", jobs.run / "checkpoint-5")
+    shutil.copy(unbroken / "recipe.yaml", jobs.run)
+    job = jobs.train(*KEYS, "--restart")
+    jobs.wait_for(job, r"\| 1/20")
+    for place in KEPT:
+        for file in (f for f in (tmp_path / place).rglob("*") if f.is_file() and f.parent.name != "base"):
+            file.write_text("broken while the job runs")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    jobs.wait_for(job, "start 2")
+    goes_on(jobs, job, 2)
+    ends_like(jobs, job, unbroken)
+    assert jobs.log(job).count("the earlier run is kept as") == 1
+    assert not list((tmp_path / ".code").iterdir()) and not list(tmp_path.glob("slurm-*.code"))
 
 
 def preempt(jobs: Jobs, cluster: Cluster) -> str:

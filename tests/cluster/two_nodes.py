@@ -194,14 +194,14 @@ class Cluster:
 class Jobs:
     """The jobs of one training, submitted in a folder of their own, in which the logs are."""
 
-    def __init__(self, cluster: Cluster, folder: Path):
-        self.cluster, self.folder, self.run = cluster, folder, folder / "run"
+    def __init__(self, cluster: Cluster, folder: Path, project: Path = PROJECT):
+        self.cluster, self.folder, self.run, self.project = cluster, folder, folder / "run", project
         folder.mkdir(exist_ok=True)
 
     def submit(self, *words, options=("--nodes=2",), script="train.sh", check=True, **extra) -> str:
         """The job's number, or what sbatch complained of where it must not be checked; `extra` are environment variables."""
         done = self.cluster.run(
-            "sbatch", "--parsable", *options, PROJECT / "slurm" / script, *words, cwd=self.folder, check=check,
+            "sbatch", "--parsable", *options, self.project / "slurm" / script, *words, cwd=self.folder, check=check,
             **{"OMP_NUM_THREADS": "1", "HF_HOME": "/nonexistent", "CUDA_VISIBLE_DEVICES": "", "TQDM_MININTERVAL": "0",
                "VENV": str(VENV), **extra},
         )  # fmt: skip
@@ -217,9 +217,14 @@ class Jobs:
         """Until the log holds it."""
         self._until(job, lambda: re.search(pattern, self.log(job)), 0.03)
 
+    def code(self, job: str) -> Path:
+        """The copy of code and recipes that the job runs."""
+        return self.run.parent / ".code" / job
+
     def wait_for_rank(self, job: str, node: str) -> int:
         """The process number of a node's training rank, once it is there."""
-        return self._until(job, lambda: self.cluster.processes(node, f"-u {PROJECT}/train/sft.py"), 0.1)[0]
+        file = self.code(job) / "train/sft.py"
+        return self._until(job, lambda: self.cluster.processes(node, f"-u {file}"), 0.1)[0]
 
     def wait_for_save(self, job: str, step: int) -> None:
         """Until the save of a step has begun."""
