@@ -8,7 +8,7 @@ READY_DEV := $(VENV)/.ready-dev
 # DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train eval test test-long bench bench-gpu check style
+.PHONY: train eval test test-long bench bench-gpu real-base check style
 
 train: $(READY)
 	accelerate launch train/sft.py
@@ -34,6 +34,11 @@ bench: $(READY)
 
 bench-gpu: $(READY)
 	python benchmarks/gpu.py
+
+# A real base, SmolLM2-135M-Instruct, into the cache: once, then offline. Its folder is the last line.
+real-base: $(READY)
+	python -c "import gguf" 2>/dev/null || pip install gguf
+	python demo/real_base.py
 
 check: $(READY_DEV)
 	ruff check .

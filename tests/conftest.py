@@ -1,6 +1,8 @@
 """What several test files share: the tiny base, the folder with public samples, a cache of its own for each test."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,18 @@ def pytest_collection_modifyitems(items):
 def base() -> Path:
     """The tiny pretrained base that comes with the project."""
     return PROJECT / "demo/base"
+
+
+@pytest.fixture(scope="session")
+def real_base() -> Path:
+    """SmolLM2-135M-Instruct, kept in the user's own cache: a fixture of the session begins before `own_cache`."""
+    command = [sys.executable, PROJECT / "demo/real_base.py"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    last = done.stderr.splitlines()[-1:] or [""]
+    if done.returncode == 2 and last[0].startswith("error: no real base: "):
+        pytest.skip(last[0].removeprefix("error: "))
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")
