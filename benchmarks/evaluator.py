@@ -22,8 +22,8 @@ from pathlib import Path
 from launches import PROJECT, accelerate, describe_machine, run, say, threads, write_results
 
 NEW_TOKENS = 48
-KEYS = ("--config", "recipes/bitext_support.yaml", "--load_in_4bit", "false", "--models", "base", "--num_latency_prompts", 1,
-        "--num_resamples", 10, "--max_new_tokens", NEW_TOKENS)  # fmt: skip
+KEYS = ("--config", "recipes/bitext_support.yaml", "--config", "recipes/overlays/demo_base.yaml", "--load_in_4bit", "false",
+        "--models", "base", "--num_latency_prompts", 1, "--num_resamples", 10, "--max_new_tokens", NEW_TOKENS)  # fmt: skip
 
 
 def main() -> None:

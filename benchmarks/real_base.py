@@ -19,7 +19,8 @@ from launches import ONE_PROCESS, PROJECT, accelerate, describe_machine, say, th
 from real_rows import EVALUATED, TRAINED
 
 RECIPE = "bitext_support"
-SETTINGS = ["--load_in_4bit", "false", "--learning_rate", "5e-4", "--max_length", "384", "--max_samples", "1200",
+FILES = [f"recipes/{RECIPE}.yaml", "recipes/overlays/real_base.yaml"]
+SETTINGS = ["--learning_rate", "5e-4", "--max_length", "384", "--max_samples", "1200",
             "--global_batch_size", "8", "--max_eval_samples", "100"]  # fmt: skip
 ANSWERS = ["--max_new_tokens", "128", "--num_latency_prompts", "5"]
 SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
@@ -37,7 +38,7 @@ def main() -> None:
     base = Path(launch([sys.executable, "demo/real_base.py"]))
     source = json.loads((base / "source.json").read_text())
     result = {"machine": describe_machine(), "base": {key: source.get(key) for key in ("weights", "source", "sha256")}}
-    keys = ["--config", f"recipes/{RECIPE}.yaml", "--model_name_or_path", base, *SETTINGS, "--dataset_name", data]
+    keys = [word for file in FILES for word in ("--config", file)] + [*SETTINGS, "--dataset_name", data]
 
     speeds = {precision: steps_per_precision(keys, precision) for precision in ("fp32", "bf16")}
     precision = max(speeds, key=speeds.get)
@@ -50,10 +51,10 @@ def main() -> None:
     found = json.loads((options.output_dir / "eval/results.json").read_text())
     measured = ("latency", "throughput", "cut_predictions", "mean_new_tokens", "precision")
     result |= {
-        "train": [f"recipes/{RECIPE}.yaml", *SETTINGS, "--precision", precision],
+        "train": [*FILES, *SETTINGS, "--precision", precision],
         "tokens_per_second_over_three_steps": speeds,
         "trained": {key: trained.get(key) for key in (*TRAINED, "wall_seconds", "tokens_per_second", "precision")},
-        "evaluate": ANSWERS,
+        "evaluate": [*FILES, *SETTINGS, *ANSWERS],
         "test": {key: value for key, value in found["test"].items() if key != "dataset"},
         "models": {
             model: {key: values[key] for key in (*EVALUATED, *measured) if key in values}

@@ -7,6 +7,7 @@ from pathlib import Path
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import locate
+from carelm.keys import ALTERNATIVES
 from carelm.recipe import Recipe
 
 
@@ -26,7 +27,11 @@ def check(recipe: Recipe) -> None:
     for key in ("max_samples", "max_eval_samples", "early_stopping_patience"):
         if getattr(recipe, key) is not None and getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1; leave it out for no limit")
-    given = {**recipe.model, **recipe.training}
+    given = recipe.keys()
+    for ways in ALTERNATIVES:
+        named = [key for way in ways for key in [k for k in way if given.get(k)][:1]]
+        if len(named) > 1:
+            raise UserError(f"{named[0]} and {named[1]}: set only one of them")
     for key in (
         "learning_rate",
         "lora_r",
@@ -56,17 +61,14 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")
     if recipe.validation_fraction + recipe.test_fraction >= 1:
         raise UserError("validation_fraction and test_fraction leave nothing to train on; their sum must be under 1")
-    if recipe.model.get("load_in_4bit") and recipe.model.get("load_in_8bit"):
-        raise UserError("load_in_4bit and load_in_8bit: set only one of them")
     if recipe.method == "full" and recipe.bits:
         raise UserError(
-            f"method: full cannot train a base held in {recipe.bits} bits; set method: lora, or leave out "
-            f"load_in_{recipe.bits}bit"
+            f"method: full cannot train a base held in {recipe.bits} bits; set method: lora, or "
+            f"load_in_{recipe.bits}bit: false"
         )
-    if recipe.messages_column and (recipe.prompt_template or recipe.completion_template):
-        raise UserError(
-            f"messages_column and prompt_template: set one or the other (recipe {recipe.name} and command line)"
-        )
+    if bool(recipe.prompt_template) != bool(recipe.completion_template):
+        there, missing = ("prompt", "completion") if recipe.prompt_template else ("completion", "prompt")
+        raise UserError(f"{there}_template is set and {missing}_template is not: they go together")
     if not recipe.messages_column and not (recipe.prompt_template and recipe.completion_template):
         raise UserError(
             "the recipe does not say where the conversations are: set prompt_template and completion_template (such as "
@@ -98,6 +100,11 @@ def check(recipe: Recipe) -> None:
     base = recipe.model["model_name_or_path"]
     if base.startswith((".", "/", "~")) and not os.path.isdir(recipe.base):
         raise UserError(f"model_name_or_path: there is no folder {base}")
+    if base.startswith("bases/") and not os.path.isdir(recipe.base):
+        raise UserError(
+            f"model_name_or_path: {base} is not in CareLM's cache; python demo/real_base.py makes "
+            "bases/smollm2-135m-instruct"
+        )
     beside = Path(locate(str(Path(base).parent)))
     if base.count("/") == 1 and not os.path.exists(recipe.base) and beside.is_dir():  # a Hub id, or a folder misspelt
         near = difflib.get_close_matches(Path(base).name, [p.name for p in beside.iterdir()], n=1)

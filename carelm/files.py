@@ -10,21 +10,28 @@ ROOT = Path(__file__).resolve().parent.parent  # where the package lies
 PROJECT = ROOT if (ROOT / "train/sft.py").is_file() else None  # none of it lies beside an installed wheel
 # The project that this one is a copy of, where a SLURM job has made it (carelm.cluster.job).
 ORIGIN = Path((ROOT / "ORIGIN").read_text(encoding="utf-8")) if (ROOT / "ORIGIN").is_file() else None
+OWN_CACHE = "~/.cache/carelm"
 CODE = (".py", ".j2", ".json", ".yaml", ".sh")
 
 
-def locate(name: str) -> str:
-    """A path as the user means it: from the current folder, else from the project's; unchanged where neither has it.
+def locate(name: str, *others: Path) -> str:
+    """A path as the user means it: from the current folder, else from the project's, else from `others`; unchanged where
+    none has it.
 
     In a SLURM job, what the job has a copy of is that copy, also where it was named as seen from the project's folder.
     """
-    for folder in filter(None, (Path.cwd(), PROJECT, ORIGIN)):
+    for folder in filter(None, (Path.cwd(), PROJECT, ORIGIN, *others)):
         path = folder / Path(name).expanduser()
         if path.exists():
             plain = Path(os.path.normpath(path))
             kept = ROOT / plain.relative_to(ORIGIN) if ORIGIN and plain.is_relative_to(ORIGIN) else path
             return str(kept if kept.exists() else path)
     return name
+
+
+def cache() -> Path:
+    """Where CareLM keeps what it has made and can make again."""
+    return Path(os.environ.get("CARELM_CACHE", OWN_CACHE)).expanduser()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -86,6 +86,12 @@ REFUSED = {
 LAUNCHER_KEYS = (
     "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
 )  # fmt: skip
+# Ways to say one thing, each by the keys that choose it: a recipe has one of them. Those of a later file or of the command
+# line displace the others of an earlier file.
+ALTERNATIVES = (
+    (("prompt_template", "completion_template"), ("messages_column",)),
+    (("load_in_4bit",), ("load_in_8bit",)),
+)
 # Where CareLM's defaults differ from TRL's: a recipe of four lines should be a good run.
 DEFAULTS = {
     "model_name_or_path": "demo/base",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from carelm.errors import UserError
-from carelm.files import locate
+from carelm.files import OWN_CACHE, cache, locate
 
 
 def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
@@ -129,8 +129,9 @@ class Recipe:
 
     @property
     def base(self) -> str:
-        """The base model: a folder as an absolute path, or a Hub id."""
-        return locate(self.model["model_name_or_path"])
+        """The base model: a folder as an absolute path, or a Hub id. bases/NAME is one that lies in CareLM's cache, or in the
+        user's own, which all nodes of a cluster see."""
+        return locate(self.model["model_name_or_path"], cache(), Path(OWN_CACHE).expanduser())
 
     @property
     def bits(self) -> int | None:

@@ -1,4 +1,4 @@
-"""A recipe's YAML file and the command line -> a checked recipe, and back. Imports no torch."""
+"""A recipe's YAML file, what is laid over it and the command line -> a checked recipe, and back. Imports no torch."""
 
 import argparse
 import ast
@@ -12,7 +12,8 @@ import yaml
 from carelm.checks import check
 from carelm.errors import UserError
 from carelm.files import locate, write_whole
-from carelm.keys import DEFAULTS, FREE_KEYS, FREE_PREFIXES, REFUSED, Key, known, known_keys, typed
+from carelm.keys import ALTERNATIVES, DEFAULTS, FREE_KEYS, FREE_PREFIXES, REFUSED, Key, known, known_keys, typed
+from carelm.ranks import say
 from carelm.recipe import Recipe
 
 
@@ -42,7 +43,9 @@ _Loader.add_implicit_resolver(
 
 
 def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Recipe:
-    """Reads `[--config FILE] [--key value ...]` into a checked recipe; `--help` prints every key and exits.
+    """Reads `[--config FILE ...] [--key value ...]` into a checked recipe; `--help` prints every key and exits.
+
+    Of several files (`--config A --config B`) a later one wins, key by key, and the command line wins over all.
 
     Args:
         arguments: the command line without the script's name.
@@ -54,19 +57,27 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
     """
     if "--help" in arguments or "-h" in arguments:
         _print_help(usage, only_own)
-    config, given = _split_command_line(arguments)
-    path = Path(locate(config or "recipes/demo.yaml"))
-    values = {}
-    for key, value in _read_yaml(path).items():
-        values[key] = typed(known(key, str(path)), value, f"{path}: ")
-    for name, texts in given.items():
-        key = known(name, "command line")
-        values[name] = typed(key, _parse_texts(key, texts), "--")
+    files, given = _split_command_line(arguments)
+    paths = [Path(locate(file)) for file in files or ["recipes/demo.yaml"]]
+    values: dict[str, Any] = {}
+    for i, path in enumerate(paths):
+        if path.resolve() in [p.resolve() for p in paths[:i]]:
+            raise UserError(f"--config names {path} twice; remove one")
+        own = {name: typed(known(name, str(path)), value, f"{path}: ") for name, value in _read_yaml(path).items()}
+        values = _lay_over(values, own, str(path))
+    keys = {name: known(name, "command line") for name in given}
+    own = {name: typed(key, _parse_texts(key, given[name]), "--") for name, key in keys.items()}
+    values = _lay_over(values, own, "command line")
+    if "model_name_or_path" not in values:
+        say(
+            "the recipe names no base: demo/base is taken, a toy; set model_name_or_path, or add one of recipes/overlays/"
+        )
     values = {**DEFAULTS, **values}
-    values.setdefault("output_dir", f"outputs/{path.stem}")
+    name = "+".join(path.stem for path in paths)
+    values.setdefault("output_dir", f"outputs/{name}")
     by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
                 ("own", "training", "model")}  # fmt: skip
-    recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=path.stem)
+    recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=name)
     check(recipe)
     return recipe
 
@@ -121,26 +132,42 @@ def _print_help(usage: str, only_own: bool) -> NoReturn:
     sys.exit(0)
 
 
-def _split_command_line(arguments: list[str]) -> tuple[str | None, dict[str, list[str]]]:
-    """`--config X --a 1 --b=2 --flag` -> ("X", {"a": ["1"], "b": ["2"], "flag": []})."""
+def _lay_over(values: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Any]:
+    """`own` over `values`, key by key; what says in another way what `own` says is taken out, and said."""
+    values = dict(values)
+    for ways in ALTERNATIVES:
+        chosen = [key for way in ways for key in way if own.get(key)]
+        others = [key for way in ways if not set(way) & set(chosen) for key in way]
+        for key in others if chosen else []:
+            if values.pop(key, None):
+                say(f"{where}: {chosen[0]} takes the place of {key}")
+    return {**values, **own}
+
+
+def _split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """`--config X --config Y --a 1 --b=2 --flag` -> (["X", "Y"], {"a": ["1"], "b": ["2"], "flag": []})."""
+    files: list[list[str]] = []
     given: dict[str, list[str]] = {}
     name = None
     for argument in arguments:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
-            if name in given:
+            if name in given and name != "config":
                 raise UserError(f"--{name} stands twice on the command line; remove one")
             given[name] = [value] if equals else []
+            files += [given[name]] if name == "config" else []
         elif name is None:
             raise UserError(
                 f"'{argument}' is not a key: write --config {argument} for a recipe, --key value for the rest"
             )
         else:
             given[name].append(argument)
-    config = given.pop("config", None)
-    if config is not None and len(config) != 1:
-        raise UserError("--config takes one recipe file")
-    return (config[0] if config else None), given
+    given.pop("config", None)
+    if any(len(words) != 1 for words in files):
+        raise UserError(
+            "--config takes one file; what is laid over a recipe has its own: --config RECIPE --config OVERLAY"
+        )
+    return [words[0] for words in files], given
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

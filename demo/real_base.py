@@ -24,8 +24,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from carelm.errors import UserError
+from carelm.files import cache
 from carelm.ranks import run_main, say
-from carelm.recipe import UserError
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -38,8 +39,7 @@ MARK = "source.json"  # written last: where the folder comes from, and the size 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    cache = Path(os.environ.get("CARELM_CACHE", "~/.cache/carelm")).expanduser()
-    folder = cache / "bases" / NAME.lower()
+    folder = cache() / "bases" / NAME.lower()
     try:
         if not is_whole(folder):
             make(folder)

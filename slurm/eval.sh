@@ -18,7 +18,7 @@ asked="" step="" kept="" goes_on=""
 trap 'asked=1; [[ -z $step ]] || kill "$step" 2>/dev/null || true' USR1 TERM
 
 if [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
-    echo "usage: sbatch [--nodes N] slurm/eval.sh RECIPE [--key value ...]" >&2
+    echo "usage: sbatch [--nodes N] slurm/eval.sh RECIPE [--config OVERLAY ...] [--key value ...]" >&2
     exit 2
 fi
 # What SLURM runs is a copy in its spool folder; the job knows where it came from. Its first start copies code and recipes for

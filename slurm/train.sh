@@ -2,6 +2,7 @@
 # Trains a recipe on all nodes of a SLURM job; the same file for one node and for eight.
 #
 #     sbatch --nodes 2 --gpus-per-node 4 slurm/train.sh recipes/bitext_support.yaml --learning_rate 1e-4
+#     sbatch slurm/train.sh recipes/bitext_support.yaml --config recipes/overlays/demo_base.yaml
 #     slurm/train.sh --prefetch recipes/bitext_support.yaml       on a login node, for nodes without internet
 #
 # Paths are as seen from where it is submitted; what is not there to be read, from the project's folder. Before its time limit
@@ -34,7 +35,7 @@ source "$project/slurm/job.sh"
 if [[ ${1-} == --prefetch && $# -ge 2 ]]; then
     exec python -P -m carelm.cluster.job prefetch --config "${@:2}"
 elif [[ -z ${SLURM_JOB_ID-} || $# == 0 ]]; then
-    echo "usage: sbatch [--nodes N] slurm/train.sh RECIPE [--key value ...]" >&2
+    echo "usage: sbatch [--nodes N] slurm/train.sh RECIPE [--config OVERLAY ...] [--key value ...]" >&2
     exit 2
 fi
 

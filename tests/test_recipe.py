@@ -56,6 +56,133 @@ def test_no_recipe_named_means_the_demo():
     assert load_recipe([], usage="").name == "demo"
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_that_maps_a_dataset_leaves_base_and_learning_rate_to_whoever_uses_it(path):
+    if path.stem != "demo":
+        assert not {"model_name_or_path", "learning_rate"} & yaml.safe_load(path.read_text()).keys()
+        assert load_recipe(["--config", str(path)], usage="").training["learning_rate"] == 2e-4
+        recipe = load_recipe(["--config", str(path), "--config", "recipes/overlays/demo_base.yaml"], usage="")
+        assert (recipe.model["model_name_or_path"], recipe.training["learning_rate"]) == ("demo/base", 2e-3)
+        assert str(recipe.output_dir) == f"outputs/{path.stem}+demo_base"
+
+
+def test_a_recipe_without_a_base_says_which_one_it_takes(load, capsys):
+    load()
+    assert "base" not in capsys.readouterr().err
+    load_recipe(["--config", "recipes/sgd.yaml"], usage="")
+    assert "names no base: demo/base is taken" in capsys.readouterr().err
+
+
+# Overlays
+
+
+@pytest.fixture
+def lay(tmp_path):
+    """Loads files of these keys, one laid over the other, and the words of a command line."""
+
+    def lay(*files: dict, words: tuple[str, ...] = ()):
+        configs = []
+        for number, keys in enumerate(files):
+            path = tmp_path / f"file{number}.yaml"
+            path.write_text(yaml.safe_dump(keys), encoding="utf-8")
+            configs += ["--config", str(path)]
+        return load_recipe([*configs, *words], usage="")
+
+    return lay
+
+
+def test_a_later_file_wins_key_by_key_and_the_command_line_over_all(lay, tmp_path):
+    recipe = lay(
+        SMALL | {"seed": 1, "max_length": 64}, {"seed": 2, "max_length": 32}, {"seed": 3}, words=("--lora_r", "4")
+    )
+    assert (recipe.seed, recipe.max_length, recipe.model["lora_r"]) == (3, 32, 4)
+    assert recipe.prompt_template == SMALL["prompt_template"]
+    assert (recipe.name, str(recipe.output_dir)) == ("file0+file1+file2", "outputs/file0+file1+file2")
+    assert lay(SMALL, {"seed": 2}, words=("--seed", "7", "--output_dir", "out")).seed == 7
+    assert str(lay(SMALL, {"output_dir": "mine"}).output_dir) == "mine"
+    save_recipe(recipe, tmp_path / "recipe.yaml")  # one complete file
+    assert load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage="").keys() == recipe.keys()
+
+
+TEMPLATES = {"prompt_template": "{q}", "completion_template": "{a}"}
+MESSAGES = {"messages_column": "turns", "assistant_roles": ["agent"]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "left", "gone"),
+    [
+        (TEMPLATES, MESSAGES, "messages_column", ["prompt_template", "completion_template"]),
+        (MESSAGES, TEMPLATES, "completion_template", ["messages_column"]),
+        (TEMPLATES | {"load_in_4bit": True}, {"load_in_8bit": True}, "load_in_8bit", ["load_in_4bit"]),
+        (MESSAGES | {"load_in_8bit": True}, {"load_in_4bit": True}, "load_in_4bit", ["load_in_8bit"]),
+    ],
+)
+def test_another_way_to_say_it_takes_the_place_of_an_earlier_files(lay, capsys, first, second, left, gone):
+    as_text = {k: v if isinstance(v, list) else [str(v).lower()] for k, v in second.items()}
+    words = tuple(word for key, texts in as_text.items() for word in (f"--{key}", *texts))
+    for files, added in (((first, second), ()), ((first,), words)):
+        keys = lay(*files, words=added).keys()
+        assert keys[left] and not any(keys.get(key) for key in gone)
+        said = capsys.readouterr().err
+        assert all(f"takes the place of {key}" in said for key in gone)
+
+
+def test_what_does_not_choose_another_way_leaves_the_earlier_one(lay, capsys):
+    for over in (
+        {"messages_column": None},
+        {"load_in_8bit": False},
+        {"prompt_template": "Please: {q}"},
+        {"user_roles": ["x"]},
+    ):
+        recipe = lay(TEMPLATES | {"load_in_4bit": True}, over)
+        assert recipe.bits == 4 and recipe.completion_template == "{a}"
+    assert "takes the place" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first", "over", "words", "named"),
+    [
+        (MESSAGES, {}, ("--prompt_template", "{q}"), "completion_template is not"),
+        (MESSAGES, TEMPLATES | {"messages_column": "other"}, (), "prompt_template and messages_column: set only one"),
+        (SMALL, {"learning_rte": 1}, (), "file1.yaml: unknown key 'learning_rte'"),
+        (SMALL, {"seed": "x"}, (), "file1.yaml: seed: 'x'"),
+        (SMALL, {"seed": 1}, ("--seed", "1", "--seed=2"), "--seed stands twice"),
+        (SMALL, {"seed": 1}, ("--config", "nowhere.yaml"), "nowhere.yaml cannot be read"),
+        (SMALL, {"seed": 1}, ("--config",), "--config takes one file"),
+        (SMALL, {"seed": 1}, ("--config", "a.yaml", "b.yaml"), "--config takes one file"),
+        (
+            SMALL,
+            {"seed": 1},
+            ("--config=recipes/overlays/../demo.yaml", "--config", "recipes/demo.yaml"),
+            "demo.yaml twice",
+        ),
+        (
+            SMALL,
+            {"model_name_or_path": "bases/smollm2"},
+            (),
+            "python demo/real_base.py makes bases/smollm2-135m-instruct",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_overlay_is_one_line(lay, first, over, words, named):
+    with pytest.raises(UserError) as caught:
+        lay(first, over, words=words)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_real_base_is_found_in_the_cache_and_in_the_users_own(lay, own_cache, tmp_path, monkeypatch):
+    files = ["--config", "recipes/sgd.yaml", "--config", "recipes/overlays/real_base.yaml"]
+    monkeypatch.setenv(
+        "HOME", str(tmp_path)
+    )  # a node's own disk is the cache of a cluster's job, the base lies at home
+    for cache in (tmp_path / ".cache/carelm", own_cache):
+        folder = cache / "bases/smollm2-135m-instruct"
+        folder.mkdir(parents=True)
+        recipe = load_recipe(files, usage="")
+        assert recipe.base == str(folder) and recipe.bits is None and recipe.training["learning_rate"] == 2e-4
+    assert recipe.keys()["model_name_or_path"] == "bases/smollm2-135m-instruct"
+
+
 # Keys
 
 

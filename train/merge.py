@@ -49,7 +49,7 @@ def main() -> None:
     options, keys = parse()
     if not (options.adapter / "adapter_config.json").exists():
         raise UserError(f"--adapter: {options.adapter} holds no adapter_config.json; name the folder of a finished run")
-    if "--config" not in keys:
+    if not any(key.partition("=")[0] == "--config" for key in keys):
         saved = find_recipe(options.adapter)
         if saved is None:
             raise UserError(f"--adapter: {options.adapter} has no recipe.yaml; name its recipe with --config")

@@ -3,10 +3,10 @@
     accelerate launch train/sft.py
     accelerate launch train/sft.py --config recipes/bitext_support.yaml --learning_rate 1e-4
     accelerate launch --config_file accelerate_configs/zero2.yaml train/sft.py --config recipes/bitext_support.yaml
-    python train/sft.py --config recipes/bitext_support.yaml --preview 2
+    python train/sft.py --config recipes/bitext_support.yaml --config recipes/overlays/demo_base.yaml --preview 2
 
-Without --config the recipe is recipes/demo.yaml: offline, on whatever the machine has. Any key of a recipe can be
-overridden as --key value. The same command again goes on from the newest whole checkpoint; a finished run says so and
+Without --config the recipe is recipes/demo.yaml: offline, on whatever the machine has. Of several files a later one wins, key
+by key, and --key value over all. The same command again goes on from the newest whole checkpoint; a finished run says so and
 changes nothing. The last line on standard output is the run's figures as one JSON object.
 
 Ctrl-C, SIGTERM, max_hours or a file `stop_request` in the output folder save at the end of the step and stop.

@@ -1,11 +1,12 @@
 """What the batch scripts in slurm/ ask before they start a rank. Imports no torch, but to prefetch.
 
-python -P -m carelm.cluster.job check RANKS --config RECIPE [--key value ...]   the output folder, or what is wrong
-python -P -m carelm.cluster.job keep RANKS LINK --config RECIPE ...             the job's own copy of code and recipes
-python -P -m carelm.cluster.job locate FILE                                     where a name leads
-python -P -m carelm.cluster.job prefetch --config RECIPE [--key value ...]      downloads what nodes without internet need
+python -P -m carelm.cluster.job check RANKS WORDS        the output folder, or what is wrong
+python -P -m carelm.cluster.job keep RANKS LINK WORDS    the job's own copy of code and recipes
+python -P -m carelm.cluster.job locate FILE              where a name leads
+python -P -m carelm.cluster.job prefetch WORDS           downloads what nodes without internet need
 
-RANKS are those of a training, 0 for an evaluation.
+RANKS are those of a training, 0 for an evaluation. WORDS are those of train/sft.py: --config RECIPE [--config OVERLAY ...]
+[--key value ...]
 """
 
 import os

@@ -1,9 +1,10 @@
 """The roll call of a SLURM job: every rank reports in, before anything slow begins and in less than a minute.
 
-    srun --ntasks=RANKS --ntasks-per-node=N python -m carelm.cluster.rollcall --config RECIPE [--key value ...]
+    srun --ntasks=RANKS --ntasks-per-node=N python -m carelm.cluster.rollcall WORDS
 
-One task per rank. A node that is missing, does not see the output's file system, or has another copy of the recipe, of this
-code or of a package is named; then one all-reduce of the ranks is timed. exit status: 0 all are there and alike, 2 otherwise.
+WORDS are those of train/sft.py; one task per rank. A node that is missing, does not see the output's file system, or has
+another copy of the recipe, of this code or of a package is named; then one all-reduce of the ranks is timed. exit status: 0 all
+are there and alike, 2 otherwise.
 """
 
 import contextlib

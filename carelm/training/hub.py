@@ -65,7 +65,9 @@ def push(recipe: Recipe) -> str:
     from huggingface_hub.errors import HTTPError
 
     api = HfApi(token=recipe.training.get("hub_token"))
-    name = recipe.training.get("hub_model_id") or recipe.output_dir.name
+    name = recipe.training.get("hub_model_id") or recipe.output_dir.name.replace(
+        "+", "-"
+    )  # which a name on the Hub cannot hold
     try:
         address = api.create_repo(name, private=recipe.training.get("hub_private_repo"), exist_ok=True)
         api.upload_folder(

@@ -27,7 +27,7 @@ from carelm.data.split_files import find_files
 from carelm.data.split_names import SPLITS
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
-from carelm.files import code_fingerprint, fingerprint
+from carelm.files import cache, code_fingerprint, fingerprint
 from carelm.keys import NOT_ABOUT_DATA
 from carelm.recipe import Recipe
 
@@ -70,7 +70,7 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
     Raises:
         UserError: for whatever is wrong with the data, on the rank that prepares (the others end with it).
     """
-    home = Path(os.environ.get("CARELM_CACHE", "~/.cache/carelm")).expanduser()
+    home = cache()
     key = _fingerprint(recipe, chat)
     folder = home / key
     if ranks.local_rank() == 0 and not (folder / "report.json").exists():

@@ -105,3 +105,11 @@ def test_a_folder_that_takes_no_copy_is_named(keep, tmp_path):
         UserError, match=r"^output_dir: .*out.* cannot be written \(.*; set output_dir, or sbatch --output"
     ):
         keep("7", "--config", "recipes/demo.yaml")
+
+
+def test_overlays_reach_the_check_of_a_job(monkeypatch, capsys):
+    files = ["--config", "recipes/sgd.yaml", "--config", "recipes/overlays/demo_base.yaml"]
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(sys, "argv", ["job", "check", "2", *files, "--seed", "7"])
+    job.main()
+    assert capsys.readouterr().out == f"{PROJECT / 'outputs/sgd+demo_base'}\n"

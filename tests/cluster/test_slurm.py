@@ -314,7 +314,8 @@ def test_misuse_ends_with_what_to_do(jobs, cluster):
     train = PROJECT / "slurm/train.sh"
     outside = cluster.run("bash", train, "recipes/demo.yaml", check=False, VENV=str(VENV))
     assert outside.returncode == 2 and "usage: sbatch" in outside.stderr
-    prefetched = cluster.run("bash", train, "--prefetch", "recipes/demo.yaml", VENV=str(VENV))
+    words = ("recipes/demo.yaml", "--config", "recipes/overlays/demo_base.yaml")
+    prefetched = cluster.run("bash", train, "--prefetch", *words, VENV=str(VENV))
     assert "demo/base is here" in prefetched.stderr and "train 1960 rows" in prefetched.stderr
 
 
