@@ -20,8 +20,8 @@ from real_rows import EVALUATED, TRAINED
 
 RECIPE = "bitext_support"
 FILES = [f"recipes/{RECIPE}.yaml", "recipes/overlays/real_base.yaml"]
-SETTINGS = ["--learning_rate", "5e-4", "--max_length", "384", "--max_samples", "1200",
-            "--global_batch_size", "8", "--max_eval_samples", "100"]  # fmt: skip
+SETTINGS = ["--learning_rate", "5e-4", "--max_length", "384", "--max_samples", "1200", "--global_batch_size", "8"]
+FEWER_ROWS = ["--max_eval_samples", "100"]
 ANSWERS = ["--max_new_tokens", "128", "--num_latency_prompts", "5"]
 SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU", "chrf": "chrF"}
 
@@ -43,7 +43,7 @@ def main() -> None:
     speeds = {precision: steps_per_precision(keys, precision) for precision in ("fp32", "bf16")}
     precision = max(speeds, key=speeds.get)
     say(f"tokens per second over three steps: {speeds}; {precision} trains")
-    keys += ["--precision", precision, "--output_dir", options.output_dir]
+    keys += [*FEWER_ROWS, "--precision", precision, "--output_dir", options.output_dir]
     launch(accelerate(ONE_PROCESS, "train/sft.py", *keys))
     launch(accelerate(ONE_PROCESS, "eval/run.py", *keys, *ANSWERS, "--models", "base", "adapter"))
 
@@ -51,10 +51,10 @@ def main() -> None:
     found = json.loads((options.output_dir / "eval/results.json").read_text())
     measured = ("latency", "throughput", "cut_predictions", "mean_new_tokens", "precision")
     result |= {
-        "train": [*FILES, *SETTINGS, "--precision", precision],
+        "train": [*FILES, *SETTINGS, *FEWER_ROWS, "--precision", precision],
         "tokens_per_second_over_three_steps": speeds,
         "trained": {key: trained.get(key) for key in (*TRAINED, "wall_seconds", "tokens_per_second", "precision")},
-        "evaluate": [*FILES, *SETTINGS, *ANSWERS],
+        "evaluate": [*FILES, *SETTINGS, *FEWER_ROWS, "--precision", precision, *ANSWERS],
         "test": {key: value for key, value in found["test"].items() if key != "dataset"},
         "models": {
             model: {key: values[key] for key in (*EVALUATED, *measured) if key in values}
@@ -81,6 +81,7 @@ def steps_per_precision(keys: list[object], precision: str) -> float:
     """Tokens per second of a training of three steps."""
     with tempfile.TemporaryDirectory(prefix="carelm-real-base-") as folder:
         few = ["--precision", precision, "--max_steps", 3, "--eval_strategy", "no", "--eval_on_start", "false",
+               "--max_eval_samples", 4, "--num_sample_answers", 0,
                "--save_strategy", "no", "--output_dir", Path(folder) / "run"]  # fmt: skip
         return json.loads(launch(accelerate(ONE_PROCESS, "train/sft.py", *keys, *few)))["tokens_per_second"]
 

@@ -11,6 +11,10 @@ import pytest
 from conftest import PROJECT
 from hub_server import COMMIT, serve
 
+from carelm.chat.chat import make_chat
+from carelm.data.example import Example
+from carelm.recipe_file import load_recipe
+
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 CLOSED = {"HF_ENDPOINT": NOWHERE, "PIP_INDEX_URL": NOWHERE, "PIP_EXTRA_INDEX_URL": NOWHERE, "PIP_FIND_LINKS": "",
           "PIP_CONFIG_FILE": os.devnull}  # fmt: skip
@@ -101,6 +105,20 @@ def test_the_real_base_has_a_chat_template_splits_digits_and_answers_a_shop_ques
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**ids, max_new_tokens=100, do_sample=False)[0][ids["input_ids"].shape[1] :]
     assert "password" in tokenizer.decode(answer) and answer[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.real_base
+def test_the_overlay_finds_it_and_training_sees_what_the_template_writes(real_base, monkeypatch):
+    monkeypatch.setenv("CARELM_CACHE", str(real_base.parent.parent))
+    recipe = load_recipe(["--config", "recipes/sgd.yaml", "--config", "recipes/overlays/real_base.yaml"], usage="")
+    chat = make_chat(recipe)
+    messages = [{"role": "user", "content": "Hi  12"}, {"role": "assistant", "content": "Yes."}]
+    (rendered,), _ = chat.render(
+        [Example(prompt=messages[:1], completion=messages[1:], id="1", category=None, source="rows:1")]
+    )
+    assert recipe.base == str(real_base)
+    assert rendered.input_ids.tolist() == chat.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert chat.tokenizer.decode(rendered.input_ids[rendered.trained]).rstrip() == "Yes.<|im_end|>"
 
 
 @pytest.mark.long
