@@ -29,7 +29,7 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1; leave it out for no limit")
     given = recipe.keys()
     for ways in ALTERNATIVES:
-        named = [key for way in ways for key in [k for k in way if given.get(k)][:1]]
+        named = [key for way in ways if (key := next(filter(given.get, way), None))]
         if len(named) > 1:
             raise UserError(f"{named[0]} and {named[1]}: set only one of them")
     for key in (

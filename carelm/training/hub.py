@@ -65,9 +65,8 @@ def push(recipe: Recipe) -> str:
     from huggingface_hub.errors import HTTPError
 
     api = HfApi(token=recipe.training.get("hub_token"))
-    name = recipe.training.get("hub_model_id") or recipe.output_dir.name.replace(
-        "+", "-"
-    )  # which a name on the Hub cannot hold
+    # A name on the Hub cannot hold the + of outputs/A+B.
+    name = recipe.training.get("hub_model_id") or recipe.output_dir.name.replace("+", "-")
     try:
         address = api.create_repo(name, private=recipe.training.get("hub_private_repo"), exist_ok=True)
         api.upload_folder(
