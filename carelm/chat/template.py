@@ -22,7 +22,8 @@ def read_template(path: str) -> str:
         raise UserError(f"chat_template_path: {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"chat_template_path: {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save it so"
+            f"chat_template_path: {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); "
+            "save it as UTF-8"
         ) from None
     if not text.strip():
         raise UserError(f"chat_template_path: {path} is empty; write a chat template into it")
