@@ -78,6 +78,11 @@ class Recipe:
     )
     max_empty_share: float = _key(0.1, "Stop when more than this share of the rows has no answer or an empty column.")
     keep_test_questions: bool = _key(False, "Leave questions that also stand in validation or test in train.")
+    drop_near_duplicates: bool = _key(
+        False,
+        "Take questions out of train that are nearly one of validation or test (0.9 of their character 5-grams shared); "
+        "they are counted and named in any case.",
+    )
     # the evaluator
     models: list[str] = _key(
         [],

@@ -1,6 +1,5 @@
 """One conversation, as it comes out of a row."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,6 @@ class Example:
     references: tuple[str, ...] = ()  # of a test row with several; else the completion is the reference
     tools: list[dict[str, Any]] | None = None  # what the model may call, as OpenAI writes it
     unused_keys: frozenset[str] = frozenset()  # of the row's messages
-
-    @property
-    def question(self) -> str:
-        """All that the user says: what must not stand in both train and test."""
-        return json.dumps(
-            [m["content"] for m in self.prompt + self.completion if m["role"] == "user"], ensure_ascii=False
-        )
 
 
 class NoAnswer(Exception):

@@ -17,6 +17,8 @@ class SplitReport:
     unused_keys: dict[str, int] = field(default_factory=dict)  # of messages, with the rows that have them
     first_without_answer: list[str] = field(default_factory=list)
     first_in_other_split: list[str] = field(default_factory=list)
+    near_duplicates: int = 0  # of questions of validation and test
+    first_near_duplicates: list[str] = field(default_factory=list)
     length_p50: int = 0
     length_p95: int = 0
     length_max: int = 0
@@ -57,4 +59,7 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
             lines.append(f"{'':<11}without an answer, first: {', '.join(r['first_without_answer'])}")
         if r["first_in_other_split"]:
             lines.append(f"{'':<11}also in validation or test, first: {'; '.join(r['first_in_other_split'])}")
+        if r["near_duplicates"]:
+            first = "; ".join(r["first_near_duplicates"])
+            lines.append(f"{'':<11}{r['near_duplicates']} near-duplicates of validation or test, first: {first}")
     return "\n".join(lines)

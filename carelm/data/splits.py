@@ -1,11 +1,13 @@
 """All rows -> examples by split: cleaned, cut where the data names no split, and kept apart."""
 
-import hashlib
 import json
 import random
 from collections import Counter
 
+from carelm.data.comparison import Comparison, last_words
 from carelm.data.example import Example, NoAnswer
+from carelm.data.groups import LARGEST_SHARE, draw_groups
+from carelm.data.near_duplicates import NearDuplicates
 from carelm.data.readers import Rows
 from carelm.data.report import SplitReport, list_counts
 from carelm.data.rows import to_example
@@ -26,8 +28,10 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
         columns = reference_columns(recipe, split, splits)
         examples[split] = _clean(recipe, split, splits[split], columns, reports[split])
         splits[split] = []  # rows need more room than examples
-    _cut_splits(recipe, examples, reports)
-    _keep_apart(recipe, examples, reports)
+    compare = Comparison(e for of_split in examples.values() for e in of_split)
+    loose = _cut_splits(recipe, examples, reports, compare)
+    _keep_apart(recipe, examples, reports, compare, loose)
+    _find_near_duplicates(recipe, examples, reports, compare)
     for split, limit in (
         ("train", recipe.max_samples),
         ("validation", recipe.max_eval_samples),
@@ -78,14 +82,22 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
     return kept
 
 
-def _cut_splits(recipe: Recipe, examples: dict[str, list[Example]], reports: dict[str, SplitReport]) -> None:
-    """Holds out the splits that the data does not have by name, by a hash of the question: no question on two sides."""
+def _cut_splits(
+    recipe: Recipe, examples: dict[str, list[Example]], reports: dict[str, SplitReport], compare: Comparison
+) -> set[bytes]:
+    """Holds out the splits that the data does not have by name; what belongs together is on one side.
+
+    Returns the beginnings of conversations that are too common to keep together.
+    """
     shares = [("test", recipe.test_fraction), ("validation", recipe.validation_fraction)]
     shares = [(split, share) for split, share in shares if split not in examples and share > 0]
+    if not shares:
+        return set()
+    groups = draw_groups(recipe, examples["train"], compare)
+    reports["train"].notes += groups.notes[:5]
     parts: dict[str, list[Example]] = {"train": [], **{split: [] for split, _ in shares}}
-    for example in examples["train"]:
-        digest = hashlib.sha256(f"{recipe.split_seed} {example.question}".encode()).digest()
-        draw, target = int.from_bytes(digest[:8], "big") / 2**64, "train"
+    for example, draw in zip(examples["train"], groups.draws):
+        target = "train"
         for split, share in shares:
             if draw < share:
                 target = split
@@ -94,17 +106,75 @@ def _cut_splits(recipe: Recipe, examples: dict[str, list[Example]], reports: dic
         parts[target].append(example)
     for split, _ in shares:
         examples[split] = parts[split]
-        reports[split] = SplitReport(rows=len(parts[split]))
+        reports[split] = SplitReport(rows=len(parts[split]), notes=["held out of train"])
     examples["train"] = parts["train"]
     reports["train"].rows -= sum(len(parts[split]) for split, _ in shares)
+    return groups.loose
 
 
-def _keep_apart(recipe: Recipe, examples: dict[str, list[Example]], reports: dict[str, SplitReport]) -> None:
-    held_out = {e.question for split in ("validation", "test") for e in examples.get(split, [])}
-    shared = [e for e in examples["train"] if e.question in held_out]
-    reports["train"].first_in_other_split = [f"{e.source} {e.question[:80]}" for e in shared[:3]]
-    if shared and not recipe.keep_test_questions:
-        reports["train"].dropped["question also in validation or test"] = len(shared)
-        examples["train"] = [e for e in examples["train"] if e.question not in held_out]
-    elif shared:
-        reports["train"].fitted["question also in validation or test, kept"] = len(shared)
+def _keep_apart(
+    recipe: Recipe,
+    examples: dict[str, list[Example]],
+    reports: dict[str, SplitReport],
+    compare: Comparison,
+    loose: set[bytes],
+) -> None:
+    """Takes out of train what also stands in validation or test: a question, a conversation or its beginning."""
+    held_out = [e for split in ("validation", "test") for e in examples.get(split, [])]
+    questions = {compare.question(e) for e in held_out}
+    wholes: set[bytes] = set()
+    beginnings: set[bytes] = set()
+    for so_far in map(compare.so_far, held_out if compare.have_turns else []):
+        *before, whole = so_far
+        wholes.add(whole)
+        beginnings.update(before)
+    asked, ties = set(), {}
+    for row, example in enumerate(examples["train"]):
+        if compare.question(example) in questions:
+            asked.add(row)
+        elif compare.have_turns:
+            *before, whole = compare.so_far(example)
+            if shared := [d for d in before if d in wholes] + [whole] * (whole in beginnings):
+                ties[row] = shared
+    limit = LARGEST_SHARE * sum(map(len, examples.values()))
+    counts = Counter(digest for shared in ties.values() for digest in shared)
+    loose = loose | {digest for digest, count in counts.items() if count > limit}
+    continued = {row for row, shared in ties.items() if not loose.issuperset(shared)}
+    if passed := len(ties) - len(continued):
+        reports["train"].notes.append(
+            f"{passed} rows share a beginning with validation or test that is too common to take them out"
+        )
+    report, found = reports["train"], sorted(asked | continued)
+    report.first_in_other_split = [f"{e.source} {last_words(e)}" for e in (examples["train"][row] for row in found[:3])]
+    for rows, what in (
+        (asked, "question also in validation or test"),
+        (continued, "conversation goes on in validation or test"),
+    ):
+        if rows and not recipe.keep_test_questions:
+            report.dropped[what] = len(rows)
+        elif rows:
+            report.fitted[f"{what}, kept"] = len(rows)
+    if not recipe.keep_test_questions:
+        examples["train"] = [e for row, e in enumerate(examples["train"]) if row not in asked and row not in continued]
+
+
+def _find_near_duplicates(
+    recipe: Recipe, examples: dict[str, list[Example]], reports: dict[str, SplitReport], compare: Comparison
+) -> None:
+    """Names the rows of train whose question is nearly one of validation or test, and takes them out on demand."""
+    held_out = [e for split in ("validation", "test") for e in examples.get(split, [])]
+    if not held_out:
+        return
+    index, report, found = NearDuplicates(map(compare.text, held_out)), reports["train"], set()
+    for row, example in enumerate(examples["train"]):
+        if match := index.find(compare.text(example)):
+            found.add(row)
+            if len(found) <= 3:
+                other = held_out[match[0]]
+                report.first_near_duplicates.append(
+                    f"{example.source} and {other.source} ({match[1]:.2f}): {last_words(example)}"
+                )
+    report.near_duplicates = len(found)
+    if recipe.drop_near_duplicates and found:
+        report.dropped["near-duplicate of validation or test"] = len(found)
+        examples["train"] = [e for row, e in enumerate(examples["train"]) if row not in found]

@@ -10,7 +10,7 @@ from small_rows import MESSAGES, TOOL_TURNS, chat, error_of, odd_rows, pairs, pr
 
 from carelm.chat.chat import make_chat
 from carelm.chat.preview import preview
-from carelm.data import split_names, splits
+from carelm.data import splits
 from carelm.data.report import format_report
 from carelm.errors import UserError
 from carelm.training import prepared
@@ -79,20 +79,6 @@ def test_duplicates_are_dropped_and_counted(tmp_path, make):
     assert len(examples["train"]) == 4 and reports["train"].dropped == {"duplicate": 2}
 
 
-def test_questions_in_train_and_test_are_named_and_removed_or_kept_on_demand(tmp_path, make):
-    write_jsonl(tmp_path / "folder/train.jsonl", pairs(10))
-    write_jsonl(tmp_path / "folder/test.jsonl", [pairs(1, start=4)[0] | {"answer": "Other."}, *pairs(3, start=20)])
-    examples, reports = splits.make_examples(make(tmp_path / "folder"))
-    assert len(examples["train"]) == 9 and "Question 4?" not in {e.prompt[0]["content"] for e in examples["train"]}
-    assert reports["train"].dropped == {"question also in validation or test": 1}
-    assert "train.jsonl:5" in reports["train"].first_in_other_split[0]
-    assert "Question 4?" in reports["train"].first_in_other_split[0]
-
-    examples, reports = splits.make_examples(make(tmp_path / "folder", keep_test_questions=True))
-    assert len(examples["train"]) == 10 and reports["train"].dropped == {}
-    assert reports["train"].fitted == {"question also in validation or test, kept": 1}
-
-
 def test_row_filter_keeps_rows_by_column_and_must_leave_some(tmp_path, make):
     rows = [row | {"lang": "en" if row["n"] % 2 else "de", "kind": row["n"] % 3} for row in pairs(12)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -107,62 +93,6 @@ def test_nothing_left_to_train_on_is_an_error(tmp_path, make):
     assert "nothing is left" in error_of(make(tmp_path / "folder"))
     with pytest.raises(UserError, match="max_length.*train"):
         prepare(make(write_jsonl(tmp_path / "rows.jsonl", pairs(3)), max_length=8))
-
-
-# Splits
-
-
-def test_splits_by_name_stay_as_they_are(tmp_path, make):
-    write_jsonl(tmp_path / "folder/train.jsonl", pairs(30))
-    write_jsonl(tmp_path / "folder/dev.jsonl", pairs(5, start=100))
-    write_jsonl(tmp_path / "folder/test.jsonl", pairs(4, start=200))
-    write_jsonl(tmp_path / "folder/test_extra.jsonl", pairs(4, start=300))
-    recipe = make(tmp_path / "folder", dataset_validation_split="dev", validation_fraction=0.5, test_fraction=0.3)
-    examples, _ = splits.make_examples(recipe)
-    assert {split: len(e) for split, e in examples.items()} == {"train": 30, "validation": 5, "test": 4}
-
-
-def ids_by_split(recipe):
-    return {split: [e.id for e in examples] for split, examples in splits.make_examples(recipe)[0].items()}
-
-
-def test_splits_by_fraction_hold_every_row_once_and_depend_on_the_seed_alone(tmp_path, make):
-    rows = pairs(400)
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    keys = {"validation_fraction": 0.1, "test_fraction": 0.2, "id_column": "n"}
-    first = ids_by_split(make(path, **keys))
-    assert sorted(i for ids in first.values() for i in ids) == sorted(str(n) for n in range(400))
-    assert 20 <= len(first["validation"]) <= 60 and 50 <= len(first["test"]) <= 110
-    assert ids_by_split(make(path, **keys)) == first
-    assert ids_by_split(make(path, **keys, split_seed=1)) != first
-    backwards = ids_by_split(make(write_jsonl(tmp_path / "backwards.jsonl", rows[::-1]), **keys))
-    assert {split: set(ids) for split, ids in backwards.items()} == {split: set(ids) for split, ids in first.items()}
-    more = ids_by_split(make(write_jsonl(tmp_path / "more.jsonl", [*pairs(50, start=400), *rows]), **keys))
-    assert all(set(first[split]) <= set(more[split]) for split in first)
-
-
-def test_splits_by_fraction_keep_one_question_on_one_side(tmp_path, make):
-    rows = [{"question": f"Question {i % 20}?", "answer": f"Answer {i}."} for i in range(200)]
-    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), validation_fraction=0.2, test_fraction=0.2)
-    examples, reports = splits.make_examples(recipe)
-    sides = [{e.question for e in examples[split]} for split in split_names.SPLITS]
-    assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
-    assert reports["train"].dropped == {} and sum(len(e) for e in examples.values()) == 200
-
-
-def test_max_samples_draws_the_same_rows_each_time_and_counts_the_rest(tmp_path, make):
-    write_jsonl(tmp_path / "folder/train.jsonl", pairs(50))
-    write_jsonl(tmp_path / "folder/validation.jsonl", pairs(20, start=100))
-    write_jsonl(tmp_path / "folder/test.jsonl", pairs(20, start=200))
-    recipe = make(tmp_path / "folder", max_samples=10, max_eval_samples=5)
-    examples, reports = splits.make_examples(recipe)
-    assert {split: len(e) for split, e in examples.items()} == {"train": 10, "validation": 5, "test": 5}
-    assert reports["train"].dropped == {"beyond max_samples": 40}
-    sources = [e.source for e in examples["train"]]
-    assert [e.source for e in splits.make_examples(recipe)[0]["train"]] == sources
-    assert sources != [f"train.jsonl:{i}" for i in range(1, 11)]
-    other = make(tmp_path / "folder", max_samples=10, split_seed=1)
-    assert [e.source for e in splits.make_examples(other)[0]["train"]] != sources
 
 
 # Rows that do not fit

@@ -1,0 +1,64 @@
+"""What two conversations are compared by: the question, the conversation so far, the text."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from carelm.data.example import Example
+
+_KEYS = ("role", "content", "tool_calls", "name")  # ids of calls, weights and reasoning tell no conversations apart
+
+
+class Comparison:
+    """Compares conversations; the system message and the tools count where they are not the same in all rows."""
+
+    def __init__(self, examples: Iterable[Example]):
+        system, tools, self._system_counts, self._tools_count, self.have_turns = None, None, False, False, False
+        for example in examples:
+            system, tools = (_system(example), example.tools) if system is None else (system, tools)
+            self._system_counts |= _system(example) != system
+            self._tools_count |= example.tools != tools
+            self.have_turns |= sum(m["role"] == "assistant" for m in (*example.prompt, *example.completion)) > 1
+
+    def question(self, example: Example) -> str:
+        """Everything before the answer, as JSON; `["What the user says"]` for a row with one turn."""
+        return json.dumps(self._parts(example)[:-1], sort_keys=True, ensure_ascii=False)
+
+    def text(self, example: Example) -> str:
+        """The question as plain text, a message a line."""
+        parts = self._parts(example)[:-1]
+        return "\n".join(p if isinstance(p, str) else p.get("content") or json.dumps(p, sort_keys=True) for p in parts)
+
+    def so_far(self, example: Example) -> Iterator[bytes]:
+        """A digest of the conversation up to each answer, from the first one; the last is the whole conversation's."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self._parts(example):
+            digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+            if not isinstance(part, str) and part.get("role") == "assistant":
+                yield digest.digest()
+
+    def _parts(self, example: Example) -> list[Any]:
+        messages = [*example.prompt, *example.completion]
+        messages = messages if self._system_counts else messages[len(_system(example)) :]
+        parts: list[Any] = [{"tools": example.tools}] if self._tools_count and example.tools else []
+        for message in messages:
+            part = {key: message[key] for key in _KEYS if message.get(key)}
+            parts.append(message["content"] if message["role"] == "user" and "name" not in part else part)
+        return parts
+
+
+def last_words(example: Example, number: int = 80) -> str:
+    """The end of the question, to show to people: what the user says last."""
+    asked = [m["content"] for m in example.prompt if m["role"] == "user"] or [""]
+    return " ".join(asked[-1].split())[:number]
+
+
+def _system(example: Example) -> list[str]:
+    """The texts of the system messages that open a conversation."""
+    found = []
+    for message in example.prompt:
+        if message["role"] != "system":
+            break
+        found.append(message["content"])
+    return found
