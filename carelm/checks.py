@@ -71,11 +71,14 @@ def check(recipe: Recipe) -> None:
     if bool(recipe.prompt_template) != bool(recipe.completion_template):
         there, missing = ("prompt", "completion") if recipe.prompt_template else ("completion", "prompt")
         raise UserError(f"{there}_template is set and {missing}_template is not: they go together")
-    if not recipe.messages_column and not (recipe.prompt_template and recipe.completion_template):
+    if not any(given.get(key) for way in ALTERNATIVES[0] for key in way):
         raise UserError(
             "the recipe does not say where the conversations are: set prompt_template and completion_template (such as "
-            '"{instruction}" and "{response}"), or messages_column'
+            '"{instruction}" and "{response}"), or messages_column; or text_column, role_column and conversation_column '
+            "where each row is one message"
         )
+    if any(given.get(key) for key in ALTERNATIVES[0][2]):
+        _check_one_message_a_row(recipe)
     in_templates = []
     for key in ("system_prompt", "prompt_template", "completion_template"):
         if getattr(recipe, key) is not None:
@@ -114,3 +117,19 @@ def check(recipe: Recipe) -> None:
             raise UserError(
                 f"model_name_or_path: there is no folder {base}; did you mean {Path(base).parent / near[0]}?"
             )
+
+
+def _check_one_message_a_row(recipe: Recipe) -> None:
+    if not recipe.text_column:
+        raise UserError("text_column is not set: the column with the message's text, where a row is one message")
+    if not recipe.role_column:
+        raise UserError("text_column: set role_column too, the column with who wrote the message")
+    if not (recipe.conversation_column or recipe.reply_to_column):
+        raise UserError(
+            "text_column: set conversation_column, the column that is the same in all messages of a conversation, or "
+            "reply_to_column"
+        )
+    if recipe.reply_to_column and not recipe.id_column:
+        raise UserError("reply_to_column: set id_column, the column with the message's own id that replies name")
+    if recipe.reply_to_column and recipe.order_column:
+        raise UserError("reply_to_column and order_column: set only one of them; replies stand in their own order")

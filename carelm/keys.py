@@ -89,7 +89,11 @@ LAUNCHER_KEYS = (
 # Ways to say one thing, each by the keys that choose it: a recipe has one of them. Those of a later file or of the command
 # line displace the others of an earlier file.
 ALTERNATIVES = (
-    (("prompt_template", "completion_template"), ("messages_column",)),
+    (
+        ("prompt_template", "completion_template"),
+        ("messages_column",),
+        ("text_column", "role_column", "conversation_column", "order_column", "reply_to_column"),
+    ),
     (("load_in_4bit",), ("load_in_8bit",)),
 )
 # Where CareLM's defaults differ from TRL's: a recipe of four lines should be a good run.

@@ -68,9 +68,20 @@ class Recipe:
     tools_column: str | None = _key(
         None, 'Column with the tools that the model may call (default, beside messages: tools or functions; "": none).'
     )
+    text_column: str | None = _key(
+        None, "Column with the text of one message, where a row is one: goes with role_column and conversation_column."
+    )
+    role_column: str | None = _key(None, "Column with who wrote the message: see user_roles and assistant_roles.")
+    conversation_column: str | None = _key(None, "Column that is the same in all messages of a conversation.")
+    order_column: str | None = _key(
+        None, "Column with the number or date that orders a conversation's messages (default: as they stand)."
+    )
+    reply_to_column: str | None = _key(
+        None, "Column with the id (id_column) of the message that this one replies to, instead of order_column."
+    )
     trained_turns: str = _key("last", "Which assistant turns carry loss.", ("last", "all"))
     category_column: str | None = _key(None, "Column with the category, for scores by category.")
-    id_column: str | None = _key(None, "Column with the row's id (default: file:row).")
+    id_column: str | None = _key(None, "Column with the row's id (default: conversation_column or file:row).")
     too_long: str = _key(
         "drop",
         "A row that is still over max_length once its old turns are gone: drop it, or cut its prompt and answer.",

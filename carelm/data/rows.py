@@ -16,6 +16,8 @@ def to_example(
 ) -> Example:
     """One row as an example; rows of the test split may have several references instead of a completion.
 
+    Where a row is one message, `row` is what `join_messages` makes of all rows of its conversation.
+
     Raises:
         NoAnswer: for a row whose answer is empty, not text or not there, and for an empty column of a template, unless it is
             one of `optional_columns`.
@@ -28,7 +30,9 @@ def to_example(
     if instead and not references:
         raise NoAnswer("no reference")
     unused: set[str] = set()
-    if recipe.messages_column:
+    if recipe.text_column:
+        prompt, completion = split_turns(row[recipe.text_column], recipe.trained_turns)
+    elif recipe.messages_column:
         messages = row.get(recipe.messages_column)
         messages = cell_text(row, recipe.messages_column, source) if isinstance(messages, str) else messages
         turns, unused = to_turns(recipe, source, messages)
@@ -43,10 +47,11 @@ def to_example(
     if recipe.system_prompt and prompt[0]["role"] != "system":
         system = _fill(recipe, "system_prompt", source, row)
         prompt = [{"role": "system", "content": system}, *prompt] if system.strip() else prompt
+    id_column = recipe.conversation_column or recipe.id_column
     return Example(
         prompt=prompt,
         completion=completion,
-        id=(cell_text(row, recipe.id_column, source) if recipe.id_column else None) or source,
+        id=(cell_text(row, id_column, source) if id_column else None) or source,
         category=cell_text(row, recipe.category_column, source, recipe.labels) if recipe.category_column else None,
         source=source,
         references=tuple(references),

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from carelm.data.conversations import join_messages
 from carelm.data.readers import Rows, data_suffix, read_file
 from carelm.data.report import SplitReport, shortened
 from carelm.data.split_files import find_files
@@ -48,6 +49,8 @@ def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]
         if recipe.row_filter:
             reports[split].notes.append(f"row_filter keeps {len(rows)} of {len(splits[split])} rows")
         splits[split], reports[split].rows = rows, len(rows)
+        if recipe.text_column:
+            splits[split] = join_messages(recipe, rows, reports[split])
     if not splits["train"]:
         raise UserError(f"row_filter: {recipe.row_filter} leaves no training row of {recipe.dataset_name}")
     return splits, reports
@@ -142,7 +145,8 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, ref
     needed = {"messages_column": [recipe.messages_column] if recipe.messages_column else []}
     for key in ("prompt_template", "completion_template", "system_prompt"):
         needed[key] = template_columns(getattr(recipe, key) or "", key)
-    for key in ("category_column", "id_column", "tools_column"):
+    for key in ("category_column", "id_column", "tools_column", "text_column", "role_column", "conversation_column",
+                "order_column", "reply_to_column"):  # fmt: skip
         needed[key] = [getattr(recipe, key)] if getattr(recipe, key) else []
     needed["row_filter"] = list(recipe.row_filter or {})
     needed["reference_columns"] = references

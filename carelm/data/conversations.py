@@ -1,0 +1,184 @@
+"""Rows that hold one message each (ticket exports, threads of replies) -> rows that hold a conversation."""
+
+import dataclasses
+import datetime
+import email.utils
+import math
+import re
+from collections import Counter
+from typing import Any
+
+from carelm.data.messages import to_turns
+from carelm.data.readers import Rows
+from carelm.data.report import SplitReport, list_counts
+from carelm.data.values import cell_text, is_empty, is_missing
+from carelm.errors import UserError
+from carelm.recipe import Recipe
+
+
+def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
+    """A split's rows, one message each, as one row a conversation: `text_column` holds its turns, every other column the
+    first value that one of its messages has there.
+
+    Messages of one `conversation_column` are a conversation, in the order of `order_column`, or as they stand. With
+    `reply_to_column` a message follows the one whose `id_column` it names; where one has several replies, each end is a
+    conversation of its own. Messages of one side in a row are one turn, with a blank line between them. What was joined,
+    left out or is not there is counted in the report's notes.
+
+    Raises:
+        UserError: for a message without a role, an order that is neither number nor date, an id that is there twice, and
+            messages that reply to one another in a circle.
+    """
+    counts: Counter[str] = Counter()
+    as_named = dataclasses.replace(recipe, role_key=None, content_key=None)
+    turns = []
+    for source, row in rows:
+        if is_empty(row.get(recipe.role_column)):
+            raise UserError(f"{source}: column '{recipe.role_column}' is empty; say who wrote the message")
+        message = {"role": row[recipe.role_column], "content": cell_text(row, recipe.text_column, source) or ""}
+        turns += to_turns(as_named, source, [message])[0]
+    paths = _threads(recipe, rows, counts) if recipe.reply_to_column else _groups(recipe, rows, counts)
+    conversations = []
+    for path in paths:
+        joined: dict[str, Any] = {}
+        for i in path:
+            joined |= {column: value for column, value in rows[i][1].items() if is_empty(joined.get(column))}
+        said = [turns[i] for i in path if turns[i]["content"].strip() or turns[i].get("tool_calls")]
+        counts["messages without text"] += len(path) - len(said)
+        conversations.append((rows[path[0]][0], joined | {recipe.text_column: _join_sides(said, counts)}))
+    found = {what: number for what, number in counts.items() if number}
+    report.notes.append(
+        f"{len(rows)} messages are {len(conversations)} conversations" + (f"; {list_counts(found)}" if found else "")
+    )
+    report.rows = len(conversations)
+    return conversations
+
+
+def _join_sides(turns: list[dict], counts: Counter[str]) -> list[dict]:
+    joined: list[dict] = []
+    for turn in turns:
+        before = joined[-1] if joined else {}
+        if turn["role"] == before.get("role") in ("user", "assistant") and turn.keys() == before.keys() == {
+            "role",
+            "content",
+        }:
+            joined[-1] = before | {"content": f"{before['content']}\n\n{turn['content']}"}
+            counts[f"{turn['role']} messages joined to the one before"] += 1
+        else:
+            joined.append(turn)
+    return joined
+
+
+def _groups(recipe: Recipe, rows: Rows, counts: Counter[str]) -> list[list[int]]:
+    """The indices of each conversation's messages, in order."""
+    groups: dict[str, list[int]] = {}
+    for i, (source, row) in enumerate(rows):
+        conversation = cell_text(row, recipe.conversation_column, source)
+        if conversation is None or not conversation.strip():
+            counts["messages without a conversation, left out"] += 1
+        else:
+            groups.setdefault(conversation, []).append(i)
+    if not recipe.order_column:
+        return list(groups.values())
+    places = _places(recipe.order_column, rows)
+    ordered = [sorted(group, key=lambda i: places[i]) for group in groups.values()]
+    firsts = Counter(places[group[0]] for group in ordered)
+    starts = [place for place in (0, 1) if 2 * firsts[place] > len(ordered)]
+    if starts:  # the column numbers each conversation's messages, so that a number may be missing
+        counts["conversations where a number of the order is missing or twice"] = sum(
+            [places[i] for i in group] != [starts[0] + n for n in range(len(group))] for group in ordered
+        )
+    return ordered
+
+
+def _places(column: str, rows: Rows) -> list[float]:
+    """The column as numbers to sort by: numbers as they are, dates as seconds since 1970 (UTC where they name no zone)."""
+    places, kinds = [], {}
+    for source, row in rows:
+        value = row.get(column)
+        place = _number(value)
+        kind = "numbers" if place is not None else "dates"
+        place = _seconds(value) if place is None else place
+        if place is None:
+            what = (
+                "is empty"
+                if is_empty(value)
+                else f"holds {value!r:.60}, neither a number nor a date (2024-05-01 12:30)"
+            )
+            raise UserError(
+                f"order_column: {source}: column '{column}' {what}; sort the rows and leave order_column out"
+            )
+        places.append(place)
+        kinds.setdefault(kind, source)
+    if len(kinds) > 1:
+        raise UserError(
+            f"order_column: column '{column}' holds a number in {kinds['numbers']} and a date in {kinds['dates']}"
+        )
+    return places
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = math.nan if isinstance(value, (bool, datetime.date)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _seconds(value: Any) -> float | None:
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        value = datetime.datetime(value.year, value.month, value.day)
+    for read in (
+        datetime.datetime.fromisoformat,
+        email.utils.parsedate_to_datetime,
+        lambda text: datetime.datetime.strptime(text, "%a %b %d %H:%M:%S %z %Y"),  # Twitter's
+    ):
+        try:
+            value = read(value.strip()) if isinstance(value, str) else value
+        except ValueError:
+            continue
+    if not isinstance(value, datetime.datetime) or is_missing(value):
+        return None
+    return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def _threads(recipe: Recipe, rows: Rows, counts: Counter[str]) -> list[list[int]]:
+    """The indices from the first message to each one that has no reply."""
+    by_id: dict[tuple, int] = {}
+    keys = []
+    for i, (source, row) in enumerate(rows):
+        conversation = cell_text(row, recipe.conversation_column, source) if recipe.conversation_column else None
+        own, parent = (_id(row, column, source) for column in (recipe.id_column, recipe.reply_to_column))
+        keys.append(((conversation, own), (conversation, parent) if parent and parent != own else None))
+        if own and by_id.setdefault((conversation, own), i) != i:
+            other = rows[by_id[conversation, own]][0]
+            raise UserError(f"id_column: {other} and {source} are both called {own!r}; remove one")
+    parents = [by_id.get(parent) if parent else None for _, parent in keys]
+    counts["replies to a message that is not here"] = sum(
+        parent is not None and found is None for (_, parent), found in zip(keys, parents)
+    )
+    roots: list[int | None] = [None] * len(rows)  # of each message whose way to its first message is known
+    for i in range(len(rows)):
+        way, at = [], i
+        while roots[at] is None and parents[at] is not None and len(way) <= len(rows):
+            way.append(at)
+            at = parents[at]
+        if len(way) > len(rows):
+            raise UserError(f"reply_to_column: {rows[i][0]} replies to itself by way of its replies; mend the row")
+        root = at if roots[at] is None else roots[at]
+        for step in (*way, at):
+            roots[step] = root
+    ends = sorted(set(range(len(rows))) - set(parents))
+    counts["branches, each a conversation of its own"] = len(ends) - len(set(roots))
+    paths = []
+    for at in ends:
+        path = [at]
+        while (at := parents[at]) is not None:
+            path.append(at)
+        paths.append(path[::-1])
+    return sorted(paths)
+
+
+def _id(row: dict[str, Any], column: str, source: str) -> str | None:
+    """An id as text; pandas writes a column of whole numbers as 7.0 where a value is missing."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", (cell_text(row, column, source) or "").strip()) or None

@@ -1,0 +1,210 @@
+"""Rows of one message each become conversations; what is missing, joined or left out is counted."""
+
+import csv
+import datetime
+
+import pytest
+from small_rows import error_of, turns_of, write_jsonl, write_parquet
+
+from carelm.data import splits
+from carelm.errors import UserError
+
+TICKETS = {
+    "text_column": "text", "role_column": "by", "conversation_column": "ticket", "order_column": "n", "trained_turns": "all",
+}  # fmt: skip
+REPLIES = {
+    "text_column": "text", "role_column": "inbound", "id_column": "id", "reply_to_column": "to", "user_roles": ["true"],
+    "assistant_roles": ["false"], "trained_turns": "all",
+}  # fmt: skip
+
+
+def tickets(*rows):
+    return [dict(zip(("ticket", "n", "by", "text"), row)) for row in rows]
+
+
+def replies(*rows):
+    return [dict(zip(("id", "to", "inbound", "text"), row)) for row in rows]
+
+
+def said(recipe, split="train"):
+    """Each conversation as one line."""
+    return [
+        " | ".join(f"{m['role'][0]}: {m['content']}" for m in prompt + completion)
+        for prompt, completion in turns_of(recipe, split)
+    ]
+
+
+def note(recipe):
+    return next(n for n in splits.make_examples(recipe)[1]["train"].notes if "messages are" in n)
+
+
+TWO_TICKETS = tickets(
+    (7, 2, "agent", "Which size?"), (8, 1, "customer", "Late parcel."), (7, 1, "customer", "Wrong size."),
+    (7, 3, "customer", "38."), (8, 2, "agent", "It comes today."), (7, 4, "agent", "Sent."),
+)  # fmt: skip
+TWO_SAID = ["u: Wrong size. | a: Which size? | u: 38. | a: Sent.", "u: Late parcel. | a: It comes today."]
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_messages_of_one_conversation_are_put_together_in_order(tmp_path, make, write):
+    path = write(tmp_path / f"rows.{write.__name__[6:]}", TWO_TICKETS)
+    recipe = make(path, **TICKETS, category_column="ticket", system_prompt="Ticket {ticket}.")
+    examples, reports = splits.make_examples(recipe)
+    assert [(e.id, e.category, e.prompt[0]["content"]) for e in examples["train"]] == [
+        ("7", "7", "Ticket 7."), ("8", "8", "Ticket 8."),
+    ]  # fmt: skip
+    assert said(make(path, **TICKETS)) == TWO_SAID
+    assert note(recipe) == "6 messages are 2 conversations" and reports["train"].rows == 2
+
+
+def test_without_an_order_messages_stay_as_they_stand_and_shards_are_one_split(tmp_path, make):
+    rows = sorted(TWO_TICKETS, key=lambda row: row["n"])
+    write_jsonl(tmp_path / "folder/train-00000-of-00002.jsonl", rows[:3])
+    write_jsonl(tmp_path / "folder/train-00001-of-00002.jsonl", rows[3:])
+    write_jsonl(tmp_path / "folder/test.jsonl", tickets((7, 1, "customer", "Hello?"), (7, 2, "agent", "Hello.")))
+    recipe = make(tmp_path / "folder", **TICKETS | {"order_column": None})
+    assert sorted(said(recipe)) == sorted(TWO_SAID) and said(recipe, "test") == ["u: Hello? | a: Hello."]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["2024-05-02 09:00", "2024-05-01T23:59:00Z", "2024-05-10"],
+        ["Thu, 02 May 2024 09:00:00 +0000", "Wed, 01 May 2024 23:59:00 GMT", "Fri, 10 May 2024 00:00:00 +0200"],
+        ["Thu May 02 09:00:00 +0000 2024", "Wed May 01 23:59:00 +0000 2024", "Fri May 10 00:00:00 +0000 2024"],
+        ["9", "8.5", "10"],
+        [9, 8.5, 10],
+        [datetime.datetime(2024, 5, 2), datetime.datetime(2024, 5, 1), datetime.datetime(2024, 5, 10)],
+    ],
+)
+def test_numbers_and_dates_order_as_numbers_and_dates_not_as_text(tmp_path, make, order):
+    rows = tickets(*((1, place, by, text) for place, by, text in zip(order, ("agent", "customer", "agent"), "bac")))
+    assert said(make(write_parquet(tmp_path / "rows.parquet", rows), **TICKETS)) == ["u: a | a: b\n\nc"]
+
+
+@pytest.mark.parametrize(
+    ("order", "named"),
+    [
+        ("05/04/2024", "'05/04/2024'"),
+        (None, "is empty"),
+        ("2024-05-01", "a number in rows.jsonl:1 and a date in rows.jsonl:3"),
+        (True, "True"),
+    ],
+)
+def test_an_order_that_cannot_be_told_is_refused(tmp_path, make, order, named):
+    rows = [
+        *tickets((1, 1, "customer", "a"), (1, 2, "agent", "b")),
+        {"ticket": 1, "n": order, "by": "agent", "text": "c"},
+    ]
+    message = error_of(make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS))
+    assert message.startswith("order_column: ") and "rows.jsonl:3" in message and named in message
+
+
+def test_gaps_two_in_a_row_empty_messages_and_tickets_without_a_reply_are_counted(tmp_path, make):
+    rows = tickets(
+        (1, 1, "customer", "Hello?"), (1, 2, "customer", "Anyone?"), (1, 3, "agent", "Yes."), (1, 4, "agent", "How?"),
+        (2, 1, "customer", "a"), (2, 4, "agent", "b"),  # two are missing
+        (3, 1, "customer", "No reply."),
+        (4, 1, "customer", "c"), (4, 2, "agent", ""), (4, 3, "agent", "d"),
+        (None, 1, "customer", "Whose?"),
+    )  # fmt: skip
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS, max_empty_share=0.3)
+    assert said(recipe) == ["u: Hello?\n\nAnyone? | a: Yes.\n\nHow?", "u: a | a: b", "u: c | a: d"]
+    assert note(recipe) == (
+        "11 messages are 4 conversations; 1 messages without a conversation, left out, 1 conversations where a number of the "
+        "order is missing or twice, 1 messages without text, 1 user messages joined to the one before, 1 assistant messages "
+        "joined to the one before"
+    )
+    report = splits.make_examples(recipe)[1]["train"]
+    assert report.dropped == {"no assistant turn": 1} and report.rows == 4
+
+
+def test_numbers_that_go_through_all_tickets_have_no_gaps(tmp_path, make):
+    rows = tickets((1, 11, "customer", "a"), (2, 12, "customer", "b"), (1, 13, "agent", "c"), (2, 17, "agent", "d"))
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS)
+    assert note(recipe) == "4 messages are 2 conversations"
+
+
+# Replies
+
+
+def test_replies_follow_what_they_reply_to_and_each_end_is_a_conversation(tmp_path, make):
+    rows = replies(
+        (4, 3, False, "Try again."), (1, None, True, "Broken."), (2, 1, False, "Which?"), (3, 2, True, "The red one."),
+        (5, 2, True, "All."), (6, 5, False, "Sorry."), (7, 99, True, "And mine?"), (8, 7, False, "Also."),
+        (9, None, True, "Nobody replies."),
+    )  # fmt: skip
+    expected = [
+        "u: Broken. | a: Which? | u: The red one. | a: Try again.", "u: Broken. | a: Which? | u: All. | a: Sorry.",
+        "u: And mine? | a: Also.",
+    ]  # fmt: skip
+    for path in (write_jsonl(tmp_path / "rows.jsonl", rows), write_parquet(tmp_path / "rows.parquet", rows)):
+        recipe = make(path, **REPLIES, max_empty_share=0.3)
+        assert said(recipe) == expected
+        assert note(recipe) == (
+            "9 messages are 4 conversations; 1 replies to a message that is not here, "
+            "1 branches, each a conversation of its own"
+        )
+        assert [e.id for e in splits.make_examples(recipe)[0]["train"]] == ["1", "1", "7"]
+
+
+def test_ids_that_pandas_has_made_float_still_meet(tmp_path, make):
+    lines = ["id,to,inbound,text", "119237,,True,Broken.", "119238,119237.0,False,Which?", "119239,119238.0,TRUE,All.",
+             "119240,119239.0,false,Ok."]  # fmt: skip
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    assert said(make(tmp_path / "rows.csv", **REPLIES)) == ["u: Broken. | a: Which? | u: All. | a: Ok."]
+
+
+def test_a_message_may_name_itself_and_a_conversation_of_its_own(tmp_path, make):
+    rows = replies(
+        ("a", "a", True, "One?"), ("b", "a", False, "Yes."), ("a", "a", True, "Two?"), ("b", "a", False, "No.")
+    )
+    rows = [row | {"thread": i // 2} for i, row in enumerate(rows)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert said(make(path, **REPLIES, conversation_column="thread")) == ["u: One? | a: Yes.", "u: Two? | a: No."]
+    message = error_of(make(path, **REPLIES))
+    assert message.startswith("id_column: ") and "rows.jsonl:1" in message and "rows.jsonl:3" in message
+
+
+def test_a_circle_of_replies_is_refused(tmp_path, make):
+    rows = replies((0, None, True, "x"), (1, 3, True, "a"), (2, 1, False, "b"), (3, 2, True, "c"))
+    assert "rows.jsonl:2" in error_of(make(write_jsonl(tmp_path / "rows.jsonl", rows), **REPLIES))
+
+
+# What is wrong
+
+
+def test_a_role_that_is_not_there_or_not_known_is_named_with_its_row(tmp_path, make):
+    for by, named in ((None, "rows.jsonl:2: column 'by'"), ("robot", "rows.jsonl:2: a message has the role 'robot'")):
+        path = write_jsonl(tmp_path / "rows.jsonl", tickets((1, 1, "customer", "a"), (1, 2, by, "b")))
+        assert error_of(make(path, **TICKETS)).startswith(named)
+    assert said(make(path, **TICKETS, assistant_roles=["robot"])) == ["u: a | a: b"]
+    assert "conversation_column: rows.jsonl has no column 'case'" in error_of(
+        make(path, **TICKETS | {"conversation_column": "case"})
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"text_column": "text"}, "role_column"),
+        ({"text_column": "text", "role_column": "by"}, "conversation_column"),
+        ({"text_column": "text", "role_column": "by", "reply_to_column": "to"}, "id_column"),
+        (REPLIES | {"order_column": "n"}, "order_column"),
+        (TICKETS | {"messages_column": "messages"}, "messages_column"),
+        (TICKETS | {"prompt_template": "{text}"}, "text_column"),
+        ({"order_column": "n"}, "prompt_template and order_column"),
+        ({"order_column": "n", "prompt_template": None, "completion_template": None}, "text_column"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused_before_any_row_is_read(make, keys, named):
+    with pytest.raises(UserError, match=named):
+        make("demo/data", **keys)
