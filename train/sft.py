@@ -63,6 +63,7 @@ def main() -> None:
     from carelm.training.trainer import Trainer
 
     precision = choose_precision(recipe.precision)
+    base.check_vocabulary(chat, base.load_config(recipe))
     adapters.check_base(recipe)
     arguments = make_training_args(recipe, prepared, precision)
     zero_stage = runs.check_zero(recipe, launch, arguments)

@@ -1,17 +1,24 @@
 """Conversations -> token ids and the mask of trained tokens: the one place where a prompt is rendered.
 
-A conversation's text comes from the tokenizer's chat template. It is cut where trained turns begin and end, and each
-piece is tokenised by itself, so that the ids of a prompt are the same in training and in generation: always the ids
-of the text up to and including the assistant's header.
+A conversation's text comes from the tokenizer's chat template and is tokenised as a whole, as every server does it. What
+stands before a trained answer must be the ids that ask for it: where a token would cross that border, the two sides are
+tokenised apart.
 """
 
+import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from carelm.chat.habits import find_habits
+from carelm.chat.mask import Layout, Rendered, mask
+from carelm.chat.presence import Presence
+from carelm.chat.template import write
 from carelm.chat.tokenizer import load_tokenizer
+from carelm.chat.tokens import CLOSE, OPEN, Encoder, unmark
+from carelm.chat.window import cut_longest, without_oldest_turns
 from carelm.data.example import Example
 from carelm.errors import UserError
 from carelm.files import locate
@@ -20,25 +27,19 @@ from carelm.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARK = "QzMarkzQ"  # stands for an answer where what the template puts around it is looked for
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """One example in tokens: `input_ids` and `trained` are 1-D arrays of one length (int32, bool)."""
-
-    input_ids: np.ndarray
-    trained: np.ndarray
-
 
 class Chat:
     """Renders conversations with one tokenizer, one window and one rule for what does not fit.
 
     Args:
         tokenizer: with a chat template whose text for a conversation begins with the text for its first turns.
-        trained_turns: "last" or "all" assistant turns of the completion carry loss.
+        trained_turns: "last" or "all" assistant turns of the completion carry loss, those with "train": False aside.
         max_length: the window in tokens.
         too_long: "drop" or "cut" what does not fit once the old turns are gone.
+
+    Attributes:
+        end_of_turn_id: the special token that ends an answer.
+        end_of_turn_ids: it and the one that ends a tool call, where that is another; generation stops at each of them.
 
     Raises:
         UserError: where the tokenizer has no chat template, or one that ends an answer with no special token.
@@ -61,117 +62,154 @@ class Chat:
         self.trained_turns = trained_turns
         self.max_length = max_length
         self.too_long = too_long
-        self.end_of_turn_id = self._find_end_of_turn()
+        self._encoder = Encoder(tokenizer)
+        self._habits = find_habits(self._encoder)
+        self._presence = Presence(lambda *args: unmark(self._write(*args)))
+        self.end_of_turn_id = self._habits.end_of_turn_id
+        self.end_of_turn_ids = self._habits.end_of_turn_ids
 
-    def _find_end_of_turn(self) -> int:
-        """The first special token that the template writes after an answer's text, and that generation stops at."""
-        question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": MARK}
-        text = self.text([question, answer])
-        if MARK not in text:
-            raise UserError(
-                f"chat_template_path: the chat template of {self.tokenizer.name_or_path} does not write an answer's text; set "
-                "another template"
-            )
-        tail = text.rpartition(MARK)[2]
-        added = self.tokenizer.added_tokens_decoder.items()
-        special = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-        for token in self._tokenize([tail])[0]:
-            if token in special:
-                return int(token)
-        raise UserError(
-            f"chat_template_path: the chat template of {self.tokenizer.name_or_path} ends an answer with {tail!r}, which "
-            "holds no special token, so that the model could not learn to stop; set another template"
-        )
+    # Prompts and answers
 
-    def text(self, messages: list[dict[str, Any]], *, for_answer: bool = False) -> str:
-        """The text of a conversation; with `for_answer` up to and including the assistant's header."""
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_answer)
+    def text(self, messages: list[dict[str, Any]], *, tools: list[dict] | None = None, for_answer: bool = False) -> str:
+        """The text of a conversation; with `for_answer` up to and including the assistant's header.
 
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        Raises:
+            UserError: where the template refuses it.
+        """
+        return unmark(self._write(messages, tools, for_answer))
+
+    def prompt_ids(self, messages: list[dict[str, Any]], *, tools: list[dict] | None = None) -> list[int]:
         """The ids that ask for the next assistant turn; the same ids that stand before it in training."""
-        return self._tokenize([self.text(messages, for_answer=True)])[0]
+        return self._encoder.encode(self._write(messages, tools, True))
 
-    def answer_text(self, messages: list[dict[str, Any]], answer: dict[str, Any]) -> str:
-        """What the model is to say after `messages`: the answer's text, or its tool calls as the template writes them."""
-        if not answer.get("tool_calls"):
-            return answer["content"]
-        text = self._pieces(messages, [answer])[-1][0]
-        return text.partition(self.tokenizer.decode([self.end_of_turn_id]))[0].strip()
-
-    def fit_prompt(self, messages: list[dict[str, Any]], limit: int) -> tuple[list[int], str | None]:
+    def fit_prompt(
+        self, messages: list[dict[str, Any]], limit: int, *, tools: list[dict] | None = None
+    ) -> tuple[list[int], str | None]:
         """The ids that ask for the next answer, at most `limit` of them, and what was done to fit them (None: nothing).
 
         As in training, old turns go first; then the longest message is cut.
+
+        Raises:
+            UserError: where the template refuses the conversation or leaves a message out, or nothing of it fits.
         """
-        ids = self.prompt_ids(messages)
+        text = self.text(messages, tools=tools, for_answer=True)
+        self._presence.check(text, messages, tools, for_answer=True, thoughts=frozenset())
+        ids = self.prompt_ids(messages, tools=tools)
         if len(ids) <= limit:
             return ids, None
-        while (rest := _without_oldest_turns(messages)) is not None:
+        while (rest := without_oldest_turns(messages)) is not None:
             messages = rest
-            if len(ids := self.prompt_ids(messages)) <= limit:
+            if len(ids := self.prompt_ids(messages, tools=tools)) <= limit:
                 return ids, "old turns dropped"
-        shorter = self._cut_longest(messages, limit)
+        shorter = cut_longest(messages, lambda m: len(self.prompt_ids(m, tools=tools)), limit)
         if shorter is None:
             raise UserError(f"max_length: {limit} tokens do not even hold the chat template of a prompt; raise it")
-        return self.prompt_ids(shorter), "prompt cut"
+        return self.prompt_ids(shorter, tools=tools), "prompt cut"
+
+    def answer_text(
+        self, messages: list[dict[str, Any]], answer: dict[str, Any], *, tools: list[dict] | None = None
+    ) -> str:
+        """What the model is to say after `messages`, as `spoken` reads it: the answer's text, or its tool calls as the
+        template writes them."""
+        if not answer.get("tool_calls"):
+            closing = next(
+                (c for c in self._habits.closings if c != self._habits.header and c in answer["content"]), ""
+            )
+            return answer["content"].partition(closing)[2].strip() if closing else answer["content"]
+        example = Example(messages, [answer], id="", category=None, source="the answer")
+        rendered = self._render_one(replace(example, tools=tools) if tools else example)
+        return self.spoken(rendered.input_ids[rendered.trained].tolist())
+
+    def spoken(self, ids: list[int]) -> str:
+        """The text of an answer's ids without special tokens and without what the template puts before an answer's text: a
+        header, a channel, thoughts. A model that does not write those is read just the same."""
+        whole = self._encoder.decode(ids) if self._habits.closings else ""
+        for closing in self._habits.closings:
+            if closing in whole if closing != self._habits.header else whole.lstrip().startswith(closing):
+                without, within = 0, len(ids)  # so many ids do not hold all of it, so many do
+                while within - without > 1:
+                    middle = (without + within) // 2
+                    without, within = (
+                        (without, middle) if closing in self._encoder.decode(ids[:middle]) else (middle, within)
+                    )
+                rest = self._encoder.decode(ids[:within]).partition(closing)[2]
+                return (rest + self._encoder.decode(ids[within:], skip_special_tokens=True)).strip()
+        return self._encoder.decode(ids, skip_special_tokens=True).strip()
+
+    # Examples
 
     def render(self, examples: list[Example]) -> tuple[list[Rendered | None], Counter]:
         """All examples in tokens, None for those dropped as too long, with counts of what was done to fit the window.
 
         Raises:
-            UserError: where the template refuses an example, or a trained turn of it has no end-of-turn token.
+            UserError: where the template refuses an example or leaves out a message of it, or where what is trained would
+                not be what is asked and answered.
         """
-        from jinja2 import TemplateError  # costs a tenth of a second, which --help need not wait
-
         counts: Counter = Counter()
-        pieces = []
-        for example in examples:
-            try:
-                pieces.append(self._pieces(example.prompt, example.completion))
-            except TemplateError as error:
-                raise UserError(
-                    f"{example.source}: the chat template of {self.tokenizer.name_or_path} refuses this conversation "
-                    f"({error}); mend the row or the system_prompt, or set chat_template_path"
-                ) from None
-        ids = iter(self._tokenize([text for example in pieces for text, _ in example]))
-        rendered = [self._join(example, [next(ids) for _ in example]) for example in pieces]
+        rendered: list[Rendered | None] = [*self._render([self._lay_out(example) for example in examples])]
         for i, example in enumerate(examples):
             if len(rendered[i].input_ids) > self.max_length:
                 rendered[i] = self._fit(example, counts)
-            if rendered[i] is not None:
-                self._check_end_of_turn(example, rendered[i])
         return rendered, counts
 
-    def _pieces(self, prompt: list[dict], completion: list[dict]) -> list[tuple[str, bool]]:
-        """The conversation's text in pieces, each with whether it is trained; trained ones begin after the header."""
-        messages = prompt + completion
-        answers = [i for i in range(len(prompt), len(messages)) if messages[i]["role"] == "assistant"]
-        pieces, text = [], ""
-        for i in answers if self.trained_turns == "all" else answers[-1:]:
-            before, after = self.text(messages[:i], for_answer=True), self.text(messages[: i + 1])
-            if not (before.startswith(text) and after.startswith(before)):
-                raise UserError(
-                    f"trained_turns: the chat template of {self.tokenizer.name_or_path} rewrites earlier turns once a later "
-                    "one follows, so that a trained turn would not be what the model sees; set trained_turns: last, or "
-                    "chat_template_path"
-                )
-            pieces += [(before[len(text) :], False), (after[len(before) :], True)]
-            text = after
-        return pieces
+    def _write(self, messages: list[dict], tools: list[dict] | None, for_answer: bool = False) -> str:
+        """The text with marks around special tokens that the messages and tools hold themselves."""
+        messages = [self._to_template(m) for m in messages]
+        text = write(self.tokenizer, self._encoder.mark(messages), self._encoder.mark(tools), for_answer=for_answer)
+        for mark in (OPEN, CLOSE):
+            text = text.replace(json.dumps(mark)[1:-1], mark)
+        return text
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: no warning that a text is over the model's window, that is what `_fit` is for
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    def _to_template(self, message: dict[str, Any]) -> dict[str, Any]:
+        message = {k: v for k, v in message.items() if k != "train"}
+        if self._habits.arguments_as_text and message.get("tool_calls"):
+            message["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+        return message
 
-    def _join(self, pieces: list[tuple[str, bool]], ids: list[list[int]]) -> Rendered:
-        trained = [np.full(len(piece_ids), is_trained) for (_, is_trained), piece_ids in zip(pieces, ids)]
-        return Rendered(np.concatenate([np.asarray(i, np.int32) for i in ids]), np.concatenate(trained))
+    def _trained(self, example: Example) -> list[int]:
+        """The places of the trained answers in prompt + completion."""
+        messages = example.prompt + example.completion
+        answers = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
+        answers = answers if self.trained_turns == "all" else answers[-1:]
+        return [i for i in answers if messages[i].get("train") is not False]
+
+    def _lay_out(self, example: Example, *, is_whole: bool = True) -> Layout:
+        """The example's text up to its last trained answer, with the stretches of the trained ones; `is_whole` says that all
+        its messages must stand there."""
+        messages, tools, answers = example.prompt + example.completion, example.tools, self._trained(example)
+        try:
+            if not answers:
+                raise UserError("it has no answer to train; take the row out")
+            stretches, text = [], ""
+            for i in answers:
+                before, after = self._write(messages[:i], tools, True), self._write(messages[: i + 1], tools)
+                if not before.startswith(text):
+                    raise UserError(
+                        "trained_turns: the chat template rewrites earlier turns once a later one follows, so that a trained "
+                        "turn would not be what the model sees; set trained_turns: last, or another chat_template_path"
+                    )
+                if not after.startswith(before):
+                    raise UserError(
+                        f"the chat template asks for an answer with {_parting(before, after)!r}, which it does not write "
+                        "before one, so that what is trained would not be what is asked; set another chat_template_path"
+                    )
+                stretches.append((len(before), len(after)))
+                text = after
+            if is_whole:
+                shown = messages[: answers[-1] + 1]
+                self._presence.check(unmark(text), shown, tools, for_answer=False, thoughts=frozenset(answers))
+        except UserError as error:
+            raise UserError(f"{example.source}: {error}") from None
+        return Layout(example.source, text, stretches)
 
     def _render_one(self, example: Example) -> Rendered:
-        pieces = self._pieces(example.prompt, example.completion)
-        return self._join(pieces, self._tokenize([text for text, _ in pieces]))
+        return self._render([self._lay_out(example, is_whole=False)])[0]
+
+    def _render(self, layouts: list[Layout]) -> list[Rendered]:
+        encoded = self._encoder.encode_all([layout.text for layout in layouts])
+        return [mask(self._encoder, *pair, self.end_of_turn_ids) for pair in zip(layouts, encoded)]
+
+    # What does not fit
 
     def _fit(self, example: Example, counts: Counter) -> Rendered | None:
         """Old turns go first; what is still too long is dropped or cut."""
@@ -189,7 +227,7 @@ class Chat:
 
     def _without_oldest_turns(self, example: Example) -> Example | None:
         """The example less everything from its first user turn up to the next one; None where nothing can go."""
-        kept = _without_oldest_turns(example.prompt + example.completion)
+        kept = without_oldest_turns(example.prompt + example.completion)
         if kept is None:
             return None
         first_user = next(i for i, m in enumerate(kept) if m["role"] == "user")
@@ -197,29 +235,13 @@ class Chat:
         split = first_answer if self.trained_turns == "all" else len(kept) - 1
         return replace(example, prompt=kept[:split], completion=kept[split:])
 
-    def _cut_longest(self, messages: list[dict], limit: int) -> list[dict] | None:
-        """The messages with as much of the longest one as makes `limit` tokens of the prompt; None where none does."""
-        messages = [dict(m) for m in messages]
-        longest = max(messages, key=lambda m: len(m["content"] or ""))
-        text = longest["content"] or ""
-        fits, too_many = -1, len(text) + 1  # characters: the most that fits, the least that does not
-        while too_many - fits > 1:
-            keep = (fits + too_many) // 2
-            longest["content"] = text[:keep]
-            if len(self.prompt_ids(messages)) <= limit:
-                fits = keep
-            else:
-                too_many = keep
-        longest["content"] = text[:fits]
-        return messages if fits >= 0 else None
-
     def _cut(self, example: Example, counts: Counter) -> Rendered | None:
         """Cuts the longest message of the prompt down to what the answer leaves (half the window at least), then the
         answer, whose last token becomes the end of turn."""
         rendered = self._render_one(example)
         answer_length = int(rendered.trained.sum())
         room = max(self.max_length - answer_length, self.max_length // 2)
-        prompt = self._cut_longest(example.prompt, room)
+        prompt = cut_longest(example.prompt, lambda m: len(self.prompt_ids(m, tools=example.tools)), room)
         if prompt is None:
             counts["too long"] += 1
             return None
@@ -234,30 +256,25 @@ class Chat:
                 rendered.input_ids[-1] = self.end_of_turn_id
         return rendered
 
-    def _check_end_of_turn(self, example: Example, rendered: Rendered) -> None:
-        """Every trained stretch must hold the end-of-turn token."""
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], rendered.trained, [False]]).astype(np.int8)))
-        stretches = list(zip(edges[::2], edges[1::2]))
-        if not stretches or any(self.end_of_turn_id not in rendered.input_ids[a:b] for a, b in stretches):
-            raise UserError(
-                f"{example.source}: an answer has no trained end-of-turn token, every label of it may be masked; look at it "
-                "with --preview 1, or set another chat_template_path"
-            )
-
     def highlight(self, rendered: Rendered) -> str:
         """The example's text with the trained tokens in reverse green, for a terminal."""
         edges = [0, *(np.flatnonzero(np.diff(rendered.trained.astype(np.int8))) + 1), len(rendered.trained)]
         parts = []
         for a, b in zip(edges, edges[1:]):
-            text = self.tokenizer.decode(rendered.input_ids[a:b].tolist(), clean_up_tokenization_spaces=False)
+            text = self._encoder.decode(rendered.input_ids[a:b].tolist())
             parts.append(f"\033[7;32m{text}\033[0m" if rendered.trained[a] else text)
         return "".join(parts)
 
 
-def _without_oldest_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The messages less everything from the first user turn up to the next one; None where nothing can go."""
-    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    return messages[: users[0]] + messages[users[1] :] if len(users) > 1 else None
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def _parting(before: str, after: str) -> str:
+    """Where the generation prompt leaves the way of the answer: what it goes on with."""
+    same = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
+    return before[same:]
 
 
 def make_chat(recipe: Recipe) -> Chat:

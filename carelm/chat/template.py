@@ -1,8 +1,12 @@
 """Chat templates: read from a file, found sound, and with one fixed day in place of today's."""
 
 import datetime
+from typing import TYPE_CHECKING, Any
 
 from carelm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Templates that print today's date (Llama 3.1 and later) would make other tokens of the same rows tomorrow. This is the
 # day that Llama's own template falls back to.
@@ -84,6 +88,34 @@ def _with_fixed_day(template: str, where: str) -> str:
     other = "raise_exception('strftime_now: a format that does not stand in the template')"
     # The line's end is eaten (`trim_blocks`), and what follows stands at a line's beginning as before.
     return f"{{%- macro strftime_now(format) %}}{{{{ {known} else {other} }}}}{{% endmacro %}}\n{template}"
+
+
+def write(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    tools: list[dict] | None = None,
+    *,
+    for_answer: bool,
+) -> str:
+    """The text of a conversation; with `for_answer` up to and including the generation prompt.
+
+    Raises:
+        UserError: where the template refuses it, or fails in any other way: it is a program of its own.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools or None, tokenize=False, add_generation_prompt=for_answer
+        )
+    except Exception as error:
+        reason = (
+            _one_line(error)
+            if type(error).__name__ == "TemplateError"
+            else f"{type(error).__name__}: {_one_line(error)}"
+        )
+        raise UserError(
+            f"the chat template refuses this conversation ({reason}); mend the row or the system_prompt, or set another "
+            "chat_template_path"
+        ) from None
 
 
 def _quoted(text: str) -> str:

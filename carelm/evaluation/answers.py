@@ -18,7 +18,7 @@ from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.files import fingerprint, read_json, write_whole
 from carelm.models import memory
-from carelm.models.base import load_config
+from carelm.models.base import check_vocabulary, load_config
 from carelm.models.generation import Answer, Decoding, generate_all, latency
 from carelm.provenance import git_commit, versions
 from carelm.recipe import Recipe
@@ -116,6 +116,7 @@ def _make_prompts(
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """The ids of every prompt, as in training, with counts of what did not fit; lengths in tokens."""
     config = load_config(candidate.recipe)
+    check_vocabulary(chat, config)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
     limit = positions - recipe.max_new_tokens - recipe.num_virtual_tokens
     if recipe.num_shots == 0:
@@ -125,7 +126,12 @@ def _make_prompts(
             f"max_new_tokens: {recipe.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
             f"{candidate.name}; set it lower"
         )
-    rendered = [chat.fit_prompt(question.messages, limit) for question in questions]
+    rendered = []
+    for question in questions:
+        try:
+            rendered.append(chat.fit_prompt(question.messages, limit, tools=question.tools))
+        except UserError as error:
+            raise UserError(f"models: {candidate.name}, test row {question.id}: {error}") from None
     changes = [change for _, change in rendered if change]
     lengths = [len(ids) for ids, _ in rendered]
     p50, p95 = (int(np.percentile(lengths, p, method="lower")) for p in (50, 95))

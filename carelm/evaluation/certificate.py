@@ -72,7 +72,7 @@ def _follow(
     device = next(model.parameters()).device
     rows, prompts = [], []
     for question in questions:
-        ids = chat.prompt_ids(question.messages)
+        ids = chat.prompt_ids(question.messages, tools=question.tools)
         answer = chat.tokenizer(question.references[0], add_special_tokens=False)["input_ids"][:ANSWER_TOKENS]
         logits = model(input_ids=torch.tensor([ids + answer], device=device)).logits[0, len(ids) - 1 :]
         rows.append(logits.float().log_softmax(-1).cpu())

@@ -15,13 +15,15 @@ from carelm.recipe import Recipe
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked (`messages`, ending before the answer), and the references that its answer is scored by."""
+    """What a model is asked (`messages`, ending before the answer), and the references that its answer is scored by; `tools`
+    are what it may call."""
 
     id: str
     conversation: str
     category: str
     messages: list[dict[str, Any]]
     references: list[str]
+    tools: list[dict[str, Any]] | None = None
 
 
 def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str, Any]]:
@@ -48,7 +50,10 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
         turns = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
         for turn in turns if recipe.trained_turns == "all" else turns[-1:]:
             before, answer = messages[:turn], messages[turn]
-            references = list(example.references) or [chat.answer_text(before, answer)]
+            try:
+                references = list(example.references) or [chat.answer_text(before, answer, tools=example.tools)]
+            except UserError as error:
+                raise UserError(f"{example.source}: {error}") from None
             asked = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
             system = [m for m in before[:1] if m["role"] == "system"]
             questions.append(
@@ -58,6 +63,7 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
                     category=(example.category or "none") if has_categories else kind_of_request(asked),
                     messages=system + shots + before[len(system) :],
                     references=references,
+                    tools=example.tools,
                 )
             )
     questions = _number_repeated(questions)

@@ -37,6 +37,18 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
         raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
 
 
+def check_vocabulary(chat: Chat, config: PreTrainedConfig) -> None:
+    """Raises UserError where the tokenizer has ids for which the base holds no embedding."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    beyond = [(i, token) for token, i in chat.tokenizer.get_vocab().items() if rows is not None and i >= rows]
+    if beyond:
+        i, token = min(beyond)
+        raise UserError(
+            f"model_name_or_path: the tokenizer of {chat.tokenizer.name_or_path} has ids beyond the {rows} of the base (the "
+            f"first is {i}, {token!r}); take the tokenizer that belongs to it, or resize its embedding and save both"
+        )
+
+
 def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
     """The base model as the recipe wants it held: in the precision's dtype, or in 8 or 4 bits.
 
@@ -94,7 +106,7 @@ def align_special_tokens(model: PreTrainedModel, chat: Chat) -> None:
     """Makes generation stop at the chat template's end of turn, and pad with the tokenizer's pad token."""
     stops = model.generation_config.eos_token_id
     stops = [stops] if isinstance(stops, int) else list(stops or [])
-    model.generation_config.eos_token_id = sorted({*stops, chat.end_of_turn_id})
+    model.generation_config.eos_token_id = sorted({*stops, *chat.end_of_turn_ids})
     for config in (model.config, model.generation_config):
         config.pad_token_id = chat.tokenizer.pad_token_id
 

@@ -132,8 +132,7 @@ def _to_answer(chat: Chat, stops: int | list[int], ids: list[int]) -> Answer:
     stops = {stops} if isinstance(stops, int) else set(stops)
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     ids = ids if end is None else ids[: end + 1]
-    text = chat.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Answer(text.strip(), len(ids), "length" if end is None else "stop")
+    return Answer(chat.spoken(ids), len(ids), "length" if end is None else "stop")
 
 
 def generate_all(

@@ -181,14 +181,14 @@ class SampleAnswers(TrainerCallback):
             answers = generate(
                 model,
                 self.chat,
-                [self.chat.prompt_ids(sample["prompt"]) for sample in self.samples],
+                [self.chat.prompt_ids(sample["prompt"], tools=sample["tools"]) for sample in self.samples],
                 Decoding(self.max_new_tokens),
                 device=args.device,
                 synced_gpus=self.synced_gpus,
             )
         for i, (sample, answer) in enumerate(zip(self.samples, answers)):
             question = "\n\n".join(f"{m['role']}: {m['content']}" for m in sample["prompt"])
-            reference = sample["completion"][0]["content"]
+            reference = self.chat.answer_text(sample["prompt"], sample["completion"][0], tools=sample["tools"])
             text = f"```\n{question}\n\n--- answer\n{answer.text}\n\n--- reference\n{reference}\n```"
             self.tensorboard.add_text(f"answers/{i}", text, state.global_step)
 

@@ -151,8 +151,11 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
         kept = [r for r in rendered if r is not None]
         if split == "validation":
             fitting = (e for e, r in zip(examples[split], rendered) if r is not None)
-            fitting = (e for e in fitting if len(chat.prompt_ids(e.prompt)) <= chat.max_length)
-            samples = [{"prompt": e.prompt, "completion": e.completion} for e in itertools.islice(fitting, 32)]
+            fitting = (e for e in fitting if len(chat.prompt_ids(e.prompt, tools=e.tools)) <= chat.max_length)
+            samples = [
+                {"prompt": e.prompt, "completion": e.completion, "tools": e.tools}
+                for e in itertools.islice(fitting, 32)
+            ]
         _describe(reports[split], kept, counts)
         if not kept:
             raise UserError(f"max_length: nothing is left of the {split} split ({list_counts(reports[split].dropped)})")

@@ -121,6 +121,7 @@ def check_prompts_and_masks(recipe, examples, tokenizer):
             assert tokenizer.decode(r.input_ids[start:end]) == answer_text(messages[i])
             assert r.input_ids[end - 1] == chat.end_of_turn_id
         assert ends[-1] == len(r.input_ids)
+        assert r.input_ids.tolist() == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert tokenizer.decode(r.input_ids) == chat.text(messages)
 
 
@@ -204,11 +205,37 @@ def test_an_answer_that_the_template_does_not_end_stops_the_run(with_template):
 
 
 def test_a_template_that_rewrites_history_is_refused_where_all_turns_are_trained(with_template):
-    forgetful = with_template(ROLES + "{{ m.content if loop.last or m.role == 'user' else '...' }}<|eot_id|>" + HEADER)
-    with pytest.raises(UserError, match="trained_turns.*rewrites earlier turns"):
+    last_is_marked = ROLES + "{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content }}<|eot_id|>" + HEADER
+    forgetful = with_template(last_is_marked)
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:1: trained_turns.*rewrites earlier turns.*set trained_turns: last"
+    ):
         Chat(forgetful, trained_turns="all", max_length=512).render([TWO_TURNS])
     (r,), _ = Chat(forgetful, trained_turns="last", max_length=512).render([TWO_TURNS])
-    assert forgetful.decode(r.input_ids[r.trained]) == f"Yes.{END}"
+    assert forgetful.decode(r.input_ids[r.trained]) == f"!Yes.{END}"
+
+
+def test_a_prompt_that_no_answer_follows_is_refused_without_advice_that_is_followed_already(with_template):
+    thinks = with_template(ROLES + "{{ m.content }}<|eot_id|>" + HEADER.replace("_id|>{% e", "_id|><think>{% e"))
+    for trained_turns in ("last", "all"):
+        with pytest.raises(
+            UserError, match="rows.jsonl:1: the chat template asks for an answer with '<think>'"
+        ) as raised:
+            Chat(thinks, trained_turns=trained_turns, max_length=512).render([TWO_TURNS])
+        assert "trained_turns" not in str(raised.value)
+
+
+def test_a_turn_that_is_not_to_be_trained_carries_no_loss_and_looks_like_any_other(tokenizer):
+    spared = example(TWO_TURNS.prompt, [{**assistant("Hello."), "train": False}, user("Size 38?"), assistant("Yes.")])
+    chat = Chat(tokenizer, trained_turns="all", max_length=512)
+    ((r,), _), ((whole,), _) = chat.render([spared]), chat.render([TWO_TURNS])
+    assert r.input_ids.tolist() == whole.input_ids.tolist()
+    assert tokenizer.decode(r.input_ids[r.trained]) == f"Yes.{END}"
+    last = example([*TWO_TURNS.prompt], [*TWO_TURNS.completion[:2], {**assistant("Yes."), "train": False}])
+    (r,), _ = chat.render([last])
+    assert tokenizer.decode(r.input_ids[r.trained]) == f"Hello.{END}"
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: it has no answer to train"):
+        Chat(tokenizer, trained_turns="last", max_length=512).render([last])
 
 
 def test_a_conversation_that_the_template_refuses_is_named_with_the_reason(with_template):

@@ -1,0 +1,161 @@
+"""Text -> token ids, and where in them a part of the text begins and ends."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from carelm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Around a special token that stands in a row's own text, from there to the ids: two that Unicode keeps out of all text.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of a text.
+
+    Attributes:
+        text: the text, in which special tokens of the row's own stand between OPEN and CLOSE.
+        ids: its token ids.
+        special: index in `ids` and first character of every special token, or None where the tokenizer does not tell.
+    """
+
+    text: str
+    ids: list[int]
+    special: list[tuple[int, int]] | None
+
+
+class Encoder:
+    """One tokenizer's way from text to ids. A special token that a row's own text holds becomes ids of plain text.
+
+    Attributes:
+        special_ids: of the tokens that the config names, and of added tokens that are flagged special; not of the one that
+            stands for unknown text.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self.tokenizer = tokenizer
+        added = {i: token for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset({*tokenizer.all_special_ids, *added} - {tokenizer.unk_token_id})
+        names = {*tokenizer.all_special_tokens, *(token.content for token in added.values())} - {tokenizer.unk_token}
+        self._special = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        self._eats_blanks_behind = {token.content for token in added.values() if token.rstrip}
+        self._encode_short = lru_cache(maxsize=4096)(lambda text: self._call([text])["input_ids"][0])
+
+    def mark(self, messages: Any) -> Any:
+        """The messages or tools with marks around special tokens in their text; as they are where there are none."""
+        return self._marked(messages) if any(map(self._special.search, _strings(messages))) else messages
+
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._special.sub(f"{OPEN}\\g<0>{CLOSE}", unmark(value))
+        if isinstance(value, dict):
+            return {self._marked(key): self._marked(item) for key, item in value.items()}
+        return [self._marked(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text.
+
+        Raises:
+            UserError: where a special token in the row's own text cannot be written as text.
+        """
+        return self._encode_marked(text) if OPEN in text else self._call([text])["input_ids"][0]
+
+    def encode_all(self, texts: list[str]) -> list[Encoded]:
+        """The ids of whole texts, with the places of special tokens in those where the tokenizer tells them."""
+        plain = [text for text in texts if OPEN not in text]
+        fast = self.tokenizer.is_fast
+        found = iter(())
+        if plain:
+            output = self._call(plain, return_offsets_mapping=True) if fast else self._call(plain)
+            places = output["offset_mapping"] if fast else [None] * len(plain)
+            found = zip(output["input_ids"], places)
+        encoded = []
+        for text in texts:
+            ids, places = (self._encode_marked(text), None) if OPEN in text else next(found)
+            special = places and [(k, places[k][0]) for k, token in enumerate(ids) if token in self.special_ids]
+            encoded.append(Encoded(text, ids, special))
+        return encoded
+
+    def place(self, encoded: Encoded, character: int) -> int | None:
+        """How many of the ids are those of the text before `character` by itself; None where its ids are others.
+
+        A special token parts what stands on its two sides, so that only the text from the last one on is looked at.
+        """
+        index = start = 0
+        for k, first in reversed(encoded.special or []):
+            if first < character:
+                index, start = k, first
+                break
+        before = encoded.text[start:character]
+        ids = self._encode_short(before) if encoded.special is not None else self.encode(before)
+        return index + len(ids) if encoded.ids[index : index + len(ids)] == ids else None
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def _call(self, texts: list[str], **options: Any) -> Any:
+        # verbose=False: no warning that a text is over the model's window, that is looked at later
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """Stretches between the template's own special tokens: those that hold one as text are encoded apart, as text."""
+        stretches = [""]  # every second one is a special token of the template
+        for part in re.split(f"({OPEN}.*?{CLOSE}|{self._special.pattern})", text, flags=re.DOTALL):
+            if part.startswith(OPEN) or not self._special.fullmatch(part):
+                stretches[-1] += part
+            else:
+                stretches += [part, ""]
+        ids, waiting = [], ""
+        for i, stretch in enumerate(stretches):
+            if OPEN not in stretch:
+                waiting += stretch
+                continue
+            if waiting:
+                ids += self._call([waiting])["input_ids"][0]
+            waiting = ""
+            if i and stretches[i - 1] in self._eats_blanks_behind:
+                stretch = stretch.lstrip()
+            ids += self._encode_as_text(unmark(stretch), is_first=not ids)
+        return ids + (self._call([waiting])["input_ids"][0] if waiting else [])
+
+    def _encode_as_text(self, text: str, *, is_first: bool) -> list[int]:
+        ids = self._call([text], split_special_tokens=True)["input_ids"][0]
+        if not is_first and not self._starts_anew:
+            # This tokenizer puts a blank before a text's first word and not after a special token: a line's end keeps it off.
+            line, longer = ([*self._call([t], split_special_tokens=True)["input_ids"][0]] for t in ("\n", "\n" + text))
+            ids = longer[len(line) :] if longer[: len(line)] == line else ids
+        if real := self.special_ids.intersection(ids):
+            token = self.tokenizer.convert_ids_to_tokens(min(real))
+            raise UserError(
+                f"its text holds {token!r}, which this tokenizer cannot write as text; take it out of the row"
+            )
+        return ids
+
+    @property
+    def _starts_anew(self) -> bool:
+        """Whether text after a special token has the ids that it has by itself."""
+        token = self.tokenizer.convert_ids_to_tokens(min(self.special_ids))
+        return self._encode_short(token + "x")[1:] == self._encode_short("x")
+
+
+def unmark(text: str) -> str:
+    """The text without the marks around special tokens."""
+    return text.replace(OPEN, "").replace(CLOSE, "")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)

@@ -1,0 +1,29 @@
+"""What goes where a conversation does not fit the window: old turns first, then the end of the longest message."""
+
+from collections.abc import Callable
+from typing import Any
+
+Messages = list[dict[str, Any]]
+
+
+def without_oldest_turns(messages: Messages) -> Messages | None:
+    """The messages less everything from the first user turn up to the next one; None where nothing can go."""
+    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    return messages[: users[0]] + messages[users[1] :] if len(users) > 1 else None
+
+
+def cut_longest(messages: Messages, length: Callable[[Messages], int], limit: int) -> Messages | None:
+    """The messages with as much of the longest one as `length` finds to be at most `limit`; None where none does."""
+    messages = [dict(m) for m in messages]
+    longest = max(messages, key=lambda m: len(m["content"] or ""))
+    text = longest["content"] or ""
+    fits, too_many = -1, len(text) + 1  # characters: the most that fits, the least that does not
+    while too_many - fits > 1:
+        keep = (fits + too_many) // 2
+        longest["content"] = text[:keep]
+        if length(messages) <= limit:
+            fits = keep
+        else:
+            too_many = keep
+    longest["content"] = text[:fits]
+    return messages if fits >= 0 else None
