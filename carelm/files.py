@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from carelm.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent  # where the package lies
 PROJECT = ROOT if (ROOT / "train/sft.py").is_file() else None  # none of it lies beside an installed wheel
 # The project that this one is a copy of, where a SLURM job has made it (carelm.cluster.job).
@@ -20,8 +22,9 @@ def locate(name: str, *others: Path) -> str:
 
     In a SLURM job, what the job has a copy of is that copy, also where it was named as seen from the project's folder.
     """
+    there = os.path.expanduser(name)  # unchanged where there is no such home
     for folder in filter(None, (Path.cwd(), PROJECT, ORIGIN, *others)):
-        path = folder / Path(name).expanduser()
+        path = folder / there
         if path.exists():
             plain = Path(os.path.normpath(path))
             kept = ROOT / plain.relative_to(ORIGIN) if ORIGIN and plain.is_relative_to(ORIGIN) else path
@@ -30,8 +33,13 @@ def locate(name: str, *others: Path) -> str:
 
 
 def cache() -> Path:
-    """Where CareLM keeps what it has made and can make again."""
-    return Path(os.environ.get("CARELM_CACHE", OWN_CACHE)).expanduser()
+    """Where CareLM keeps what it has made and can make again; raises UserError where the user has no home for it."""
+    folder = os.path.expanduser(os.environ.get("CARELM_CACHE", OWN_CACHE))
+    if folder.startswith("~"):
+        raise UserError(
+            "CARELM_CACHE: this user has no home folder; set HOME, or CARELM_CACHE to a folder that can be written"
+        )
+    return Path(folder)
 
 
 def write_whole(path: Path, text: str) -> None:

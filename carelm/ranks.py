@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import os
+import re
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +24,15 @@ if TYPE_CHECKING:
     import torch
 
 LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.launch", "accelerate.commands.accelerate_cli")
+
+# Launchers that give a process its number by variables of their own: how many there are, which one this is.
+PROCESS_LAUNCHERS = {
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "mpirun": ("PMI_SIZE", "PMI_RANK"),
+    "mpirun (MVAPICH)": ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    "jsrun": ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+}
 
 
 def rank() -> int:
@@ -64,7 +75,8 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"{error.label}: {error}", file=sys.stderr, flush=True)
         tell_status(error.exit_status, getattr(error, "reason", ""))
     elif error.label == "error":
-        # A launcher kills the other ranks once one has ended: rank 0 must come first, with the message.
+        # A launcher ends the other ranks once one has ended: rank 0 must come first, with the message.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by this; a run's own handler would take it for a stop request
         time.sleep(10)
         print(f"error (rank {rank()}): {error}", file=sys.stderr, flush=True)
         tell_status(error.exit_status)
@@ -88,6 +100,7 @@ class Launch:
     deepspeed: bool
     config_file: Path | None
     config_file_is_default: bool
+    is_for_gpus: bool
     threads_were_set: bool
 
 
@@ -109,7 +122,8 @@ def find_launch() -> Launch | None:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             options[name.replace("-", "_")] = value if equals else following
-    default = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "accelerate/default_config.yaml"
+    home = os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    default = Path(home) / "accelerate/default_config.yaml"
     file = Path(options["config_file"]) if "config_file" in options else default if default.is_file() else None
     settings = {}
     if file is not None:
@@ -123,12 +137,16 @@ def find_launch() -> Launch | None:
         deepspeed="use_deepspeed" in options or settings.get("distributed_type") == "DEEPSPEED",
         config_file=file,
         config_file_is_default=file is not None and "config_file" not in options,
+        is_for_gpus=bool(settings) and not (settings.get("use_cpu") or "cpu" in options),
         threads_were_set="OMP_NUM_THREADS" in environment or "num_cpu_threads_per_process" in options,
     )
 
 
 def check_launch() -> Launch | None:
-    """Says which accelerate defaults apply, and raises UserError where fewer ranks are there than were asked for."""
+    """Says which accelerate defaults apply, and raises UserError where fewer ranks are there than were asked for, or several
+    that do not know of one another."""
+    if "WORLD_SIZE" not in os.environ:
+        _check_alone()
     launch = find_launch()
     if launch is None:
         return None
@@ -143,6 +161,27 @@ def check_launch() -> Launch | None:
             "starts several ranks only under DeepSpeed: --config_file accelerate_configs/cpu_zero2.yaml"
         )
     return launch
+
+
+def _check_alone() -> None:
+    """Raises UserError where mpirun or srun have started several processes: each would take itself for the only one, and all
+    would train the same run. The line is the first one's; the others end without."""
+    variables = dict(os.environ)
+    if (
+        "SLURM_PROCID" in variables and variables.get("ENVIRONMENT") != "BATCH"
+    ):  # a batch script is one process of its job
+        variables.setdefault("SLURM_STEP_NUM_TASKS", variables.get("SLURM_NTASKS", "1"))
+    for launcher, (number, own) in PROCESS_LAUNCHERS.items():
+        if int(variables.get(number, 1)) < 2:
+            continue
+        if int(variables.get(own, 0)) > 0:
+            time.sleep(5)  # a launcher ends all processes once one has ended: the first comes first, with the message
+            os._exit(UserError.exit_status)
+        raise UserError(
+            f"num_processes: {launcher} has started {variables[number]} processes that do not know of one another; start the "
+            "ranks with torchrun --nproc_per_node N, accelerate launch or slurm/train.sh (for runs that have nothing to do "
+            "with one another set WORLD_SIZE=1)"
+        )
 
 
 def check_launch_without_zero3() -> Launch | None:
@@ -191,6 +230,29 @@ def any_rank(flag: bool, device: "torch.device") -> bool:
     flags = torch.tensor(float(flag), device=device)
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
     return bool(flags.item())
+
+
+def check_gpus(launch: Launch | None) -> None:
+    """Says that an accelerate file for GPUs computes on the CPU where there are none.
+
+    Raises:
+        UserError: where there are GPUs, but not one for each rank of this machine.
+    """
+    import torch
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        if here > torch.cuda.device_count():
+            raise UserError(
+                f"num_processes: {here} ranks were started on this machine, which has {torch.cuda.device_count()} GPUs to be "
+                f"seen; --num_processes {torch.cuda.device_count()} starts one for each"
+            )
+    elif launch is not None and launch.is_for_gpus:
+        stage = re.search(r"zero[123]", launch.config_file.name)
+        better = f"accelerate_configs/cpu_{stage.group() if stage else 'zero2'}.yaml is for that"
+        if world_size() == 1:
+            better = "without --config_file it is the same"
+        say(f"{launch.config_file} is for GPUs and there is none here: this run is on the CPU; {better}")
 
 
 def use_cpu(launch: Launch | None) -> None:

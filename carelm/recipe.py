@@ -1,6 +1,7 @@
 """The recipe: what one complete run is. Imports no torch."""
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ class Recipe:
     def base(self) -> str:
         """The base model: a folder as an absolute path, or a Hub id. bases/NAME is one that lies in CareLM's cache, or in the
         user's own, which all nodes of a cluster see."""
-        return locate(self.model["model_name_or_path"], cache(), Path(OWN_CACHE).expanduser())
+        return locate(self.model["model_name_or_path"], cache(), Path(os.path.expanduser(OWN_CACHE)))
 
     @property
     def bits(self) -> int | None:

@@ -36,6 +36,7 @@ def main() -> None:
 
     import torch
 
+    ranks.check_gpus(launch)
     ranks.use_cpu(launch)
     from carelm import quiet
     from carelm.evaluation import answers, report, results

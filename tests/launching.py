@@ -53,6 +53,15 @@ def launch(*keys, config_file=None, num_processes=None, script="train/sft.py", c
     return done
 
 
+def torchrun(number: int, *keys, script="train/sft.py", **extra):
+    """So many ranks as torch's own launcher starts them, to their end."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number), script]
+    done = subprocess.run([*words, *map(str, keys)], cwd=PROJECT, env=environment(**extra), capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
 # A new process each time, but a copy of one that has the libraries loaded already: half of a short run is imports.
 _copies = multiprocessing.get_context("forkserver")
 _copies.set_forkserver_preload(["carelm.training.trainer", "carelm.evaluation.answers", "carelm.models.merge"])

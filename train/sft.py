@@ -53,6 +53,7 @@ def main() -> None:
 
     import torch
 
+    ranks.check_gpus(launch)
     ranks.use_cpu(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     # Libraries that take seconds, after every check without them.
@@ -60,12 +61,14 @@ def main() -> None:
     from carelm.models.precision import choose_precision
     from carelm.training import callbacks
     from carelm.training.arguments import make_training_args
+    from carelm.training.optional import check_optional
     from carelm.training.trainer import Trainer
 
     precision = choose_precision(recipe.precision)
     base.check_vocabulary(chat, base.load_config(recipe))
-    adapters.check_base(recipe)
+    shape = adapters.check_base(recipe)
     arguments = make_training_args(recipe, prepared, precision)
+    check_optional(arguments, shape)
     zero_stage = runs.check_zero(recipe, launch, arguments)
     check_nodes_agree(prepared)
     checkpoint = runs.open_output(recipe, arguments)

@@ -55,6 +55,7 @@ def prepare(recipe: Recipe, candidate: Candidate, questions: list[Question], fol
             no room for a prompt.
     """
     candidate.check_base()
+    candidate.check_finite()
     chat = candidate.make_chat()
     decoding = Decoding(recipe.max_new_tokens, recipe.temperature, recipe.top_p, recipe.seed)
     prompts, lengths = _make_prompts(recipe, candidate, chat, questions)

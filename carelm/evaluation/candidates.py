@@ -90,12 +90,30 @@ class Candidate:
                 f"{metrics['base_fingerprint']}, now {now}); set model_name_or_path to the base it was trained on"
             )
 
+    def check_finite(self) -> None:
+        """Raises UserError where an adapter's weights are damaged, or NaN or infinity: it would answer all the same."""
+        from carelm.models.finite import not_finite_in
+
+        if not self.adapter:
+            return
+        file = self.adapter / "adapter_model.safetensors"
+        try:
+            bad, total = not_finite_in(file)
+        except SafetensorError as error:
+            raise UserError(f"models: {file} is damaged ({error}); train it again, or name another one") from None
+        if bad:
+            raise UserError(
+                f"models: adapter {self.adapter} holds NaN in {len(bad)} of {total} tensors; train it again with a lower "
+                "learning_rate, or name another one"
+            )
+
     def load(self, chat: Chat) -> tuple["PreTrainedModel", dict[str, Any]]:
         """The model, ready to generate on this rank's device, and what to know of it: precision, size, seconds to load."""
         import torch
         from peft import PeftModel
 
         from carelm.models import base
+        from carelm.models.finite import not_finite
         from carelm.models.generation import unused_settings
 
         started = time.perf_counter()
@@ -107,6 +125,11 @@ class Candidate:
         if self.adapter:
             model = PeftModel.from_pretrained(model, self.adapter)
             trained = base.count_parameters(model)[1] - of_base
+        if bad := not_finite(model.named_parameters()):
+            raise UserError(
+                f"models: {self.name} in {self.precision().name} holds NaN or infinity in {len(bad)} tensors, such as "
+                f"{bad[0]}; take another copy of {self.recipe.base}"
+            )
         base.align_special_tokens(model, chat)
         about = {
             "kind": self.kind,

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig
 
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
-from carelm.models.base import align_special_tokens, load_base, load_config
+from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config
 from carelm.models.precision import Precision
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def check_base(recipe: Recipe) -> None:
+def check_base(recipe: Recipe) -> PreTrainedModel:
     """What can be wrong with base and adapter, found on the meta device, before any weights and any output.
+
+    Returns:
+        the base on the meta device.
 
     Raises:
         UserError: where there is no such base, only pickled weights, or none of the adapter's target modules.
@@ -28,15 +32,20 @@ def check_base(recipe: Recipe) -> None:
     config = load_config(recipe)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust, attn_implementation=recipe.model.get("attn_implementation")
+            )
+    except (OSError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
-    if not getattr(model, "accepts_loss_kwargs", True):
-        raise UserError(
-            f"model_name_or_path: {type(model).__name__} takes a mean over each batch and not over the tokens of a whole step: "
-            "the curve would depend on the ranks; take another base"
-        )
+    except ImportError as error:
+        raise UserError(f"attn_implementation: {str(error).strip().splitlines()[0]}") from None
+    check_architecture(model, recipe.model["model_name_or_path"])
+    shifted = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )  # where transformers' smoothed loss compares with the next token
+    if recipe.training.get("label_smoothing_factor") and type(model).__name__ not in shifted:
+        raise UserError(f"label_smoothing_factor: it is not there for {type(model).__name__}; leave it out")
     held = getattr(config, "quantization_config", None) or {}
     held = held if isinstance(held, dict) else held.to_dict()
     bits = 4 if held.get("load_in_4bit") else 8 if held.get("load_in_8bit") else None
@@ -49,6 +58,7 @@ def check_base(recipe: Recipe) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and recipe.max_length > positions:
         say(f"max_length {recipe.max_length} is beyond the {positions} positions that the base was trained on")
+    return model
 
 
 def adapter_config(recipe: Recipe) -> PeftConfig:

@@ -1,16 +1,28 @@
 """How a base, whole or quantised, is loaded."""
 
 import hashlib
+import inspect
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file
 from trl import ModelConfig
 
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.models.precision import Precision
+from carelm.ranks import say
 from carelm.recipe import Recipe
 
 
@@ -18,7 +30,7 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     """The base's configuration.
 
     Raises:
-        UserError: where there is no such model, or only pickled weights.
+        UserError: where there is no such model, only pickled weights, or an encoder-decoder.
     """
     folder = Path(recipe.base)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -27,7 +39,7 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
             "save_pretrained()"
         )
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             recipe.base,
             revision=recipe.model.get("model_revision", "main"),
             trust_remote_code=recipe.training.get("trust_remote_code", False),
@@ -35,6 +47,12 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"model_name_or_path: {recipe.base} is an encoder-decoder ({config.model_type}), whose encoder would be lost; take "
+            "a decoder-only base"
+        )
+    return config
 
 
 def check_vocabulary(chat: Chat, config: PreTrainedConfig) -> None:
@@ -57,7 +75,7 @@ def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
     Raises:
         UserError: where the folder or Hub repository holds no such model, or pickled weights only.
     """
-    model_args = ModelConfig(**recipe.model)
+    model_args, generation = ModelConfig(**recipe.model), load_generation_config(recipe)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             recipe.base,
@@ -67,13 +85,107 @@ def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
             attn_implementation=model_args.attn_implementation,
             trust_remote_code=recipe.training.get("trust_remote_code", False),
             use_safetensors=True,
+            generation_config=generation,
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model_name_or_path: {recipe.base} cannot be loaded ({reason})") from None
     if recipe.bits == 4:
         keep_cpu_weights_plain(model)
+    leave_out_added_losses(model)
+    if generation is None:  # made of what older bases have in config.json
+        model.generation_config = repaired(model.generation_config.to_diff_dict())
     return model
+
+
+def leave_out_added_losses(model: PreTrainedModel) -> None:
+    """Turns off what some bases add to the loss of the tokens, and says so: mixtures of experts for even use of their experts,
+    Bamba for small logits. It comes once for each micro batch, so that the curve would depend on their size."""
+    configs = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    routers = [config for config in configs if getattr(config, "output_router_logits", False)]
+    for config in routers:
+        config.output_router_logits = False
+    added = ["output_router_logits"] if routers else []
+    if getattr(model, "z_loss_coefficient", 0):
+        model.z_loss_coefficient = model.config.z_loss_coefficient = 0.0
+        added.append("z_loss_coefficient")
+    if added:
+        say(
+            f"what the base adds to the loss ({', '.join(added)}) is left out: the curve would depend on the micro batch"
+        )
+
+
+def load_generation_config(recipe: Recipe) -> GenerationConfig | None:
+    """The base's generation_config.json, repaired; None where it has none.
+
+    Raises:
+        UserError: where it is no JSON object.
+    """
+    revision = recipe.model.get("model_revision", "main")
+    file = cached_file(
+        recipe.base, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    if file is None:
+        return None
+    try:
+        return repaired(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"model_name_or_path: {file} is no JSON object ({error})") from None
+
+
+def repaired(values: dict[str, Any]) -> GenerationConfig:
+    """A generation config without what transformers would refuse to save with the result, which is said: sampling flags without
+    do_sample, as many bases ship them, beam flags without beams.
+
+    Raises:
+        UserError: where nothing that is left out makes it valid.
+    """
+    left_out = {}
+    while problem := _what_is_invalid(values):
+        named = (key for key in values if f"`{key}`" in problem)
+        without = ((key, {k: v for k, v in values.items() if k != key}) for key in named)
+        repair = next((v for key, v in without if f"`{key}`" not in _what_is_invalid(v)), None)
+        if repair is None:
+            raise UserError(f"model_name_or_path: the base's generation_config.json cannot be used ({problem})")
+        left_out |= {key: value for key, value in values.items() if key not in repair}
+        values = repair
+    if left_out:
+        words = ", ".join(f"{key} {value}" for key, value in left_out.items())
+        say(f"the base's generation_config.json is invalid; these are left out of it: {words}")
+    return GenerationConfig.from_dict(values)
+
+
+def _what_is_invalid(values: dict[str, Any]) -> str:
+    try:
+        GenerationConfig.from_dict(values).validate(strict=True)
+    except (ValueError, TypeError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def check_architecture(model: PreTrainedModel, name: str) -> None:
+    """Raises UserError where a base does not predict every token from those before it alone, or does not sum its loss over the
+    tokens of a whole step (`num_items_in_batch`), so that the curve would depend on micro batch and ranks.
+
+    Args:
+        model: may be on the meta device.
+        name: as the recipe has it.
+    """
+    kind = type(model)
+    forward = inspect.unwrap(kind.forward)
+    if "is_decoder" in inspect.getsource(kind.__init__) and not model.config.is_decoder:
+        raise UserError(
+            f"model_name_or_path: {name} ({kind.__name__}) sees the tokens that it is to predict, as encoders do; take a "
+            "decoder-only base"
+        )
+    sums = re.search(r"loss_function\([^)]*\*\*|num_items_in_batch", inspect.getsource(forward))
+    if not sums or "logits_to_keep" not in inspect.signature(forward).parameters or not getattr(
+        model, "accepts_loss_kwargs", True
+    ):  # fmt: skip
+        raise UserError(
+            f"model_name_or_path: {kind.__name__} takes a mean over each batch and not over the tokens of a whole step: the "
+            "curve would depend on the ranks; take another base"
+        )
 
 
 def quantization_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -15,10 +15,9 @@ from carelm.training.prepared import Prepared
 def _leave_out_shm_comm() -> None:
     """DeepSpeed compiles an all-reduce over shared memory for CPU ranks, which its inference alone uses (comm/torch.py): a
     minute at the first start, and where that is killed a lock that every later start waits for."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import deepspeed.ops
+    import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision) -> SFTConfig:
@@ -53,7 +52,10 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
     }
     if world_size() > 1 and not torch.cuda.is_available():
         derived["ddp_backend"] = "gloo"  # without it accelerate takes every rank for the only one
-        _leave_out_shm_comm()
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            _leave_out_shm_comm()
+        else:
+            derived["use_cpu"] = True  # without it accelerate makes no DDP of CPU ranks: each would train for itself
     # transformers begins with what the launcher says, which is the machine's default; the recipe decides.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision.name == "fp32" else precision.name
     if precision.name == "bf16" and not torch.cuda.is_available():

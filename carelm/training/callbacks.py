@@ -128,6 +128,7 @@ class TensorBoard(TrainerCallback):
     NAMES = {
         "loss": "train/loss",
         "grad_norm": "train/grad_norm",
+        "skipped_steps": "train/skipped_steps",
         "learning_rate": "train/learning_rate",
         "epoch": "train/epoch",
         "eval_loss": "eval/loss",

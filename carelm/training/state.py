@@ -1,6 +1,7 @@
 """The consolidated training state: weights and optimizer of every trained parameter by name, for any number of ranks."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from carelm.errors import UserError
+from carelm.models.finite import not_finite
 
 STATE = "training_state.safetensors"
 DEEPSPEED_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -90,6 +92,11 @@ def load_state(trainer: transformers.Trainer, folder: Path) -> None:
         UserError: where the checkpoint's parameters or optimizer are not this run's.
     """
     stored = read_state(folder)
+    if bad := not_finite(stored.items()):
+        raise UserError(
+            f"{folder}: {len(bad)} of its {len(stored)} tensors hold NaN or infinity, such as {bad[0]}; remove that folder to "
+            "go on from the one before it, or begin anew with --restart"
+        )
     load_weights(trainer, stored, folder)
     if trainer.is_deepspeed_enabled:
         _load_deepspeed_optimizer(trainer, stored)
@@ -139,8 +146,15 @@ def scaler_state(trainer: transformers.Trainer) -> dict[str, float]:
     """fp16's loss scale and its counters: of torch's GradScaler, or of DeepSpeed's loss scaler; else empty."""
     if trainer.accelerator.scaler is not None:
         return trainer.accelerator.scaler.state_dict()
-    scaler = _dynamic_loss_scaler(trainer)
+    scaler = dynamic_loss_scaler(trainer)
     return {key: getattr(scaler, key) for key in DEEPSPEED_SCALE} if scaler is not None else {}
+
+
+def loss_scale(trainer: transformers.Trainer) -> float:
+    """fp16's loss scale as it is now; infinity in other precisions."""
+    if trainer.accelerator.scaler is not None:
+        return trainer.accelerator.scaler.get_scale()
+    return float(trainer.model_wrapped.optimizer.loss_scale) if trainer.is_deepspeed_enabled else math.inf
 
 
 def _load_scaler(trainer: transformers.Trainer, state: dict[str, float]) -> None:
@@ -148,11 +162,11 @@ def _load_scaler(trainer: transformers.Trainer, state: dict[str, float]) -> None
     if trainer.accelerator.scaler is not None:
         if "scale" in state:
             trainer.accelerator.scaler.load_state_dict(state)
-    elif (scaler := _dynamic_loss_scaler(trainer)) is not None and "cur_scale" in state:
+    elif (scaler := dynamic_loss_scaler(trainer)) is not None and "cur_scale" in state:
         vars(scaler).update(state)
 
 
-def _dynamic_loss_scaler(trainer: transformers.Trainer) -> Any:
+def dynamic_loss_scaler(trainer: transformers.Trainer) -> Any:
     """DeepSpeed's fp16 loss scaler; None without DeepSpeed and in other precisions."""
     scaler = getattr(trainer.model_wrapped.optimizer, "loss_scaler", None) if trainer.is_deepspeed_enabled else None
     return scaler if getattr(scaler, "dynamic", False) else None

@@ -22,11 +22,12 @@ from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.ranks import say, share
 from carelm.recipe import Recipe
-from carelm.training import checkpoints
+from carelm.training import checkpoints, divergence
 from carelm.training.batches import Collate, GlobalBatches, Rows
 from carelm.training.callbacks import SampleAnswers, Speed
 from carelm.training.prepared import Prepared
 from carelm.training.state import (
+    dynamic_loss_scaler,
     gather_state,
     is_full,
     is_native,
@@ -69,6 +70,7 @@ class Trainer(transformers.Trainer):
         self.started = time.time()
         self.wall_seconds_before = 0.0
         self.stopped_early = False
+        self.divergence = divergence.Divergence()
         super().__init__(
             model=model,
             args=args,
@@ -164,25 +166,23 @@ class Trainer(transformers.Trainer):
             f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item(),
             f"{metric_key_prefix}_runtime": round(time.time() - started, 3),
         }
-        if not math.isfinite(metrics[f"{metric_key_prefix}_loss"]):
-            raise UserError(
-                f"learning_rate: the eval loss is {metrics[f'{metric_key_prefix}_loss']} at step {self.state.global_step}, "
-                "the run has diverged; lower learning_rate, or set max_grad_norm, and --restart"
-            )
+        if not math.isfinite(loss := metrics[f"{metric_key_prefix}_loss"]):
+            divergence.end(self, f"the eval loss is {loss}", is_trained=self.state.global_step > 0)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # Stops and checkpoints
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs) -> None:
         """After a step: logs, evaluates and saves what is due. Asked to stop, it saves at once and puts the evaluation off."""
+        self.divergence.look(self, tr_loss, grad_norm)
         reason, evaluation_is_due = self.stops.look(self.args.device), self.control.should_evaluate
         if self.args.eval_strategy == "epoch" and self.state.global_step % self.batches.steps_per_epoch == 0:
             evaluation_is_due = True  # the epoch's end comes after this look
         if reason:
             self.control.should_log, self.control.should_evaluate, self.control.should_save = True, False, False
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         if reason:
             self._stop(reason, evaluation_is_due)
 
@@ -198,7 +198,14 @@ class Trainer(transformers.Trainer):
         )
         raise StopRequested(f"after step {step}, {seconds:.1f} s after it was asked to ({reason}); {saved}", reason)
 
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in transformers; in fp16 with the steps that the scaler has skipped so far."""
+        if self.args.fp16 and "loss" in logs:
+            logs["skipped_steps"] = self.divergence.skipped_steps
+        super().log(logs, *args, **kwargs)
+
     def _save_checkpoint(self, model, trial) -> None:
+        divergence.check_weights(self)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, transformers.trainer_callback.ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
@@ -210,6 +217,7 @@ class Trainer(transformers.Trainer):
             "world_size": self.args.world_size,
             "zero_stage": zero_stage(self),
             "wall_seconds": round(self.wall_seconds, 3),
+            "skipped_steps": self.divergence.skipped_steps,
             "data_fingerprint": self.prepared.fingerprint,
             "base_fingerprint": self.base_fingerprint,
         }
@@ -247,6 +255,7 @@ class Trainer(transformers.Trainer):
             )
         self.wall_seconds_before, self.saved_step = mark["wall_seconds"], mark["step"]
         self.evaluation_is_due = mark.get("evaluation_is_due", False)
+        self.divergence.skipped_steps = mark.get("skipped_steps", 0)
         state = transformers.TrainerState.load_from_json(str(folder / "trainer_state.json"))
         control = state.stateful_callbacks["TrainerControl"]["args"]
         self.stopped_early = control["should_training_stop"] and state.global_step < state.max_steps
@@ -254,6 +263,8 @@ class Trainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         native = resume_from_checkpoint if is_native(self) else None
         prepared = super()._prepare_for_training(max_steps, train_dataloader, native)
+        if (scaler := dynamic_loss_scaler(self)) is not None:
+            scaler.raise_error_at_min_scale = False  # self.divergence ends the run there, with a line
         if resume_from_checkpoint is not None and native is None:
             load_state(self, Path(resume_from_checkpoint))
         return prepared
@@ -301,6 +312,7 @@ class Trainer(transformers.Trainer):
 
     def save_result(self, folder: Path) -> None:
         """The trained weights, tokenizer and chat template, and the generation settings; every rank calls it."""
+        divergence.check_weights(self)
         state = None if is_full(self) else gather_state(self)
         weights = self.accelerator.get_state_dict(self.model_wrapped) if is_full(self) else None
         failure = None
@@ -329,6 +341,7 @@ class Trainer(transformers.Trainer):
             "eval_loss": best if best is not None else evaluations[-1]["eval_loss"] if evaluations else None,
             "eval_loss_before": before[0] if before else None,
             "global_step": self.state.global_step,
+            "skipped_steps": self.divergence.skipped_steps,
             "num_train_tokens": self.batches.tokens_until(self.state.global_step),
             "world_size": self.args.world_size,
             "global_batch_size": self.recipe.global_batch_size,

@@ -526,3 +526,30 @@ def test_unlike_models_are_said_to_be_unlike(tmp_path, monkeypatch, capsys):
     assert "3 conversations are too few to tell" in results["verdicts"][0]
     assert any("computed in base fp32, base@bf16 bf16" in c for c in cautions)
     assert any("held in base 4 bits, base@bf16 whole" in c for c in cautions)
+
+
+def test_an_adapter_that_holds_nan_is_named_before_anything_is_answered(tmp_path):
+    recipe = make_adapter(tmp_path / "run")
+    candidate = candidates.find(recipe, "adapter")
+    candidate.check_finite()
+    file = tmp_path / "run/adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in sorted(tensors)[:3]:
+        tensors[name][0, 0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"models: adapter .*run holds NaN in 3 of {len(tensors)} tensors"):
+        candidate.check_finite()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="adapter_model.safetensors is damaged"):
+        candidate.check_finite()
+
+
+def test_a_model_that_holds_infinity_in_its_precision_is_named(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5  # more than fp16 holds
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    recipe = load_recipe(["--model_name_or_path", str(tmp_path / "base"), "--load_in_4bit", "false"], usage="")
+    candidate = candidates.find(recipe, "base@fp16")
+    with pytest.raises(UserError, match="models: base@fp16 in fp16 holds NaN or infinity in 1 tensors"):
+        candidate.load(candidate.make_chat())

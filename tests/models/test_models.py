@@ -7,7 +7,24 @@ import types
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from carelm.errors import UserError
 from carelm.models import adapters
@@ -89,6 +106,96 @@ def test_a_base_whose_loss_is_a_mean_per_batch_is_refused(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
     with pytest.raises(UserError, match="LlamaForCausalLM takes a mean over each batch"):
         adapters.check_base(load_recipe(["--config", "recipes/demo.yaml"], usage=""))
+
+
+TINY = {
+    "vocab_size": 2048,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def save_base(base, folder, model):
+    """A tiny random base with the demo's tokenizer, and the recipe that names it."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(base / name, folder / name)
+    return load_recipe(["--model_name_or_path", str(folder), "--load_in_4bit", "false"], usage="")
+
+
+@pytest.mark.parametrize(
+    "model, line",
+    [
+        (lambda: BartForConditionalGeneration(BartConfig(vocab_size=2048, d_model=16, encoder_layers=1, decoder_layers=1,
+         encoder_attention_heads=2, decoder_attention_heads=2)), "is an encoder-decoder .bart., whose encoder would be lost"),
+        (lambda: T5ForConditionalGeneration(T5Config(vocab_size=2048, d_model=16, num_layers=1)), "encoder-decoder .t5."),
+        (lambda: BertForMaskedLM(BertConfig(**TINY)), "BertLMHeadModel. sees the tokens that it is to predict"),
+        (lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=2048, d_model=16, n_layer=1, n_head=2)), "takes a mean over each"),
+    ],
+)  # fmt: skip
+def test_a_base_that_is_no_decoder_is_refused(base, tmp_path, model, line):
+    recipe = save_base(base, tmp_path / "base", model())
+    with pytest.raises(UserError, match=f"model_name_or_path: .*{line}"):
+        adapters.check_base(recipe)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4,
+                                                 output_router_logits=True, router_aux_loss_coef=5.0)),
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**TINY)),
+        lambda: BertLMHeadModel(BertConfig(**TINY, is_decoder=True)),
+    ],
+)  # fmt: skip
+def test_the_loss_of_a_base_is_the_sum_over_its_rows_however_they_are_batched(base, tmp_path, capsys, model):
+    torch.manual_seed(0)
+    recipe = save_base(base, tmp_path / "base", model())
+    adapters.check_base(recipe)
+    held = load_base(recipe, Precision("fp32", "test")).eval()
+    ids, one = torch.randint(10, 2000, (4, 24)), torch.ones(())
+    with torch.no_grad():
+        whole = held(input_ids=ids, labels=ids, num_items_in_batch=one).loss
+        parts = sum(held(input_ids=row[None], labels=row[None], num_items_in_batch=one).loss for row in ids)
+    assert float(parts) == pytest.approx(float(whole), rel=1e-5)
+    said = "adds to the loss (output_router_logits) is left out" in capsys.readouterr().err
+    assert said == isinstance(held, MixtralForCausalLM)
+
+
+@pytest.mark.parametrize(
+    "values, left_out",
+    [
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.8}, "temperature 0.7, top_p 0.8"),
+        ({"min_p": 0.1, "top_k": 20}, "min_p 0.1, top_k 20"),
+        ({"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}, "early_stopping True, length_penalty 2.0"),
+        ({"num_return_sequences": 3}, "num_return_sequences 3"),
+        ({"output_scores": True, "max_new_tokens": -1}, "max_new_tokens -1, output_scores True"),
+        ({"cache_implementation": "none such"}, "cache_implementation none such"),
+        ({"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.1}, None),
+    ],
+    ids=str,
+)
+def test_an_invalid_generation_config_is_repaired_and_said(base, tmp_path, capsys, values, left_out):
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    recipe = load_recipe(["--model_name_or_path", str(tmp_path / "base"), "--load_in_4bit", "false"], usage="")
+    model = load_base(recipe, Precision("fp32", "test"))
+    model.generation_config.save_pretrained(tmp_path)  # which transformers refuses for an invalid one
+    kept = json.loads((tmp_path / "generation_config.json").read_text())
+    names = [word.split()[0] for word in (left_out or "").split(", ") if word]
+    assert {key: kept.get(key) for key in values} == {k: None if k in names else v for k, v in values.items()}
+    assert kept["eos_token_id"] == json.loads(file.read_text())["eos_token_id"]
+    said = capsys.readouterr().err
+    assert f"is invalid; these are left out of it: {left_out}\n" in said if left_out else "invalid" not in said
+
+
+def test_an_attention_that_is_not_installed_is_one_line():
+    recipe = load_recipe(["--config", "recipes/demo.yaml", "--attn_implementation", "flash_attention_2"], usage="")
+    with pytest.raises(UserError, match="attn_implementation: FlashAttention2"):
+        adapters.check_base(recipe)
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])

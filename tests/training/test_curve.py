@@ -14,16 +14,18 @@ from launching import (
     losses,
     relative_distance,
     script,
+    torchrun,
     zero3_sharding_everything,
 )
 from safetensors.torch import load_file
 
-RUNGS = ("accumulated", "zero1", "zero2", "zero3")
+RUNGS = ("accumulated", "torchrun2", "torchrun4", "zero1", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
 def rungs(tmp_path_factory):
-    """Twelve steps of the demo's recipe on one process, with the batch split in two, and on two ranks at each stage."""
+    """Twelve steps of the demo's recipe on one process, with the batch split in two, on two and four ranks without DeepSpeed,
+    and on two at each stage."""
     folder = tmp_path_factory.mktemp("rungs")
 
     def run(name, *keys, config_file=None):
@@ -38,6 +40,8 @@ def rungs(tmp_path_factory):
     # No evaluation in mid-run here: one that changed the weights or the random draws would show in the losses.
     run("accumulated", "--per_device_train_batch_size", 2, "--eval_strategy", "no", "--eval_on_start", "false",
         "--per_device_eval_batch_size", 7)  # fmt: skip
+    for number in (2, 4):
+        torchrun(number, "--output_dir", folder / f"torchrun{number}", *TWELVE_STEPS)
     run("zero1", config_file=PROJECT / "accelerate_configs/cpu_zero1.yaml")
     run("zero2", config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
     run("zero3", "--gradient_checkpointing", "true", config_file=zero3_sharding_everything(folder))
@@ -56,7 +60,7 @@ def test_every_rung_ends_with_the_adapter_of_one_process(rungs, rung):
     assert relative_distance(rungs / rung, rungs / "one") < 1e-4
 
 
-@pytest.mark.parametrize("rung", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("rung", ["torchrun2", "torchrun4", "zero1", "zero2", "zero3"])
 def test_the_eval_loss_does_not_depend_on_the_ranks(rungs, rung):
     assert eval_losses(rungs / rung) == pytest.approx(eval_losses(rungs / "one"), rel=1e-5)
 
