@@ -40,11 +40,15 @@ class Recipe:
     num_sample_answers: int = _key(3, "Validation prompts that are answered at each evaluation, for TensorBoard.")
     sample_max_new_tokens: int = _key(64, "Longest such answer, in tokens.")
     # data
-    dataset_name: str = _key("demo/data", "A .jsonl, .json, .csv or .parquet file, a folder, a glob, or a Hub id.")
+    dataset_name: str = _key(
+        "demo/data", "A .jsonl, .json, .csv, .tsv or .parquet file (.gz too), a folder, a glob, or a Hub id."
+    )
     dataset_config: str | None = _key(None, "Configuration of a Hub dataset.")
-    dataset_train_split: str = _key("train", "Name of the split to train on.")
-    dataset_validation_split: str = _key("validation", "Name of the split for the eval loss.")
-    dataset_test_split: str = _key("test", "Name of the split kept for the evaluator.")
+    dataset_train_split: str = _key("train", "Name of the split to train on (training is taken for it too).")
+    dataset_validation_split: str = _key(
+        "validation", "Name of the split for the eval loss (valid, val, dev and eval are taken for it too)."
+    )
+    dataset_test_split: str = _key("test", "Name of the split kept for the evaluator (testing is taken for it too).")
     validation_fraction: float = _key(
         0.05, "Share of the train split to hold out where the data has no validation split."
     )

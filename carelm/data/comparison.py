@@ -26,8 +26,8 @@ class Comparison:
         return json.dumps(self._parts(example)[:-1], sort_keys=True, ensure_ascii=False)
 
     def text(self, example: Example) -> str:
-        """The question as plain text, a message a line."""
-        parts = self._parts(example)[:-1]
+        """The question as plain text, a message a line; without tools, which many rows share to the letter."""
+        parts = [part for part in self._parts(example)[:-1] if isinstance(part, str) or "tools" not in part]
         return "\n".join(p if isinstance(p, str) else p.get("content") or json.dumps(p, sort_keys=True) for p in parts)
 
     def so_far(self, example: Example) -> Iterator[bytes]:
@@ -48,7 +48,7 @@ class Comparison:
         return parts
 
 
-def last_words(example: Example, number: int = 80) -> str:
+def last_words(example: Example, number: int = 50) -> str:
     """The end of the question, to show to people: what the user says last."""
     asked = [m["content"] for m in example.prompt if m["role"] == "user"] or [""]
     return " ".join(asked[-1].split())[:number]

@@ -20,6 +20,12 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_NO_TEXT = {
+    b"PK\x03\x04": "an Excel workbook or a ZIP archive",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+    b"\x1f\x8b": "gzip (call it .csv.gz)",
+    b"PAR1": "Parquet",
+}
 _UTF8_LETTER = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}")
 _LETTERS = "A-Za-zÀ-ÖØ-öø-ÿŒœŠšŽžŸƒ"
 # The letters beyond ASCII of German, French, Spanish, Portuguese, Italian, the Nordic languages and Dutch.
@@ -46,6 +52,9 @@ def find_encoding(raw: bytes, path: Path) -> tuple[str, str]:
     Raises:
         UserError: where no encoding is certain, and for a NUL character.
     """
+    for start, what in _NO_TEXT.items():
+        if raw.startswith(start):
+            raise UserError(f"{path}: no text but {what}; save it as CSV in UTF-8")
     encoding = encoding_by_mark(raw[:4]) or "utf-8"
     if encoding == "utf-8" and raw.count(0) > len(raw) / 4:  # every second byte of plain letters is 0
         even, odd = raw[::2].count(0), raw[1::2].count(0)
@@ -103,7 +112,7 @@ def read_csv(raw: bytes, path: Path) -> tuple[list[dict[str, Any]], str]:
     for number, fields in enumerate(lines, 1):
         if len(fields) != len(names):
             raise UserError(
-                f"{path}:{number}: {len(fields)} fields where the header has {len(names)}; quote fields that hold "
+                f"{path}:{number}: the row's fields are {len(fields)}, the header's {len(names)}; quote fields that hold "
                 f"{SEPARATORS.get(separator, separator)}, and leave none out"
             )
         rows.append(fields)

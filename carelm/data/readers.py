@@ -18,6 +18,7 @@ Rows = list[tuple[str, dict[str, Any]]]  # (file:row, row); rows count from 1
 
 _TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_SUFFIXES = (*_TEXTS, ".parquet", *(suffix + ".gz" for suffix in _TEXTS))
+READ = f"{', '.join(_TEXTS)} (each also as .gz) and .parquet"  # for messages
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class FileRows:
 def data_suffix(name: str) -> str | None:
     """`Train.CSV` -> ".csv", `a.jsonl.gz` -> ".jsonl.gz"; None for a file that is not read."""
     return next((s for s in sorted(DATA_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), None)
+
+
+def stem(name: str) -> str:
+    """`train.jsonl.gz` -> "train"."""
+    return name[: len(name) - len(data_suffix(name) or "")]
 
 
 def read_file(path: Path, name: str) -> FileRows:
@@ -73,7 +79,8 @@ def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, An
         if twice:
             raise UserError(f"{where}: the key '{twice[0][1]}' stands twice in one object; rename or remove one")
         if not isinstance(row, dict):
-            raise UserError(f"{where}: a line of a .jsonl file must be an object, such as {{...}}")
+            hint = "; a list of objects is .json" if isinstance(row, list) else ""
+            raise UserError(f"{where}: a line of a .jsonl file must be an object, such as {{...}}{hint}")
         yield number, row
 
 
@@ -125,10 +132,9 @@ def _read_json(raw: bytes, path: Path) -> dict[str | None, list[dict[str, Any]]]
 
 
 def _lists(value: dict[str, Any]) -> dict[str | None, list[Any]]:
-    """The lists of objects of a JSON object; a list of anything else belongs to no row."""
-    return {
-        key: part for key, part in value.items() if isinstance(part, list) and any(isinstance(r, dict) for r in part)
-    }
+    """The lists of objects of a JSON object, empty ones too; a list of anything else holds no row."""
+    lists = {key: part for key, part in value.items() if isinstance(part, list)}
+    return {key: part for key, part in lists.items() if not part or any(isinstance(row, dict) for row in part)}
 
 
 def _holds(value: Any, wanted: dict) -> bool:

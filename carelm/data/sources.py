@@ -64,12 +64,13 @@ def _load_files(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]
     for split, files in found.by_split.items():
         for name, path in files.items():
             read = read_file(path, name)
-            for key, of_key in _splits_of_lists(names, split, name in found.unnamed, path, list(read.by_key)).items():
+            keys = [key for key, rows in read.by_key.items() if rows or len(read.by_key) == 1 or names.word(key)]
+            for key, of_key in _splits_of_lists(names, split, name in found.unnamed, path, keys).items():
                 unused += [] if of_key else [f"{name}: {key}"]
                 for s in of_key:
                     rows = read.by_key[key]
                     splits[s] += rows
-                    reports[s].files[name if len(read.by_key) == 1 else f"{name}: {key}"] = len(rows)
+                    reports[s].files[name if len(keys) == 1 else f"{name}: {key}"] = len(rows)
             if read.taken_for:
                 reports[split].notes.append(f"{name} is read as {read.taken_for}")
         parts = {match[0]: int(match[1]) for name in files if (match := re.search(r"\d+[-_. ]of[-_. ](\d+)", name))}

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from carelm.data.readers import DATA_SUFFIXES, data_suffix
+from carelm.data.readers import READ, data_suffix, stem
 from carelm.data.split_names import SPLITS, SplitNames
 from carelm.errors import UserError
 from carelm.files import locate
@@ -34,8 +34,8 @@ def find_files(recipe: Recipe) -> SplitFiles:
     """The files of each split, and what is reached and not used.
 
     In a folder names decide: train.csv, val-1.jsonl, test/x.parquet, data/dev.csv, or shop_train.csv beside shop_test.csv.
-    The only data file of a folder is `train`, and so are all of a folder called train; in a glob every file is whose name
-    says no split.
+    The only data file of a folder is `train` (so are part-0.csv and part-1.csv), and so are all of a folder called train; in
+    a glob every file is whose name says no split.
 
     Raises:
         UserError: where there is nothing to train on, or two names for one split.
@@ -43,7 +43,7 @@ def find_files(recipe: Recipe) -> SplitFiles:
     place, names = Path(locate(recipe.dataset_name)), SplitNames(recipe)
     if place.is_file():
         if data_suffix(place.name) is None:
-            raise UserError(f"dataset_name: {place} is none of {', '.join(DATA_SUFFIXES)}")
+            raise UserError(f"dataset_name: {place} is not read; what is read: {READ}")
         return SplitFiles({"train": {place.name: place}}, unnamed={place.name})
     try:
         reached = _walk(place, names) if place.is_dir() else _match(recipe.dataset_name, names)
@@ -55,14 +55,20 @@ def find_files(recipe: Recipe) -> SplitFiles:
     by_split = {s: {n: files[n] for n, word in words.items() if word in names.words[s]} for s in SPLITS}
     unnamed = files.keys() - words.keys()
     if place.is_dir() and (
-        by_split["train"] or (len(files) > 1 and "train" not in names.splits(names.word(place.resolve().name)))
+        by_split["train"]
+        or (
+            len({re.sub(r"\d+", "", stem(name)) for name in files}) > 1
+            and "train" not in names.splits(names.word(stem(place.resolve().name)))
+        )
     ):
         unnamed = set()
     by_split["train"] |= {name: files[name] for name in sorted(unnamed)}
     if not by_split["train"]:
         there = ", ".join(reached) or "nothing"
         way = f"; --dataset_name '{place}/*' takes all others as train" if files.keys() - words.keys() else ""
-        way = way if files else f"; what is read: {', '.join(DATA_SUFFIXES)}"
+        if not files:
+            folders = reached and all(path is None for path in reached.values())
+            way = "; name one of these folders" if folders else f"; what is read: {READ}"
         raise UserError(
             f"dataset_train_split: {place} has no file of a split '{names.words['train'][0]}' (there: {there[:400]}){way}"
         )
@@ -73,17 +79,17 @@ def find_files(recipe: Recipe) -> SplitFiles:
 
 
 def _walk(folder: Path, names: SplitNames, prefix: str = "", inside: bool = False) -> dict[str, Path | None]:
-    """The files of a folder, of its `data` folder and of folders called as a split; other folders as `name/` and None."""
+    """The files of a folder, of its `data` folder and of folders called as a split; what is no file has no path."""
     reached: dict[str, Path | None] = {}
     for path in sorted(folder.iterdir()):
         name = prefix + path.name
-        if path.name.startswith("."):
+        if path.name.startswith(".") or (path.is_symlink() and folder.resolve().is_relative_to(path.resolve())):
             continue
         if not path.is_dir():
             if not _ABOUT.fullmatch(path.name.lower()):
-                reached[name] = path
-        elif inside or names.word(path.name) or name.lower() == "data":
-            reached |= _walk(path, names, f"{name}/", inside or names.word(path.name) is not None)
+                reached[name] = path if path.is_file() or path.is_symlink() else None  # a pipe would wait for ever
+        elif inside or names.word(stem(path.name)) or name.lower() == "data":
+            reached |= _walk(path, names, f"{name}/", inside or names.word(stem(path.name)) is not None)
         else:
             reached[f"{name}/"] = None
     return reached
@@ -106,9 +112,9 @@ def _match(pattern: str, names: SplitNames) -> dict[str, Path | None]:
         name = path.relative_to(fixed).as_posix()
         if not path.is_dir():
             if not _ABOUT.fullmatch(path.name.lower()):
-                reached[name] = path
+                reached[name] = path if path.is_file() or path.is_symlink() else None
         elif "**" not in pattern:  # which reaches the files of folders itself
-            if names.word(path.name):
+            if names.word(stem(path.name)):
                 reached |= _walk(path, names, f"{name}/", inside=True)
             else:
                 reached[f"{name}/"] = None
@@ -125,13 +131,12 @@ def _words(names: SplitNames, files: dict[str, Path], is_glob: bool) -> dict[str
     families: dict[str, dict[str, str]] = defaultdict(dict)
     for name in files:
         *folders, file = name.split("/")
-        stem = file[: -len(data_suffix(file))]
-        found = {word for part in (*folders, stem) if (word := names.word(part))}
+        found = {word for part in (*folders, file) if (word := names.word(stem(part)))}
         if len({tuple(names.splits(word)) for word in found}) > 1:
             words[name] = None
         elif found:
             words[name] = found.pop()
-        elif inside := names.word_inside(stem):
+        elif inside := names.word_inside(stem(file)):
             word, family = inside
             families["/".join((*folders, family))][name] = word
     told_apart = [
@@ -162,8 +167,7 @@ def _once(files: dict[str, Path]) -> dict[str, Path]:
         if (real := os.path.realpath(path)) in seen:
             continue
         seen.add(real)
-        stem = name[: -len(data_suffix(name))]
-        if stem in first:
-            raise UserError(f"dataset_name: {first[stem]} and {name} are one name in two formats; remove one of them")
-        first[stem], kept[name] = name, path
+        if (other := first.setdefault(stem(name), name)) != name:
+            raise UserError(f"dataset_name: {other} and {name} are one name in two formats; remove one of them")
+        kept[name] = path
     return kept

@@ -13,8 +13,10 @@ WORDS = {
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test", "testing"),
 }
-# train-1, train_part2, train-part-b, train-00000-of-00002, train-00000-of-00001-b42a775f407cee45
-_PART = r"(?:[-_. ]?(?:(?:part|shard|chunk)[-_. ]?(?:\d+|[a-z]{1,2})|\d+)(?:[-_. ]of[-_. ]\d+)?(?:-[0-9a-f]{16})?)?"
+# train-1, train_part2, train-part-b, train-2024-05, train-00000-of-00002, train-00000-of-00001-b42a775f407cee45
+_PART = (
+    r"(?:(?:[-_. ]?(?:(?:part|shard|chunk)[-_. ]?(?:\d+|[a-z]{1,2})|\d+))+(?:[-_. ]of[-_. ]\d+)?(?:-[0-9a-f]{16})?)?"
+)
 
 
 class SplitNames:
@@ -54,6 +56,6 @@ class SplitNames:
             if len(names) > 1:
                 other = next(word for word in names if word != split)
                 raise UserError(
-                    f"dataset_{split}_split: {' and '.join(sorted(names.values()))} of {where} all mean {split}; remove all "
-                    f"but one, or choose, such as dataset_{split}_split: {other}"
+                    f"dataset_{split}_split: {' and '.join(sorted(names.values()))} in {where} mean {split}; keep one, or "
+                    f"choose it, such as dataset_{split}_split: {other}"
                 )

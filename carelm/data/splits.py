@@ -148,7 +148,7 @@ def _keep_apart(
     report.first_in_other_split = [f"{e.source} {last_words(e)}" for e in (examples["train"][row] for row in found[:3])]
     for rows, what in (
         (asked, "question also in validation or test"),
-        (continued, "conversation goes on in validation or test"),
+        (continued, "conversation also in validation or test"),
     ):
         if rows and not recipe.keep_test_questions:
             report.dropped[what] = len(rows)
@@ -176,5 +176,5 @@ def _find_near_duplicates(
                 )
     report.near_duplicates = len(found)
     if recipe.drop_near_duplicates and found:
-        report.dropped["near-duplicate of validation or test"] = len(found)
+        report.dropped["near-duplicates of validation or test"] = len(found)
         examples["train"] = [e for row, e in enumerate(examples["train"]) if row not in found]

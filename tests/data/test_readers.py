@@ -68,14 +68,15 @@ def test_every_format_folder_and_glob_gives_the_same_text_to_the_byte(tmp_path, 
         ("rows.json", b'{"data": {"train": [{"answer": "a"}]}}', "rows.json.*its keys: data"),
         ("rows.json", b'[{"answer": "a"}, {"answer": "a", "answer": "b"}]', "rows.json:2: the key 'answer' .* twice"),
         ("rows.json", b'{"train": [{"answer": "a"}], "train": []}', "rows.json: the key 'train' .* twice"),
-        ("rows.csv", b"question,answer\na,b\nc,d, or e\n", "rows.csv:2: 3 fields where the header has 2"),
-        ("rows.csv", b"question;answer;n\na;b;1\n\nc;d\n", "rows.csv:2: 2 fields where the header has 3"),
+        ("rows.csv", b"question,answer\na,b\nc,d, or e\n", "rows.csv:2: the row's fields are 3, the header's 2"),
+        ("rows.csv", b"question;answer;n\na;b;1\n\nc;d\n", "rows.csv:2: the row's fields are 2, the header's 3"),
         ("rows.csv", b'question,answer\na,"b" c\n', "rows.csv: not CSV on line 2"),
         ("rows.csv", b'question,answer\na,"b\n\nc,d\n', "rows.csv: not CSV"),
         ("rows.csv", b"question,answer,question\na,b,c\n", "rows.csv: the header has the column 'question' 2 times"),
         ("rows.csv", b"question,answer,,\na,b,c,d\n", "rows.csv: .* columns without a name"),
         ("rows.csv", b"question,answer\na,b\nc,\0d\n", "rows.csv: a NUL character on line 3"),
         ("rows.csv", b"question;answer,n\na;b,c\n", "rows.csv: .* commas or semicolons"),
+        ("rows.csv", b"PK\x03\x04\x14\x00" * 9, "rows.csv: no text but an Excel workbook"),
         ("rows.csv", b"question,answer\n", "rows.csv has no rows"),
         ("rows.csv.gz", gzip.compress(b"question,answer\na,b\n" * 99, mtime=0)[:-20], "rows.csv.gz cannot be read"),
         ("rows.csv.gz", b"question,answer\na,b\n", "rows.csv.gz cannot be read"),
@@ -193,6 +194,11 @@ def test_each_list_of_a_json_object_is_the_split_of_its_key(tmp_path, make):
 def test_lists_that_are_no_splits_are_refused_with_their_keys(tmp_path, make, keys, named):
     (tmp_path / "all.json").write_text(json.dumps({key: pairs(2, 10 * i) for i, key in enumerate(keys)}))
     assert named in error_of(make(tmp_path / "all.json"))
+
+
+def test_an_empty_list_of_a_split_is_no_reason_to_cut_one(tmp_path, make):
+    (tmp_path / "all.json").write_text(json.dumps({"train": pairs(4), "test": [], "errors": []}))
+    assert "the test split of" in error_of(make(tmp_path / "all.json", test_fraction=0.5))
 
 
 def test_a_json_file_whose_name_and_keys_say_different_splits_is_refused(tmp_path, make):

@@ -1,5 +1,7 @@
 """Every file that a name, a folder or a glob reaches is used, or named as not used."""
 
+import os
+
 import datasets
 import pytest
 from small_rows import error_of, pairs, write_jsonl
@@ -65,6 +67,9 @@ def test_two_names_for_one_split_are_refused(tmp_path, make, two):
         ["data/train-00000-of-00001.csv"],
         ["rows.csv"],
         ["my_train.csv"],
+        ["part-00000-a1.csv", "part-00001-a1.csv"],
+        ["train.csv/part-0.csv", "train.csv/part-1.csv"],
+        ["train-2024-01.csv", "train-2024-02.csv"],
     ],
 )
 def test_shards_and_folders_of_one_split_are_used_whole(tmp_path, make, names):
@@ -160,7 +165,7 @@ def test_a_folder_called_train_is_all_train(tmp_path, make):
         (["a.csv", "b.csv"], "(there: a.csv, b.csv); --dataset_name"),
         (["test.csv"], "no file of a split 'train' (there: test.csv)"),
         (["train.xlsx"], "(there: train.xlsx); what is read: .jsonl"),
-        (["v1/train.csv"], "(there: v1/)"),
+        (["v1/train.csv", "v2/train.csv"], "(there: v1/, v2/); name one of these folders"),
         (["train_test.csv", "b.csv"], "there: b.csv, train_test.csv"),
         (["a_train.csv", "a_test.csv", "b_train.csv", "b_test.csv"], "several data sets"),
         (["train.csv", "train.jsonl"], "train.csv and train.jsonl are one name in two formats"),
@@ -191,6 +196,13 @@ def test_a_file_that_is_reached_by_two_names_counts_once(tmp_path, make):
     examples, reports = make_examples(make(tmp_path))
     assert len(examples["train"]) == 2 and len(reports["train"].files) == 1 and reports["train"].notes == []
     assert reports["train"].dropped == {}
+
+
+def test_links_in_a_circle_and_pipes_are_not_followed(tmp_path, make):
+    write(tmp_path, "train/a.csv")
+    (tmp_path / "train/again").symlink_to(tmp_path / "train")
+    os.mkfifo(tmp_path / "test.csv")
+    assert files_of(make(tmp_path)) == ({"train": ["train/a.csv"]}, ["not used: test.csv"])
 
 
 def test_a_file_without_rows_stands_in_the_report(tmp_path, make):

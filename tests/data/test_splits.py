@@ -244,11 +244,11 @@ def test_between_named_splits_conversations_are_compared_by_content(tmp_path, ma
     write_jsonl(tmp_path / "folder/test.jsonl", [*other, of_test])
     examples, reports = splits.make_examples(make(tmp_path / "folder", **MESSAGES))
     assert len(examples["test"]) == 91 and len(examples["train"]) == 58
-    assert reports["train"].dropped == {"conversation goes on in validation or test": 1}
+    assert reports["train"].dropped == {"conversation also in validation or test": 1}
     assert reports["train"].first_in_other_split[0].startswith("train.jsonl:59 Customer 0 asks")
     examples, reports = splits.make_examples(make(tmp_path / "folder", **MESSAGES, keep_test_questions=True))
     assert len(examples["train"]) == 59
-    assert reports["train"].fitted == {"conversation goes on in validation or test, kept": 1}
+    assert reports["train"].fitted == {"conversation also in validation or test, kept": 1}
 
 
 def test_a_greeting_in_test_takes_no_conversations_out_of_train(tmp_path, make):
@@ -290,7 +290,7 @@ def test_questions_that_share_nine_tenths_of_their_5_grams_are_named_and_dropped
         )
     examples, reports = splits.make_examples(make(tmp_path / "folder", drop_near_duplicates=True))
     assert len(examples["train"]) == 10 - is_near
-    assert reports["train"].dropped == ({"near-duplicate of validation or test": 1} if is_near else {})
+    assert reports["train"].dropped == ({"near-duplicates of validation or test": 1} if is_near else {})
 
 
 def test_case_blanks_and_width_make_no_other_question(tmp_path, make):
