@@ -100,6 +100,8 @@ def main() -> None:
         "total_parameters": total,
         "trainable_percent": round(100 * trainable / total, 4),
         "base_fingerprint": fingerprint,
+        "data_fingerprint": prepared.fingerprint,
+        "data_files": prepared.files,
     }
     ranks.leave()
     if ranks.rank() == 0:

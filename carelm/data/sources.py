@@ -1,5 +1,6 @@
 """Where a recipe's rows are: files, folders, globs and Hub datasets, by split."""
 
+import hashlib
 import os
 import re
 from collections import defaultdict
@@ -24,6 +25,25 @@ def is_hub_id(dataset_name: str) -> bool:
         return False
     looks_like_path = dataset_name.startswith((".", "/", "~")) or data_suffix(dataset_name) is not None
     return not looks_like_path and dataset_name.count("/") <= 1
+
+
+def hash_files(recipe: Recipe) -> dict[str, str] | None:
+    """A hash of each file of the data, by its name; None for a Hub dataset.
+
+    Raises:
+        UserError: where there is none, or one cannot be read.
+    """
+    if is_hub_id(recipe.dataset_name):
+        return None
+    hashes = {}
+    for files in find_files(recipe).by_split.values():
+        for name, file in files.items():
+            try:
+                with open(file, "rb") as content:
+                    hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+            except OSError as error:
+                raise UserError(f"dataset_name: {file} cannot be read ({error.strerror})") from None
+    return hashes
 
 
 def stay_offline(recipe: Recipe) -> None:

@@ -4,7 +4,6 @@
 that takes. Imports no torch.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import psutil
 from carelm import ranks
 from carelm.chat.chat import Chat, Rendered
 from carelm.data.report import SplitReport, list_counts
-from carelm.data.sources import is_hub_id
+from carelm.data.sources import hash_files
 from carelm.data.split_files import find_files
 from carelm.data.split_names import SPLITS
 from carelm.data.splits import make_examples
@@ -55,13 +54,15 @@ class PreparedSplit:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Train and validation in tokens, a few validation examples as messages, the report and the fingerprint."""
+    """Train and validation in tokens, a few validation examples as messages, the report, the fingerprint of all that, and a
+    hash of each of the data's files (None for a Hub dataset)."""
 
     train: PreparedSplit
     validation: PreparedSplit | None
     samples: list[dict[str, Any]]
     report: dict[str, dict[str, Any]]
     fingerprint: str
+    files: dict[str, str] | None
 
 
 def prepare(recipe: Recipe, chat: Chat) -> Prepared:
@@ -71,7 +72,8 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
         UserError: for whatever is wrong with the data, on the rank that prepares (the others end with it).
     """
     home = cache()
-    key = _fingerprint(recipe, chat)
+    files = hash_files(recipe)
+    key = _fingerprint(recipe, chat, files)
     folder = home / key
     if ranks.local_rank() == 0 and not (folder / "report.json").exists():
         aside = home / f"{key}.{socket.gethostname()}-{os.getpid()}.partial"
@@ -101,6 +103,7 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
         samples=about["samples"][: recipe.num_sample_answers],
         report=about["report"],
         fingerprint=about["fingerprint"],
+        files=files,
     )
 
 
@@ -116,28 +119,22 @@ def check_nodes_agree(prepared: Prepared) -> None:
             )
 
 
-def _fingerprint(recipe: Recipe, chat: Chat) -> str:
-    """Of the rows, the keys that shape them, the tokenizer with its template, and this code."""
+def _fingerprint(recipe: Recipe, chat: Chat, files: dict[str, str] | None) -> str:
+    """Of the rows' files (their hashes by name; None for a Hub dataset), the keys that shape them, the tokenizer with its
+    template, and this code."""
     keys = {k: v for k, v in recipe.keys().items() if k in Recipe.__dataclass_fields__ and k not in NOT_ABOUT_DATA}
     parts: list[Any] = [keys, chat.max_length, chat.tokenizer.chat_template]
     parts.append(
         chat.tokenizer.backend_tokenizer.to_str().encode() if chat.tokenizer.is_fast else chat.tokenizer.get_vocab()
     )
     parts.append(code_fingerprint("carelm/data", "carelm/chat", "carelm/training/prepared.py"))
-    if is_hub_id(recipe.dataset_name):
+    if files is None:
         # A Hub dataset is looked at again every day; the launcher's day, so that all ranks have one.
         parts.append([recipe.dataset_name, psutil.Process(os.getppid()).create_time() // 86400])
     else:
         found = find_files(recipe)
-        parts.append(found.unused)  # the report names them
-        for split, files in found.by_split.items():
-            parts.append(split)
-            for name, file in files.items():
-                try:
-                    with open(file, "rb") as content:
-                        parts += [name, hashlib.file_digest(content, "sha256").digest()]
-                except OSError as error:
-                    raise UserError(f"dataset_name: {file} cannot be read ({error.strerror})") from None
+        # where each of them counts, and those that the report names
+        parts += [files, {split: list(of_split) for split, of_split in found.by_split.items()}, found.unused]
     return fingerprint(*parts)
 
 

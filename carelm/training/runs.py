@@ -24,7 +24,7 @@ from carelm.provenance import git_commit, versions
 from carelm.ranks import Launch, rank, say, share
 from carelm.recipe import Recipe
 from carelm.recipe_file import check_identity, save_recipe
-from carelm.training import hub
+from carelm.training import finished, hub
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -39,7 +39,7 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
     """The metrics of this very run where it is finished; None where there is something to do.
 
     Raises:
-        UserError: where the folder holds another run.
+        UserError: where the folder holds another run, or this one's data or result is not what it was.
     """
     saved = recipe.output_dir / "recipe.yaml"
     if not saved.exists():
@@ -50,11 +50,19 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         say(f"{recipe.output_dir} holds a run that ended before its first checkpoint; it begins anew")
         return None
     check_identity(recipe, saved)
+    file = recipe.output_dir / finished.METRICS
     try:
-        metrics = json.loads((recipe.output_dir / "train_metrics.json").read_text())
+        metrics = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
         return None
-    return metrics if metrics.get("budget") == _budget(recipe) else None
+    except ValueError as error:
+        raise UserError(
+            f"output_dir: {file} is damaged ({error}); remove it, and run again: what is saved is gone on from"
+        ) from None
+    if metrics.get("budget") != _budget(recipe):
+        return None
+    finished.check(recipe, metrics)
+    return metrics
 
 
 def _budget(recipe: Recipe) -> dict[str, Any]:
@@ -213,10 +221,11 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
     """Writes the data report, the model card and, last, the metrics; publishes."""
     folder = recipe.output_dir
     metrics = metrics | {"budget": _budget(recipe), "versions": versions(), "git_commit": git_commit()}
+    metrics |= finished.describe(folder)
     try:
         write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
         write_whole(folder / "README.md", hub.model_card(recipe, metrics, report))
-        write_whole(folder / "train_metrics.json", json.dumps(metrics, indent=1))
+        write_whole(folder / finished.METRICS, json.dumps(metrics, indent=1))
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); make room and run again") from None
     return publish(recipe, metrics)
@@ -226,6 +235,6 @@ def publish(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
     """Pushes a finished run to the Hub (rank 0), where the recipe says so and its metrics do not say that it is there."""
     if recipe.training.get("push_to_hub") and "pushed_to" not in metrics and rank() == 0:
         metrics = metrics | {"pushed_to": hub.push(recipe)}
-        write_whole(recipe.output_dir / "train_metrics.json", json.dumps(metrics, indent=1))
+        write_whole(recipe.output_dir / finished.METRICS, json.dumps(metrics, indent=1))
         say(f"pushed to {metrics['pushed_to']}")
     return metrics

@@ -1,0 +1,95 @@
+"""Whether a finished run is still what it was: its data, its result's files and the code that made it. Imports no torch."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from carelm.data.report import shortened
+from carelm.data.sources import hash_files
+from carelm.errors import UserError
+from carelm.files import code_fingerprint
+from carelm.ranks import say
+from carelm.recipe import Recipe
+
+METRICS = "train_metrics.json"
+BESIDE = {METRICS, "recipe.yaml", "data_report.json", "README.md"}  # no part of the result
+WHOLE = 2**26  # bytes of a file that is hashed whole; of a larger one its two ends are
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a finished run's metrics say for `check`, beside `data_files`: size and hash of the result's files, and one of the
+    code."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith((".", "stop_request")))
+    return {
+        "result_files": {name: _size_and_hash(folder / name) for name in names if name not in BESIDE},
+        "code_fingerprint": _code(),
+    }
+
+
+def check(recipe: Recipe, metrics: dict[str, Any]) -> None:
+    """Compares a finished run with what its metrics say of it; what cannot be compared here is said. Downloads nothing.
+
+    Raises:
+        UserError: where its data is here and differs, or a file of its result is gone or changed.
+    """
+    folder, same_code = recipe.output_dir, metrics.get("code_fingerprint") == _code()
+    anew = f"begin anew with --restart ({folder} is kept aside), or set another output_dir"
+    if changes := _changed_result(folder, metrics.get("result_files")):
+        write = f"remove {folder / METRICS} to write it again from its newest checkpoint, or "
+        raise UserError(
+            f"output_dir: the result of this finished run is not what it was: {shortened(changes)}; put it back, "
+            f"{write if any(folder.glob('checkpoint-*')) else ''}{anew}"
+        )
+    if changes := _changed_data(recipe, metrics, same_code):
+        raise UserError(
+            f"dataset_name: the data of this finished run is not what it was: {shortened(changes)}; put it back, or {anew}"
+        )
+    if not same_code and "code_fingerprint" in metrics:
+        say(f"the code has changed since this run was trained (commit {metrics.get('git_commit')}); it stays finished")
+
+
+def _changed_result(folder: Path, recorded: dict[str, list] | None) -> list[str]:
+    if recorded is None:  # of an earlier version
+        return [] if any(folder.glob("*.safetensors")) else ["it holds no .safetensors file"]
+    changes = []
+    for name, (size, digest) in recorded.items():
+        if not (folder / name).is_file():
+            changes.append(f"{name} is gone")
+        elif (now := _size_and_hash(folder / name)) != [size, digest]:
+            changes.append(f"{name} has changed" if now[0] == size else f"{name} has {now[0]} bytes, not {size}")
+    return changes
+
+
+def _changed_data(recipe: Recipe, metrics: dict[str, Any], same_code: bool) -> list[str]:
+    recorded, name = metrics.get("data_files"), recipe.dataset_name
+    if recorded is None:
+        why = "it is from a hub" if "data_files" in metrics else "an earlier version has trained on it"
+        say(f"whether {name} has changed since this run was trained is not looked up ({why})")
+        return []
+    try:
+        now = hash_files(recipe)
+    except UserError as error:
+        now, why = None, str(error)
+    else:
+        why = f"there is no {name}"
+    if now is None:
+        say(f"the data of this finished run cannot be read here and is not compared ({why})")
+        return []
+    changes = [f"{file} is gone" for file in recorded if file not in now]
+    changes += [f"{file} has changed" for file in recorded if now.get(file, recorded[file]) != recorded[file]]
+    new = [f"{file} is new" for file in now if file not in recorded]
+    return changes + (new if same_code else [])  # other code may read other files of the same folder
+
+
+def _code() -> str:
+    return code_fingerprint("carelm", "train")
+
+
+def _size_and_hash(file: Path) -> list:
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        digest = hashlib.sha256(content.read(WHOLE if size <= WHOLE else 2**20))
+        if size > WHOLE:
+            content.seek(size - 2**20)
+            digest.update(content.read())
+    return [size, digest.hexdigest()[:16]]
