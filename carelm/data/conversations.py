@@ -45,6 +45,9 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
             joined |= {column: value for column, value in rows[i][1].items() if is_empty(joined.get(column))}
         said = [turns[i] for i in path if turns[i]["content"].strip() or turns[i].get("tool_calls")]
         counts["messages without text"] += len(path) - len(said)
+        counts["conversations whose end has no reply, left out"] += {"user", "assistant"} <= {
+            t["role"] for t in said
+        } and (said[-1]["role"] == "user")
         conversations.append((rows[path[0]][0], joined | {recipe.text_column: _join_sides(said, counts)}))
     found = {what: number for what, number in counts.items() if number}
     report.notes.append(
@@ -134,8 +137,8 @@ def _seconds(value: Any) -> float | None:
         lambda text: datetime.datetime.strptime(text, "%a %b %d %H:%M:%S %z %Y"),  # Twitter's
     ):
         try:
-            value = read(value.strip()) if isinstance(value, str) else value
-        except ValueError:
+            value = read(re.sub(r" UTC$", "+00:00", value.strip())) if isinstance(value, str) else value
+        except (ValueError, TypeError, IndexError, OverflowError):
             continue
     if not isinstance(value, datetime.datetime) or is_missing(value):
         return None

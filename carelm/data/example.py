@@ -15,7 +15,7 @@ class Example:
     source: str  # file:row, for messages to people
     references: tuple[str, ...] = ()  # of a test row with several; else the completion is the reference
     tools: list[dict[str, Any]] | None = None  # what the model may call, as OpenAI writes it
-    unused_keys: frozenset[str] = frozenset()  # of the row's messages
+    unused: frozenset[str] = frozenset()  # columns and keys of messages that the row has and the recipe does not use
 
 
 class NoAnswer(Exception):

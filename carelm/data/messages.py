@@ -146,8 +146,8 @@ def _text(source: str, key: str, value: Any, role: str) -> str:
         return as_text(value, f"{source}: a message's '{key}'") or ""
     texts = []
     for part in parts:
-        if isinstance(part, dict) and part.get("type") in (None, *TEXT_PARTS) and isinstance(part.get("text"), str):
-            part = part["text"]
+        if isinstance(part, dict) and (part.get("type") in TEXT_PARTS or is_empty(part.get("type")) and "text" in part):
+            part = as_text(part.get("text"), f"{source}: a part of a message's '{key}'") or ""
         if not isinstance(part, str):
             what = part.get("type") if isinstance(part, dict) else None
             what = f"a part of type {what!r}" if isinstance(what, str) else f"{part!r:.60}"

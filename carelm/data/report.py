@@ -14,7 +14,6 @@ class SplitReport:
     used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     fitted: dict[str, int] = field(default_factory=dict)
-    unused_keys: dict[str, int] = field(default_factory=dict)  # of messages, with the rows that have them
     first_without_answer: list[str] = field(default_factory=list)
     first_in_other_split: list[str] = field(default_factory=list)
     near_duplicates: int = 0  # of questions of validation and test
@@ -52,9 +51,6 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
         lines += [f"{'':<11}{note}" for note in r["notes"]]
         if r["fitted"]:
             lines.append(f"{'':<11}of these {list_counts(r['fitted'])}")
-        if r["unused_keys"]:
-            keys = ", ".join(f"{key} (of {rows} rows)" for key, rows in r["unused_keys"].items())
-            lines.append(f"{'':<11}keys of the messages that are not used: {keys}")
         if r["first_without_answer"]:
             lines.append(f"{'':<11}without an answer, first: {', '.join(r['first_without_answer'])}")
         if r["first_in_other_split"]:

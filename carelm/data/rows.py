@@ -7,7 +7,7 @@ from carelm.data.example import Example, NoAnswer
 from carelm.data.messages import split_turns, to_turns
 from carelm.data.templates import fill, template_columns
 from carelm.data.tools import to_tools
-from carelm.data.values import cell_text
+from carelm.data.values import cell_text, is_empty
 from carelm.recipe import Recipe
 
 
@@ -33,9 +33,8 @@ def to_example(
     if recipe.text_column:
         prompt, completion = split_turns(row[recipe.text_column], recipe.trained_turns)
     elif recipe.messages_column:
-        messages = row.get(recipe.messages_column)
-        messages = cell_text(row, recipe.messages_column, source) if isinstance(messages, str) else messages
-        turns, unused = to_turns(recipe, source, messages)
+        turns, left = to_turns(recipe, source, _cell(row, recipe.messages_column, source))
+        unused = {f"key {key} of messages" for key in left} | _unused_columns(recipe, row)
         prompt, completion = split_turns(turns, recipe.trained_turns)
     else:
         answer = references[0] if instead else _answer(recipe, source, row)
@@ -56,7 +55,7 @@ def to_example(
         source=source,
         references=tuple(references),
         tools=_tools(recipe, source, row),
-        unused_keys=frozenset(unused),
+        unused=frozenset(unused),
     )
 
 
@@ -81,7 +80,26 @@ def _fill(recipe: Recipe, key: str, source: str, row: dict[str, Any]) -> str:
 
 def _tools(recipe: Recipe, source: str, row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The tools of `tools_column`; beside messages also those of a column with OpenAI's name, `tools` or `functions`."""
-    columns = ["tools", "functions"] if recipe.messages_column else []
+    for column in _tools_columns(recipe):
+        if tools := to_tools(source, column, _cell(row, column, source)):
+            return tools
+    return None
+
+
+def _tools_columns(recipe: Recipe) -> list[str]:
     if recipe.tools_column is not None:
-        columns = [recipe.tools_column]
-    return next((tools for column in columns if (tools := to_tools(source, column, row.get(column)))), None)
+        return [recipe.tools_column]
+    return ["tools", "functions"] if recipe.messages_column else []
+
+
+def _cell(row: dict[str, Any], column: str, source: str) -> Any:
+    """A value of any kind; of text, what `cell_text` makes of it."""
+    return cell_text(row, column, source) if isinstance(row.get(column), str) else row.get(column)
+
+
+def _unused_columns(recipe: Recipe, row: dict[str, Any]) -> set[str]:
+    """What a row holds beside its messages and nothing in the recipe names, such as a system message of its own."""
+    used = {recipe.messages_column, recipe.category_column, recipe.id_column, *_tools_columns(recipe)}
+    used |= {*(recipe.row_filter or {}), *recipe.reference_columns}
+    used |= set(template_columns(recipe.system_prompt or "", "system_prompt"))
+    return {f"column {column}" for column, value in row.items() if column not in used and not is_empty(value)}

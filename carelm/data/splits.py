@@ -70,8 +70,11 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
         else:
             seen.add(content)
             kept.append(example)
-            unused.update(example.unused_keys)
-    report.dropped, report.unused_keys = dict(dropped), dict(sorted(unused.items()))
+            unused.update(example.unused)
+    report.dropped = dict(dropped)
+    if unused:
+        keys = ", ".join(f"{key} (of {number} rows)" for key, number in sorted(unused.items()))
+        report.notes.append(f"not used: {keys}")
     if without_answer > recipe.max_empty_share * len(rows):
         optional = "name the columns that may be empty in optional_columns, " if "empty column" in str(dropped) else ""
         raise UserError(

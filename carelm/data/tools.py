@@ -21,9 +21,9 @@ def read_json(text: str, problem: str) -> Any:
 
 def to_rows(value: Any) -> Any:
     """An object of lists, as Hub datasets hold a sequence of objects -> the list of objects; all else as it is."""
-    if isinstance(value, dict) and value and all(isinstance(v, (list, tuple)) for v in value.values()):
-        if len({len(v) for v in value.values()}) == 1:
-            return [dict(zip(value, members)) for members in zip(*value.values())]
+    lists = {key: v for key, v in value.items() if not is_missing(v)} if isinstance(value, dict) else {}
+    if all(isinstance(v, (list, tuple)) for v in lists.values()) and len({len(v) for v in lists.values()}) == 1:
+        return [dict(zip(lists, members)) for members in zip(*lists.values())]
     return value
 
 

@@ -22,7 +22,7 @@ from carelm.errors import UserError
 
 MISSING_TEXTS = {"nan", "NaN", "NaT", "<NA>"}
 MISSING_CSV_TEXTS = {"None", "null", "NULL"}
-EXACT_WHOLE = 1e15  # above it a float's digits are no longer all its own
+EXACT_WHOLE = 1e16  # from there on Python writes an exponent, and not all digits are the number's own
 
 
 def as_text(value: Any, where: str) -> str | None:
@@ -32,8 +32,8 @@ def as_text(value: Any, where: str) -> str | None:
 
 
 def cell_text(row: dict[str, Any], column: str, source: str, labels: Collection[str] = ()) -> str | None:
-    """The text of a row's column, None where it is missing or not there; `source` is file:row."""
-    text = as_text(row.get(column), f"{source}: column '{column}'")
+    """The text of a row's column, None where it is empty or not there; `source` is file:row."""
+    text = None if is_empty(row.get(column)) else as_text(row[column], f"{source}: column '{column}'")
     is_csv = re.search(r"\.[ct]sv(\.gz)?:", source, re.IGNORECASE)
     missing = MISSING_TEXTS | (MISSING_CSV_TEXTS if is_csv else set())
     return None if text is not None and text.strip() in missing and text.strip() not in labels else text
@@ -74,7 +74,9 @@ def is_missing(value: Any) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Missing, or text, a list or an object that holds nothing (an object whose members are all empty, too)."""
-    if isinstance(value, dict):
-        return all(is_empty(member) for member in value.values())
-    return is_missing(value) or (isinstance(value, (str, list, tuple)) and len(value) == 0)
+    """Missing, empty text, an empty list, or an object without members that are there."""
+    return value in ("", [], ()) if isinstance(value, (str, list, tuple)) else _is_hollow(value)
+
+
+def _is_hollow(value: Any) -> bool:
+    return all(map(_is_hollow, value.values())) if isinstance(value, dict) else is_missing(value)

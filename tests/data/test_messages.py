@@ -141,6 +141,7 @@ REFUND = {
     "arguments": {"order": "A0", "items": [{"size": 38, "why": {"late": True}}, {"colour": "red"}]},
 }
 STOCK = {"name": "stock", "arguments": {"id": 1, "shop": {"town": "Ulm"}}}
+SAY = {"name": "say", "arguments": {"id": 2.5, "text": "", "to": []}}
 NOW = {"name": "now", "arguments": {}}
 
 
@@ -153,7 +154,13 @@ def test_parquet_and_jsonl_give_the_same_messages_calls_and_tools(tmp_path, make
     rows = [
         conversation(call(function), {"role": "tool", "name": function["name"], "content": "ok"}, call(NOW, function))
         | {"tools": [as_tool(function)]}
-        for function in (REFUND, STOCK, NOW, {"name": "stock", "arguments": {"id": 2.5}})
+        for function in (
+            REFUND,
+            STOCK,
+            NOW,
+            {"name": "stock", "arguments": {"id": 2.5, "of": []}},
+            {"name": "say", "arguments": {"text": ""}},
+        )
     ]
     parquet, jsonl = (
         splits.make_examples(make(path, **MESSAGES, trained_turns="all"))[0]["train"]
@@ -317,12 +324,15 @@ def test_text_parts_are_joined_and_what_a_tool_returned_may_be_any_value(tmp_pat
 
 
 def test_keys_that_are_not_used_are_said_in_one_line_with_their_rows(tmp_path, make):
-    rows = [{"messages": [m | {"id": i, "mood": mood} for m in chat(*TURNS)], "n": i} for i, mood in enumerate("ab")]
-    rows.append({"messages": [m | {"mood": None} for m in chat(("user", "Hi"), ("assistant", "Hello"))]})
-    prepared = prepare(make(write_jsonl(tmp_path / "rows.jsonl", rows + rows[:0]), **MESSAGES))
-    assert prepared.report["train"]["unused_keys"] == {"id": 1, "mood": 1}
+    rows = [{"messages": [m | {"id": i, "mood": mood} for m in chat(("user", f"{i}?"), ("assistant", "Yes."))], "n": i}
+            for i, mood in enumerate(("calm", None))]  # fmt: skip
+    rows.append({"messages": [m | {"mood": None, "id": ""} for m in chat(*TURNS)], "n": 3, "system": "Be kind."})
+    prepared = prepare(make(write_jsonl(tmp_path / "rows.jsonl", rows), **MESSAGES, id_column="n"))
     (line,) = [line for line in format_report(prepared.report).splitlines() if "not used" in line]
-    assert "id (of 1 rows)" in line and "mood (of 1 rows)" in line
+    assert (
+        line.strip()
+        == "not used: column system (of 1 rows), key id of messages (of 2 rows), key mood of messages (of 1 rows)"
+    )
 
 
 WORDS = st.sampled_from(["user", "name", "type", "text", "{}", "[1]", '{"a": 1}', "null"])

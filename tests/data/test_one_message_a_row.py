@@ -4,10 +4,15 @@ import csv
 import datetime
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_rows import error_of, turns_of, write_jsonl, write_parquet
 
 from carelm.data import splits
+from carelm.data.conversations import join_messages
+from carelm.data.report import SplitReport
 from carelm.errors import UserError
+from carelm.recipe import Recipe
 
 TICKETS = {
     "text_column": "text", "role_column": "by", "conversation_column": "ticket", "order_column": "n", "trained_turns": "all",
@@ -113,14 +118,15 @@ def test_gaps_two_in_a_row_empty_messages_and_tickets_without_a_reply_are_counte
         (1, 1, "customer", "Hello?"), (1, 2, "customer", "Anyone?"), (1, 3, "agent", "Yes."), (1, 4, "agent", "How?"),
         (2, 1, "customer", "a"), (2, 4, "agent", "b"),  # two are missing
         (3, 1, "customer", "No reply."),
-        (4, 1, "customer", "c"), (4, 2, "agent", ""), (4, 3, "agent", "d"),
+        (4, 1, "customer", "c"), (4, 2, "agent", ""), (4, 3, "agent", "d"), (4, 4, "customer", "Left out."),
         (None, 1, "customer", "Whose?"),
     )  # fmt: skip
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS, max_empty_share=0.3)
     assert said(recipe) == ["u: Hello?\n\nAnyone? | a: Yes.\n\nHow?", "u: a | a: b", "u: c | a: d"]
     assert note(recipe) == (
-        "11 messages are 4 conversations; 1 messages without a conversation, left out, 1 conversations where a number of the "
-        "order is missing or twice, 1 messages without text, 1 user messages joined to the one before, 1 assistant messages "
+        "12 messages are 4 conversations; 1 messages without a conversation, left out, 1 conversations where a number of the "
+        "order is missing or twice, 1 messages without text, 1 conversations whose "
+        "end has no reply, left out, 1 user messages joined to the one before, 1 assistant messages "
         "joined to the one before"
     )
     report = splits.make_examples(recipe)[1]["train"]
@@ -208,3 +214,30 @@ def test_a_role_that_is_not_there_or_not_known_is_named_with_its_row(tmp_path, m
 def test_keys_that_do_not_go_together_are_refused_before_any_row_is_read(make, keys, named):
     with pytest.raises(UserError, match=named):
         make("demo/data", **keys)
+
+
+CELL = (
+    st.none()
+    | st.booleans()
+    | st.integers(0, 4)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.datetimes()
+    | st.lists(st.none())
+)
+ROW = st.fixed_dictionaries({"text": CELL, "by": st.sampled_from(["user", "agent"]), "n": CELL, "id": CELL, "to": CELL})
+
+
+@settings(max_examples=200, deadline=None)
+@given(cells=st.lists(ROW, max_size=5), keys=st.sampled_from([{"conversation_column": "id", "order_column": "n"},
+                                                             {"id_column": "id", "reply_to_column": "to"}]))  # fmt: skip
+def test_no_rows_whatever_they_hold_end_in_a_traceback(cells, keys):
+    recipe = Recipe(text_column="text", role_column="by", **keys, training={}, model={})
+    rows = [(f"rows.jsonl:{i}", row) for i, row in enumerate(cells, 1)]
+    try:
+        joined = join_messages(recipe, rows, SplitReport())
+    except UserError as error:
+        assert "rows.jsonl:" in str(error) and "\n" not in str(error)
+        return
+    turns = [turn for _, row in joined for turn in row["text"]]
+    assert all(turn["content"].strip() for turn in turns) and (len(turns) <= len(rows) or "reply_to_column" in keys)

@@ -176,7 +176,7 @@ def test_a_conversation_and_its_beginning_are_on_one_side(tmp_path, make, traine
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **MESSAGES, **CUT, trained_turns=trained_turns)
     examples, reports = splits.make_examples(recipe)
     assert on_one_side(examples) and sum(map(len, examples.values())) == 180
-    assert reports["train"].dropped == {} and len(reports["train"].notes) == 0
+    assert reports["train"].dropped == {} and reports["train"].notes == ["not used: column id (of 180 rows)"]
 
 
 def test_rows_of_one_id_are_on_one_side_of_a_cut(tmp_path, make):

@@ -67,6 +67,7 @@ def test_other_columns_are_filled_in_as_they_are(tmp_path, make):
         (np.bool_(True), "true"),
         (np.str_("a"), "a"),
         (np.array([1.0, 2.5]), "[1, 2.5]"),
+        ([], "[]"),
         (["ü", None, {"day": datetime.date(2024, 5, 1), "none": None}], '["ü", null, {"day": "2024-05-01"}]'),
         ({"price": decimal.Decimal("4.50"), "in": True}, '{"price": "4.50", "in": true}'),
     ],
@@ -87,9 +88,9 @@ def test_a_floats_text_is_the_same_number(value):
     assert float(as_text(value, "here")) == value
 
 
-def test_an_object_whose_members_are_all_empty_is_empty():
-    assert is_empty({"a": None, "b": {"c": []}}) and is_empty(float("nan")) and is_empty("")
-    assert not is_empty({"a": False}) and not is_empty(0)
+def test_an_object_whose_members_are_all_missing_is_empty():
+    assert is_empty({"a": None, "b": {"c": None}}) and is_empty(float("nan")) and is_empty("") and is_empty({})
+    assert not is_empty({"a": []}) and not is_empty({"a": ""}) and not is_empty(0) and not is_empty(False)
 
 
 def test_parquet_columns_of_every_kind_are_text(tmp_path, make):
