@@ -1,12 +1,12 @@
 """What the benchmarks share: starting the real launcher, the machine's description, and where results go."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -83,7 +83,10 @@ def run(command: list[str], environment: dict[str, str], timeout_s: float) -> Ou
         stdout, stderr = process.communicate(timeout=timeout_s)
         status = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torch's launcher gives each rank a session of its own, so the process group does not hold them.
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         stdout, stderr = process.communicate()
         status = None
     return Outcome(status, time.perf_counter() - clock, stdout, stderr, started)

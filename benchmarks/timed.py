@@ -26,6 +26,7 @@ class StepTimes(TrainerCallback):
     """Appends a line to `file` at the end of each step, at each logged loss and at the end of training."""
 
     file: Path
+    stop_after: int | None = None  # asks CareLM's run to stop after this step
 
     def write(self, state, line: dict[str, Any]) -> None:
         if state.is_world_process_zero:
@@ -37,6 +38,8 @@ class StepTimes(TrainerCallback):
             torch.cuda.synchronize()
         line = {"step": state.global_step, "time": time.time(), "world_size": args.world_size}
         self.write(state, line | peak_memory())
+        if state.global_step == self.stop_after and state.is_world_process_zero:
+            Path(args.output_dir, "stop_request").write_text("benchmarks/timed.py --stop_after\n")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -88,13 +91,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=Path, required=True, help="file to append the JSON lines to")
     parser.add_argument("--memory_gib", type=float, help="device memory that torch may use at most")
+    parser.add_argument(
+        "--stop_after", type=int, help="write a stop request into CareLM's output folder after this step"
+    )
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     if options.memory_gib is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gib * 2**30 / total))
-    StepTimes.file = options.times
+    StepTimes.file, StepTimes.stop_after = options.times, options.stop_after
     transformers.trainer.DEFAULT_CALLBACKS.append(StepTimes)
     sys.argv = [options.script, *options.arguments]
     runpy.run_path(options.script, run_name="__main__")
