@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -41,6 +41,8 @@ import trl
 from launches import ONE_PROCESS, PROJECT, RESULTS, accelerate, describe_machine, keys, run, say, threads, write_recipe
 from random_base import write_random_base
 from timed import read_times
+
+from carelm.files import write_whole
 
 TIMED = PROJECT / "benchmarks/timed.py"
 OURS = PROJECT / "train/sft.py"
@@ -373,8 +375,9 @@ def beside_trl(lab: Lab) -> Findings:
 
 def evaluator(lab: Lab) -> Findings:
     """Prompts of 128 tokens of corpus text and 64 new ones: what would end an answer is suppressed."""
-    from carelm import candidates, generation
-    from carelm.recipe import load_recipe
+    from carelm.evaluation import candidates
+    from carelm.models import generation
+    from carelm.recipe_file import load_recipe
 
     base = lab.base("tinyllama_1b")
     prompt_tokens, new_tokens = (16, 8) if lab.small else (128, 64)
@@ -421,16 +424,19 @@ def evaluator(lab: Lab) -> Findings:
 
 def noise_floor(lab: Lab) -> Findings:
     """The adapter of b answers the example's test questions three times: twice in the same batches, once in others."""
-    from carelm import candidates, data, generation, testset
-    from carelm.recipe import load_recipe
-    from carelm.rouge import rouge
+    from carelm.chat.chat import make_chat
+    from carelm.evaluation import candidates
+    from carelm.evaluation.questions import make_questions
+    from carelm.evaluation.rouge import rouge
+    from carelm.models import generation
+    from carelm.recipe_file import load_recipe
 
     adapter, precision = lab.folder / "plain-whole/output", lab.precision("bf16")
     if not (adapter / "train_metrics.json").exists():
         lab.demo("plain-whole", "bf16", steps=8 if lab.small else 60)
     words = keys(output_dir=adapter, precision=precision, max_eval_samples=16 if lab.small else 200, max_new_tokens=64)
     recipe, found = load_recipe(words, usage=""), {}
-    questions, _ = testset.make_questions(recipe, data.make_chat(recipe))
+    questions, _ = make_questions(recipe, make_chat(recipe))
     for name in ("adapter", f"adapter@{precision}"):
         candidate = candidates.find(recipe, name)
         chat = candidate.make_chat()
@@ -459,8 +465,8 @@ def noise_floor(lab: Lab) -> Findings:
         other = held["other batches"]
         yield {
             "models": found,
-            "caution": f"Greedy answers in {precision} depend on their batch: on this machine {other['equal_texts']:.0%} of "
-            f"{len(prompts)} texts stayed the same in other batches, and ROUGE-L moved by {other['rougeL_difference']:.4f}.",
+            "caution": f"{other['equal_texts']:.1%} of {len(prompts)} greedy answers in {precision} stayed the same in other "
+            f"batches, and ROUGE-L moved by {other['rougeL_difference']:.4f}: smaller differences say nothing here.",
         }
 
 
@@ -488,10 +494,19 @@ def fill(found: dict[str, Any], cell: Cell, lab: Lab, write: Callable[[], None])
         found["reason"] = f"{lab.left_s:.0f} s were left, it needs about {cell.seconds}"
         return write()
     started = time.monotonic()
+
+    def end(*_: Any) -> NoReturn:
+        raise OutOfTime
+
+    signal.signal(signal.SIGALRM, end)
     try:
-        for findings in cell.measure(lab):
-            found |= findings | {"result": "cut off", "seconds": round(time.monotonic() - started, 1)}
-            write()
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, lab.left_s))
+        try:
+            for findings in cell.measure(lab):
+                found |= findings | {"result": "cut off", "seconds": round(time.monotonic() - started, 1)}
+                write()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         found["result"] = "works" if all(found.get("checks", {}).values()) else "fails"
     except OutOfTime:
         found |= {"result": "cut off", "reason": "the budget's end"}
@@ -548,18 +563,12 @@ def main() -> None:
         results["seconds"] = round(time.monotonic() - began, 1)
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-    def end(*_: Any) -> None:
-        raise OutOfTime
+            write_whole(output, json.dumps(results, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory(prefix="carelm-gpu-", dir=options.folder or roomy_folder()) as name:
         lab = Lab(Path(name), began + options.budget - MARGIN_S, options.self_test)
         for found in cells:
-            signal.signal(signal.SIGALRM, end)
-            signal.setitimer(signal.ITIMER_REAL, max(0.01, lab.left_s))
             fill(found, CELLS[found["cell"]], lab, write)
-            signal.setitimer(signal.ITIMER_REAL, 0)
             say(json.dumps({k: v for k, v in found.items() if k not in ("runs", "dtypes", "losses", "rungs")}))
     write()
     print(table(cells))

@@ -133,14 +133,20 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _gpu() -> str | None:
+    import pynvml
     import torch
 
     if not torch.cuda.is_available():
         return None
     about = torch.cuda.get_device_properties(0)
+    try:
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError as error:  # a container may have no NVML
+        driver = f"unknown ({error})"
     return (
         f"{torch.cuda.device_count()} x {about.name}, {about.total_memory / 2**30:.1f} GiB, compute capability "
-        f"{about.major}.{about.minor}, CUDA {torch.version.cuda}"
+        f"{about.major}.{about.minor}, CUDA {torch.version.cuda}, driver {driver}"
     )
 
 

@@ -114,13 +114,14 @@ def test_a_run_on_a_gpu_goes_on_from_its_checkpoint(tmp_path, accelerate_file, p
 
 
 def test_an_8b_shape_trains_at_length_1024_in_fp16_within_14_5_gib(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--only", "llama3_8b_fp16", "--who", "carelm", "--steps", "16"]
+    command = [sys.executable, "benchmarks/gpu.py", "--only", "c", "--budget", "1800"]
     command += ["--folder", str(tmp_path), "--output", str(tmp_path / "gpu.json")]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=1900)
     assert done.returncode == 0, done.stderr[-4000:]
-    [result] = json.loads((tmp_path / "gpu.json").read_text())["runs"]
-    assert result["result"] == "works", result
-    assert result["peak_reserved_bytes"] <= 14.5 * 2**30
+    [cell] = json.loads((tmp_path / "gpu.json").read_text())["cells"]
+    assert cell["result"] == "works", cell
+    [result] = cell["runs"]
+    assert result["peak_reserved_gib"] <= 14.5
     assert result["dtypes"]["trainable"] == ["float32"]
     assert all(math.isfinite(loss) for loss in result["losses"])
     assert sum(result["losses"][-4:]) < sum(result["losses"][:4])
