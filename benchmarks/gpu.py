@@ -184,9 +184,9 @@ def noise_floor(lab: Lab) -> Findings:
     from carelm.models import generation
     from carelm.recipe_file import load_recipe
 
-    adapter, precision = lab.folder / "plain-whole/output", lab.precision("bf16")
+    adapter, precision = lab.folder / "plain-whole/output", lab.fast_precision
     if not (adapter / "train_metrics.json").exists():
-        lab.demo("plain-whole", "bf16", steps=8 if lab.small else 60)
+        lab.demo("plain-whole", precision, steps=8 if lab.small else 60)
     words = keys(output_dir=adapter, precision=precision, max_eval_samples=16 if lab.small else 200, max_new_tokens=64)
     recipe, found = load_recipe(words, usage=""), {}
     questions, _ = make_questions(recipe, make_chat(recipe))
@@ -199,7 +199,7 @@ def noise_floor(lab: Lab) -> Findings:
         for label, several in texts.items():
             generation.generate_all(
                 model, chat, prompts, generation.Decoding(64), device=next(model.parameters()).device,
-                max_batch_tokens=20_000 if label == "other batches" else 2_000,
+                max_batch_tokens=40_000 if label == "other batches" else 4_000,
                 done=lambda i, answer, several=several: several.__setitem__(i, answer.text),
             )  # fmt: skip
         references = [question.references for question in questions]
@@ -236,7 +236,7 @@ CELLS = {
     "c": Cell("Llama-3-8B's shape in fp16, in 14.5 GiB", 90, llama3_8b("fp16")),
     "d": Cell("TinyLlama's shape beside TRL", 60, beside_trl),
     "e": Cell("the evaluator", 30, evaluator),
-    "f": Cell("the noise floor of greedy answers", 30, noise_floor),
+    "f": Cell("the noise floor of greedy answers", 35, noise_floor),
     "g": Cell("Llama-3-8B's shape in bf16, in 14.5 GiB", 60, llama3_8b("bf16")),
 }
 

@@ -141,6 +141,14 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
                 f"{name} {value or 'whole'}{' bits' if key == 'bits' and value else ''}" for name, value in held.items()
             )
             cautions.append(f"The models are unlike: {what} {each}.")
+    rough = [
+        name for name, m in measured.items() if m["precision"] != "fp32" and "CPU" not in m["conditions"]["device"]
+    ]
+    if rough:
+        cautions.append(
+            f"{', '.join(rough)} computed in 16 bits on a GPU: the same model's greedy answers differ a little between batches "
+            "of other sizes. `python benchmarks/gpu.py --only f` measures by how much scores move where nothing differs."
+        )
     return cautions
 
 
