@@ -108,6 +108,7 @@ def llama3_8b(precision: str) -> Callable[[Lab], Findings]:
             "runs": [figures],
             "checks": {
                 "losses are finite": all(map(math.isfinite, figures["losses"])),
+                "trained weights are fp32": figures["dtypes"]["trainable"] == ["float32"],
                 "within the limit": reserved is None or reserved <= T4_GIB,
             },
         }
