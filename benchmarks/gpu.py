@@ -128,7 +128,7 @@ def beside_trl(lab: Lab) -> Findings:
 
 
 def evaluator(lab: Lab) -> Findings:
-    """Prompts of 128 tokens of corpus text and 64 new ones: what would end an answer is suppressed."""
+    """Prompts of 128 tokens of corpus text and 64 new ones: no token ends an answer."""
     from carelm.evaluation import candidates
     from carelm.models import generation
     from carelm.recipe_file import load_recipe
@@ -140,7 +140,7 @@ def evaluator(lab: Lab) -> Findings:
     chat = candidate.make_chat()
     model, about = candidate.load(chat)
     device = next(model.parameters()).device
-    model.generation_config.suppress_tokens = chat.tokenizer.all_special_ids
+    model.generation_config.eos_token_id = [model.config.vocab_size]  # which is never drawn
     text = (PROJECT / "demo/data/corpus.txt").read_text(encoding="utf-8")[:200_000]
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     decoding, by_batch = generation.Decoding(new_tokens), []
