@@ -7,7 +7,7 @@ from carelm.recipe_file import load_recipe
 
 
 def measured(precision: str, device: str) -> dict:
-    return {"precision": precision, "bits": None, "conditions": {"device": device}}
+    return {"precision": precision, "bits": None, "conditions": {"device": device}, "unused_generation_config": {}}
 
 
 @pytest.mark.parametrize("precision, device, warned", [
