@@ -27,6 +27,8 @@ from carelm.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FORGOTTEN = "without the thoughts of earlier answers, as the template asks"  # nothing is cut
+
 
 class Chat:
     """Renders conversations with one tokenizer, one window and one rule for what does not fit.
@@ -93,7 +95,7 @@ class Chat:
             UserError: where the template refuses the conversation or leaves a message out, or nothing of it fits.
         """
         text = self.text(messages, tools=tools, for_answer=True)
-        self._presence.check(text, messages, tools, for_answer=True, thoughts=frozenset())
+        self._presence.check(text, messages, tools, for_answer=True, thoughts=set())
         ids = self.prompt_ids(messages, tools=tools)
         if len(ids) <= limit:
             return ids, None
@@ -146,7 +148,10 @@ class Chat:
                 not be what is asked and answered.
         """
         counts: Counter = Counter()
-        rendered: list[Rendered | None] = [*self._render([self._lay_out(example) for example in examples])]
+        layouts = [self._lay_out(example) for example in examples]
+        if forgotten := sum(layout.forgets for layout in layouts):
+            counts[FORGOTTEN] = forgotten
+        rendered: list[Rendered | None] = [*self._render(layouts)]
         for i, example in enumerate(examples):
             if len(rendered[i].input_ids) > self.max_length:
                 rendered[i] = self._fit(example, counts)
@@ -189,18 +194,20 @@ class Chat:
                         "turn would not be what the model sees; set trained_turns: last, or another chat_template_path"
                     )
                 if not after.startswith(before):
+                    asked = before.removeprefix(self._write(messages[:i], tools))
                     raise UserError(
-                        f"the chat template asks for an answer with {_parting(before, after)!r}, which it does not write "
+                        f"the chat template asks for an answer with {unmark(asked)[-60:]!r}, which it does not write "
                         "before one, so that what is trained would not be what is asked; set another chat_template_path"
                     )
                 stretches.append((len(before), len(after)))
                 text = after
+            forgets = False
             if is_whole:
                 shown = messages[: answers[-1] + 1]
-                self._presence.check(unmark(text), shown, tools, for_answer=False, thoughts=frozenset(answers))
+                forgets = self._presence.check(unmark(text), shown, tools, for_answer=False, thoughts={*answers})
         except UserError as error:
             raise UserError(f"{example.source}: {error}") from None
-        return Layout(example.source, text, stretches)
+        return Layout(example.source, text, stretches, forgets)
 
     def _render_one(self, example: Example) -> Rendered:
         return self._render([self._lay_out(example, is_whole=False)])[0]
@@ -269,12 +276,6 @@ class Chat:
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-
-def _parting(before: str, after: str) -> str:
-    """Where the generation prompt leaves the way of the answer: what it goes on with."""
-    same = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b), min(len(before), len(after)))
-    return before[same:]
 
 
 def make_chat(recipe: Recipe) -> Chat:

@@ -44,7 +44,9 @@ def find_habits(encoder: "Encoder") -> Habits:
     except UserError as error:
         raise UserError(f"chat_template_path: {error}") from None
     if MARK not in text:
-        raise UserError("chat_template_path: the chat template does not write an answer's text; set another template")
+        raise UserError(
+            "chat_template_path: the chat template does not write an answer's text as it is; set another template"
+        )
     tail = text.rpartition(MARK)[2]
     ends = [token for token in encoder.encode(tail) if token in encoder.special_ids]
     if not ends:

@@ -19,11 +19,13 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Layout:
-    """One example as text, with the stretches (first character, end) that a model answers in it."""
+    """One example as text, with the stretches (first character, end) that a model answers in it, and whether the reasoning of
+    earlier answers is left out of it."""
 
     source: str
     text: str
     answers: list[tuple[int, int]]
+    forgets: bool = False
 
 
 def mask(encoder: Encoder, layout: Layout, encoded: Encoded, end_ids: frozenset[int]) -> Rendered:

@@ -20,38 +20,46 @@ class Presence:
 
     def __init__(self, write: Callable[[list[dict], list[dict] | None, bool], str]):
         self.write = write
-        self.known: dict[Any, str | None] = {}
+        self.known: dict[Any, tuple[str | None, bool]] = {}
 
     def check(
         self, text: str, messages: list[dict], tools: list[dict] | None, *, for_answer: bool, thoughts: set[int]
-    ) -> None:
-        """Raises UserError where `text`, the rendering of these messages and tools, lacks one of their texts.
+    ) -> bool:
+        """Whether `text`, the rendering of these messages and tools, leaves out the reasoning of earlier answers; all else of
+        theirs must stand there.
 
         Args:
             for_answer: whether it ends in the generation prompt.
-            thoughts: the indices of messages whose reasoning must stand there; a template may leave that of earlier ones out.
+            thoughts: the indices of messages whose reasoning must stand there too.
+
+        Raises:
+            UserError: where another text of theirs does not.
         """
         shape = (_shape(messages), tools is not None, for_answer, frozenset(thoughts))
         if shape not in self.known:
             self.known[shape] = self._find_missing(messages, tools, for_answer, thoughts)
-        if missing := self.known[shape]:
+        missing, forgets = self.known[shape]
+        if missing:
             raise UserError(f"the chat template does not write {missing}, or set another chat_template_path")
         wanted = [*_parts(messages, tools, thoughts)]
         everything = [part.text for part in wanted]
         if _in_order(text, everything):
-            return
+            return forgets
         for part in wanted:
             needed = sum(other.count(part.text) for other in everything)
             if sum(text.count(form) for form in _forms(part.text)) < needed:
+                places = [_describe(other, messages) for other in wanted if part.text in other.text]
                 raise UserError(
-                    f"the chat template cuts or changes {_describe(part, messages)}, {part.text[:60]!r}; "
-                    f"{_way_out(part, messages)}, or set another chat_template_path"
+                    f"the chat template cuts or changes {part.text[:60]!r}, {' or '.join(dict.fromkeys(places))}; take it out "
+                    "of the row, or set another chat_template_path"
                 )
+        return forgets
 
     def _find_missing(
         self, messages: list[dict], tools: list[dict] | None, for_answer: bool, thoughts: set[int]
-    ) -> str | None:
-        """What the template does not write of a conversation like this one in which every text is a mark of its own."""
+    ) -> tuple[str | None, bool]:
+        """What the template does not write of a conversation like this one whose texts are marks, each its own; and whether it
+        leaves out reasoning that need not stand there."""
         number = iter(range(10**6))
 
         def mark() -> str:
@@ -70,9 +78,13 @@ class Presence:
         try:
             text = self.write(marked, marked_tools, for_answer)
         except UserError:
-            return None  # it looks into the texts: those of every row are looked at all the same
-        missing = [part for part in _parts(marked, marked_tools, thoughts) if part.text not in text]
-        return f"{_describe(missing[0], messages)}; {_way_out(missing[0], messages)}" if missing else None
+            return None, False  # it looks into the texts: those of every row are looked at all the same
+        needed = {*_parts(marked, marked_tools, thoughts)}
+        everything = _parts(marked, marked_tools, set(range(len(marked))))
+        lost = [part for part in everything if part.text not in text]
+        missing = next((part for part in lost if part in needed), None)
+        what = missing and f"{_describe(missing, messages)}; {_way_out(missing, messages)}"
+        return what, any(part not in needed for part in lost)
 
 
 def _describe(part: Part, messages: list[dict]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from carelm import ranks
-from carelm.chat.chat import Chat, Rendered
+from carelm.chat.chat import FORGOTTEN, Chat, Rendered
 from carelm.data.report import SplitReport, list_counts
 from carelm.data.sources import hash_files
 from carelm.data.split_files import find_files
@@ -186,4 +186,4 @@ def _describe(report: SplitReport, kept: list[Rendered], counts: Counter) -> Non
         report.length_p50, report.length_p95 = (int(np.percentile(lengths, p, method="lower")) for p in (50, 95))
         report.length_max, report.tokens = int(lengths.max()), int(lengths.sum())
         report.trained_tokens = int(sum(r.trained.sum() for r in kept))
-        report.truncated_share = sum(counts.values()) / len(kept)
+        report.truncated_share = (sum(counts.values()) - counts[FORGOTTEN]) / len(kept)

@@ -219,7 +219,7 @@ def test_a_prompt_that_no_answer_follows_is_refused_without_advice_that_is_follo
     thinks = with_template(ROLES + "{{ m.content }}<|eot_id|>" + HEADER.replace("_id|>{% e", "_id|><think>{% e"))
     for trained_turns in ("last", "all"):
         with pytest.raises(
-            UserError, match="rows.jsonl:1: the chat template asks for an answer with '<think>'"
+            UserError, match="rows.jsonl:1: the chat template asks for an answer with '.*<think>'"
         ) as raised:
             Chat(thinks, trained_turns=trained_turns, max_length=512).render([TWO_TURNS])
         assert "trained_turns" not in str(raised.value)

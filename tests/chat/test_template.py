@@ -159,5 +159,5 @@ def test_an_added_token_that_is_flagged_special_ends_a_turn_though_the_config_do
 
 def test_a_template_that_does_not_write_answers_is_refused(load):
     silent = load("{% for m in messages if m.role == 'user' %}{{ m.content }}<|eot_id|>{% endfor %}")
-    with pytest.raises(UserError, match="does not write an answer's text"):
+    with pytest.raises(UserError, match="does not write an answer's text as it is"):
         Chat(silent, max_length=64)
