@@ -113,11 +113,8 @@ class Chat:
     ) -> str:
         """What the model is to say after `messages`, as `spoken` reads it: the answer's text, or its tool calls as the
         template writes them."""
-        if not answer.get("tool_calls"):
-            closing = next(
-                (c for c in self._habits.closings if c != self._habits.header and c in answer["content"]), ""
-            )
-            return answer["content"].partition(closing)[2].strip() if closing else answer["content"]
+        if not answer.get("tool_calls") and not any(closing in answer["content"] for closing in self._habits.closings):
+            return answer["content"]
         example = Example(messages, [answer], id="", category=None, source="the answer")
         rendered = self._render_one(replace(example, tools=tools) if tools else example)
         return self.spoken(rendered.input_ids[rendered.trained].tolist())

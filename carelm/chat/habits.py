@@ -70,7 +70,7 @@ def find_habits(encoder: "Encoder") -> Habits:
         end_of_turn_id=ends[0],
         end_of_turn_ids=frozenset(end_ids),
         closings=tuple(filter(None, (closing, lead))),
-        header="" if has_special else lead,
+        header="" if has_special or lead == closing else lead,
         arguments_as_text=as_text,
     )
 

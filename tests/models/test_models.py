@@ -26,9 +26,10 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
+from carelm.chat.chat import make_chat
 from carelm.errors import UserError
 from carelm.models import adapters
-from carelm.models.base import base_fingerprint, count_parameters, load_base
+from carelm.models.base import base_fingerprint, check_vocabulary, count_parameters, load_base, load_config
 from carelm.models.precision import Precision, choose_precision
 from carelm.recipe_file import load_recipe
 from carelm.training.arguments import make_training_args
@@ -100,6 +101,15 @@ def test_a_base_that_is_quantised_already_is_named_as_what_it_is(base, tmp_path)
     recipe = change_config(base, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(UserError, match="gptq.; take its original in whole weights"):
         adapters.check_base(recipe)
+
+
+def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused():
+    recipe = load_recipe([], usage="")
+    chat = make_chat(recipe)
+    check_vocabulary(chat, load_config(recipe))
+    chat.tokenizer.add_tokens(["<tool>", "</tool>"])
+    with pytest.raises(UserError, match="ids beyond the 2048 of the base .the first is 2048, '<tool>'"):
+        check_vocabulary(chat, load_config(recipe))
 
 
 def test_a_base_whose_loss_is_a_mean_per_batch_is_refused(monkeypatch):

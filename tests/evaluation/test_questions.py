@@ -1,0 +1,58 @@
+"""A test row is asked with its tools and as a trained row is; one that a model's template cannot ask is one line."""
+
+import json
+
+import pytest
+
+from carelm.chat.chat import make_chat
+from carelm.errors import UserError
+from carelm.evaluation import answers, candidates
+from carelm.evaluation.questions import make_questions
+from carelm.recipe_file import load_recipe
+
+TURNS = "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+TOOLS = [{"type": "function", "function": {"name": "find_order", "description": "Finds it.", "parameters": {}}}]
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """The questions of a few rows, and the base as it would answer them with this template."""
+
+    def ask(template, *messages, **more):
+        for split in ("train", "test"):
+            rows = [
+                {"messages": [*messages, {"role": "user", "content": f"{split} {i}?"}, {"role": "assistant", "content": "Yes."}]}
+                for i in range(2)
+            ]  # fmt: skip
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+        (tmp_path / "own.jinja").write_text(template)
+        (tmp_path / "recipe.yaml").write_text(
+            f"{{model_name_or_path: demo/base, dataset_name: {tmp_path}, messages_column: messages, models: [base], "
+            f"chat_template_path: {tmp_path}/own.jinja, max_length: 256, max_new_tokens: 8}}"
+        )
+        recipe = load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage="")
+        questions, _ = make_questions(recipe, make_chat(recipe))
+        (base,) = candidates.find_candidates(recipe)
+        return questions, answers.prepare(recipe, base, questions, tmp_path)
+
+    return ask
+
+
+def test_a_row_that_the_template_refuses_is_named_with_the_model_and_the_reason(ask):
+    raises = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.raises(
+        UserError, match=r"^models: base, test row test\.jsonl:1: the chat template refuses .*no system role"
+    ):
+        ask(raises + TURNS, {"role": "system", "content": "Be kind."})
+
+
+def test_a_row_whose_system_text_the_template_drops_is_not_asked_without_it(ask):
+    drops = "{% for m in messages if m.role != 'system' %}" + TURNS
+    with pytest.raises(UserError, match=r"^models: base, test row test\.jsonl:1: .*does not write .* role system"):
+        ask(drops, {"role": "system", "content": "Be kind."})
+
+
+def test_the_tools_of_a_row_stand_in_the_prompt_that_asks_for_its_answer(ask):
+    questions, asked = ask("{{ tools[0].function.name if tools }}{% for m in messages %}" + TURNS, tools=TOOLS)
+    assert questions[0].tools == TOOLS
+    assert asked.chat.tokenizer.decode(asked.prompts[0]).startswith("find_order<|start_header_id|>user")
