@@ -68,8 +68,14 @@ def fingerprint(*parts: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's object; an empty one where there is no file."""
+    """The file's object; an empty one where there is no file.
+
+    Raises:
+        UserError: where it is damaged.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged and no JSON ({error}); remove it, or make its folder again") from None

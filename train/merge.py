@@ -6,8 +6,9 @@
 
 An adapter that was trained on a quantised base can be merged onto the whole weights of the base (--onto base) or onto the
 dequantised weights that it was trained on (--onto quantized, the default for such an adapter, and the nearer one). The weights
-are merged one shard at a time, on the CPU. merge.json in the folder says how the merged model differs from the adapter on
-real prompts: mean KL divergence, top-1 agreement, share of same answers. The folder appears when it is whole.
+are merged one file of the base at a time, on the CPU; where an adapter changes the experts of a mixture, the whole model is in
+memory, in fp32. merge.json in the folder says how the merged model differs from the adapter on real prompts: mean KL
+divergence, top-1 agreement, share of same answers. The folder appears when it is whole.
 
 Other keys of a recipe may follow, where the data or the base have moved since: --key value.
 
@@ -48,6 +49,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     options, keys = parse()
     if not (options.adapter / "adapter_config.json").exists():
+        if (options.adapter / "config.json").exists() and any(options.adapter.glob("*.safetensors")):
+            raise UserError(
+                f"--adapter: {options.adapter} is a whole model already: nothing is to be merged, use it as it is"
+            )
         raise UserError(f"--adapter: {options.adapter} holds no adapter_config.json; name the folder of a finished run")
     if not any(key.partition("=")[0] == "--config" for key in keys):
         saved = find_recipe(options.adapter)
@@ -60,6 +65,7 @@ def main() -> None:
     stay_offline(recipe)
 
     import torch
+    from safetensors import SafetensorError
 
     ranks.use_cpu(None)
     from carelm import files, quiet
@@ -130,6 +136,11 @@ def main() -> None:
             options.output_dir.rename(earlier)
             ranks.say(f"the merge of an earlier adapter is kept as {earlier}")
         aside.rename(options.output_dir)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--output_dir: {options.output_dir} is not made, nothing of it is left ({error}); see that the disk has room and "
+            "the folder can be written to"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     ranks.say(f"merged: {options.output_dir}")

@@ -1,7 +1,6 @@
 """The models that are compared: what `base`, `adapter`, `merged` and a folder stand for, and how each is loaded."""
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,11 +195,16 @@ def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
             raise UserError(f"models: {folder} was made of an earlier adapter of {recipe.output_dir}; {hint}")
     label = word if word in ("adapter", "merged") else folder.resolve().name
     label += f"@{held}" if held else ""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(file, "numpy")
+        except SafetensorError as error:
+            raise UserError(f"models: {file} is damaged ({error}); make it or copy it again") from None
     if (folder / "adapter_config.json").exists():
         if not (folder / "adapter_model.safetensors").exists():
             raise UserError(f"models: {folder} holds an adapter without adapter_model.safetensors; {hint}")
         own = _keys_of(folder) or recipe.model
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         base = recipe.base if is_own else locate(str(base))
         if base.startswith(("/", ".")) and not Path(base).is_dir():
             if not Path(recipe.base).is_dir():
@@ -213,11 +217,6 @@ def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
         raise UserError(f"models: {folder} holds no .safetensors weights; pickled ones are not loaded")
     if not (folder / "tokenizer.json").exists() and not any(folder.glob("*.model")):
         raise UserError(f"models: {folder} holds no tokenizer (no tokenizer.json, no *.model); {hint}")
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            safe_open(file, "numpy")
-        except SafetensorError as error:
-            raise UserError(f"models: {file} is damaged ({error}); make the folder again: {hint}") from None
     return _candidate(label, "checkpoint", recipe, str(folder), {}, held, None)
 
 

@@ -21,6 +21,7 @@ from trl import ModelConfig
 
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
+from carelm.files import read_json
 from carelm.models.precision import Precision
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -245,7 +246,7 @@ def base_fingerprint(name_or_path: str, revision: str = "main") -> str:
     folder = Path(name_or_path)
     if not folder.is_dir():
         return hashlib.sha256(f"{name_or_path}@{revision}".encode()).hexdigest()[:16]
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     digest.update(json.dumps(config, sort_keys=True).encode())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size

@@ -1,7 +1,11 @@
-"""An adapter and its base -> one plain checkpoint, one layer at a time, and how far it is from what it was made of.
+"""An adapter and its base -> one plain checkpoint, one file of the base at a time, and how far it is from what it was made of.
 
 A quantised base has two merges, which are two functions: onto the whole weights of the base, whose rounding the adapter has
 never seen, and onto the dequantised weights that it was trained on.
+
+The names in a base's files are not always those in the model (GPT-2 and BLOOM on the Hub, Gemma 3): they are mapped as
+`from_pretrained` maps them, and the merge has the files and names that the base has. Experts that the model holds as one tensor
+and the files one by one (Mixtral, Qwen3-MoE) are merged in the whole model instead, in fp32 in memory.
 """
 
 import json
@@ -11,23 +15,28 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, get_peft_model, load_peft_weights
-from safetensors import safe_open
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
-from carelm.files import write_whole
+from carelm.files import read_json, write_whole
 from carelm.models.base import load_config, quantization_config
 from carelm.models.precision import DTYPES
+from carelm.ranks import say
 from carelm.recipe import Recipe
 
 
 def merge_weights(recipe: Recipe, adapter: Path, target: Path, onto: str, dtype: str) -> None:
-    """Writes the merged weights, config and tokenizer into `target`, a shard of the base at a time.
+    """Writes the merged weights and config into `target`.
 
     Args:
         recipe: names the base and how it was held.
@@ -36,7 +45,8 @@ def merge_weights(recipe: Recipe, adapter: Path, target: Path, onto: str, dtype:
         dtype: fp32, bf16 or fp16; the sums are made in fp32.
 
     Raises:
-        UserError: where the adapter is of a kind that cannot be merged, or does not fit the base.
+        UserError: where the adapter is of a kind that cannot be merged, or does not fit the base, or a file is damaged; before
+            any weights are loaded.
     """
     config = load_config(recipe)
     peft_config = PeftConfig.from_pretrained(adapter)
@@ -44,49 +54,146 @@ def merge_weights(recipe: Recipe, adapter: Path, target: Path, onto: str, dtype:
         raise UserError(f"--adapter: {adapter} is a trained prompt, which has no weights to merge; serve it with PEFT")
     if getattr(peft_config, "bias", "none") != "none":
         raise UserError(f"--adapter: {adapter} trains biases (bias: {peft_config.bias}), which cannot be merged here")
-    if config.tie_word_embeddings and peft_config.modules_to_save:
-        raise UserError(
-            f"--adapter: {adapter} holds its own {', '.join(peft_config.modules_to_save)}, and the base ties its word "
-            "embeddings; such an adapter cannot be merged here"
-        )
+    shards = _shards(recipe)
     with torch.device("meta"):
         plain, to_quantize = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    names = _names_in_model(plain, shards)
+    tied = _tied(plain)
     quantized = _quantized_modules(recipe, to_quantize) if onto == "quantized" else {}
-    layers = dict(get_peft_model(plain, peft_config, low_cpu_mem_usage=True).base_model.model.named_modules())
-    trained: dict[str, dict[str, torch.Tensor]] = {}  # of each layer, by the name within it
-    for name, tensor in load_peft_weights(adapter, device="cpu").items():
-        module, kind = _split_name(name.removeprefix("base_model.model."))
-        trained.setdefault(module, {})[kind] = tensor
+    layers, trained = _trained(recipe, adapter, plain, peft_config)
+    if both := sorted(tied & trained.keys()):
+        raise UserError(
+            f"--adapter: {adapter} holds its own {', '.join(both)}, and the base ties its word embeddings; such an adapter "
+            "cannot be merged here"
+        )
     target.mkdir(parents=True)
-    shards = _shards(recipe)
+    by_file = all(f"{name}.weight" in names.values() for name in trained)
+    if by_file and not any(isinstance(layers[name], ParamWrapper) for name in trained):
+        _merge_files(recipe, shards, names, layers, trained, quantized, target, dtype)
+        config.dtype = DTYPES[dtype]
+        config.save_pretrained(target)
+    else:
+        _merge_whole(recipe, config, adapter, quantized, target, dtype)
+
+
+def _merge_files(
+    recipe: Recipe,
+    shards: list[Path],
+    names: dict[str, str],
+    layers: dict[str, torch.nn.Module],
+    trained: dict[str, dict[str, torch.Tensor]],
+    quantized: dict[str, torch.nn.Module],
+    target: Path,
+    dtype: str,
+) -> None:
+    """Each of the base's files with its merged weights, under the names that they have there."""
     index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
     for file in tqdm(shards, desc="merge", unit="shard", dynamic_ncols=True):
         merged = {}
         for name, weight in _tensors(file):
-            module, _, kind = name.rpartition(".")
+            module, _, kind = names.get(name, "").rpartition(".")
             if kind == "weight" and module in quantized:
                 weight = _dequantized(weight, quantized[module], DTYPES[recipe.precision])
             if kind == "weight" and module in trained:
-                weight = _merged(layers[module], weight, trained.pop(module))
-            merged[name] = weight.to(DTYPES[dtype]) if weight.is_floating_point() else weight
+                weight = _merged(layers[module], weight, trained[module])
+            merged[name] = weight.to(DTYPES[dtype]).contiguous() if weight.is_floating_point() else weight
             index["weight_map"][name] = file.name
             index["metadata"]["total_size"] += merged[name].numel() * merged[name].element_size()
         save_file(merged, target / file.name, metadata={"format": "pt"})
-    if trained:
-        raise UserError(
-            f"--adapter: {adapter} changes {next(iter(trained))} and {len(trained) - 1} more, which the files of "
-            f"{recipe.base} do not hold under that name; it belongs to another base"
-        )
     if len(shards) > 1:
         write_whole(target / "model.safetensors.index.json", json.dumps(index, indent=1))
-    config.dtype = DTYPES[dtype]
-    config.save_pretrained(target)
+
+
+def _merge_whole(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    adapter: Path,
+    quantized: dict[str, torch.nn.Module],
+    target: Path,
+    dtype: str,
+) -> None:
+    """Merges in memory, and leaves to `save_pretrained` what the tensors are called in files."""
+    say("the files hold some of the trained weights in parts: the whole model is merged in memory, in fp32")
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.base, revision=recipe.model.get("model_revision", "main"), config=config, dtype=torch.float32,
+        use_safetensors=True,
+    )  # fmt: skip
+    for name, module in quantized.items():
+        held = model.get_submodule(name)
+        held.weight.data = _dequantized(held.weight.data, module, DTYPES[recipe.precision])
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
+    merged.generation_config = GenerationConfig()  # the run's own is written beside
+    merged.to(DTYPES[dtype]).save_pretrained(target)
+
+
+def _tied(model: PreTrainedModel) -> set[str]:
+    """The modules that share their weight, as far as they are word embeddings and output layer."""
+    pair = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in pair or pair[0].weight is not pair[1].weight:
+        return set()
+    return {name for name, module in model.named_modules() if any(module is one for one in pair)}
+
+
+def _trained(
+    recipe: Recipe, adapter: Path, plain: PreTrainedModel, peft_config: PeftConfig
+) -> tuple[dict[str, torch.nn.Module], dict[str, dict[str, torch.Tensor]]]:
+    """The model's modules by name, with the adapter's layers on the meta device; and what was trained, by module and name.
+
+    Raises:
+        UserError: where the adapter's file does not hold what its configuration makes of this base.
+    """
+    try:
+        model = get_peft_model(plain, peft_config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise _other_base(adapter, recipe, str(error).strip().splitlines()[0]) from None
+    fitting = get_peft_model_state_dict(model, state_dict=model.state_dict(), save_embedding_layers=False)
+    wanted = {name: list(tensor.shape) for name, tensor in fitting.items()}
+    tensors = {
+        name: tensor
+        for name, tensor in load_peft_weights(adapter, device="cpu").items()
+        if not name.endswith(".base_layer.weight")  # PEFT keeps a copy of embeddings beside their adapter
+    }
+    held = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted.keys() | held.keys()):
+        if wanted.get(name) != held.get(name):
+            what = f"{name} is {held.get(name) or 'missing'} there and {wanted.get(name) or 'nothing'} on this base"
+            raise _other_base(adapter, recipe, what)
+    trained: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, kind = _split_name(name.removeprefix("base_model.model."))
+        trained.setdefault(module, {})[kind] = tensor
+    return dict(model.base_model.model.named_modules()), trained
+
+
+def _other_base(adapter: Path, recipe: Recipe, why: str) -> UserError:
+    return UserError(
+        f"--adapter: {adapter} belongs to another base than {recipe.base}, or its files to two adapters ({why})"
+    )
+
+
+def _names_in_model(model: PreTrainedModel, shards: list[Path]) -> dict[str, str]:
+    """The name in the model of each tensor of the files, as `from_pretrained` maps it (convert_and_load_state_dict_in_model of
+    transformers.core_model_loading); those that are joined or split on the way are left out."""
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    known = model.state_dict()
+    found = {}
+    for file in shards:
+        for name in _names(file):
+            renamed, joined = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+            if renamed not in known and name in known:
+                renamed, joined = name, None
+            if renamed in known and joined is None:
+                found[name] = renamed
+    return found
 
 
 def save_beside(recipe: Recipe, adapter: Path, chat: Chat, target: Path) -> None:
     """Tokenizer, chat template and generation config, as the adapter was trained with."""
     chat.tokenizer.save_pretrained(target)
     source = adapter if (adapter / "generation_config.json").exists() else recipe.base
+    read_json(Path(source) / "generation_config.json")  # a damaged one is none to transformers
     try:
         GenerationConfig.from_pretrained(source).save_pretrained(target)
     except OSError:  # a base without one
@@ -106,11 +213,15 @@ def _dequantized(weight: torch.Tensor, module: torch.nn.Module, dtype: torch.dty
     from bitsandbytes.nn import Int8Params, Params4bit
 
     held = {k: v for k, v in module.weight.__dict__.items() if not k.startswith("_")}
+    turned = issubclass(module.source_cls, Conv1D)  # GPT-2's layers are held the other way round
+    weight = weight.T if turned else weight
     if type(module).__name__ == "Linear4bit":
         packed = Params4bit(weight.to(dtype), requires_grad=False, **held).to("cpu")
-        return dequantize_4bit(packed.data, packed.quant_state).float()
-    packed = Int8Params(weight.to(dtype), requires_grad=False).to("cpu")
-    return int8_vectorwise_dequant(packed.data, packed.SCB).float()
+        weight = dequantize_4bit(packed.data, packed.quant_state).float()
+    else:
+        packed = Int8Params(weight.to(dtype), requires_grad=False).to("cpu")
+        weight = int8_vectorwise_dequant(packed.data, packed.SCB).float()
+    return weight.T.contiguous() if turned else weight
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -129,12 +240,7 @@ def _merged(layer: torch.nn.Module, weight: torch.Tensor, trained: dict[str, tor
         return trained["weight"]
     base = layer.get_base_layer()
     base.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-    loaded = layer.load_state_dict(
-        {name: tensor.float() for name, tensor in trained.items()}, strict=False, assign=True
-    )
-    missing = [name for name in loaded.missing_keys if ".default" in name] + loaded.unexpected_keys
-    if missing:
-        raise UserError(f"--adapter: its file and its adapter_config.json do not agree about {missing[0]}")
+    layer.load_state_dict({name: tensor.float() for name, tensor in trained.items()}, strict=False, assign=True)
     layer.merge(safe_merge=True)
     result = base.weight.data
     layer.to_empty(device="meta")
@@ -148,9 +254,24 @@ def _shards(recipe: Recipe) -> list[Path]:
         folder = Path(
             snapshot_download(recipe.base, revision=recipe.model.get("model_revision"), allow_patterns=patterns)
         )
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    return [folder / name for name in sorted(names)]
+    index = read_json(folder / "model.safetensors.index.json")
+    shards = [folder / name for name in sorted(set(index["weight_map"].values()) if index else {"model.safetensors"})]
+    for file in shards:
+        _names(file)
+    return shards
+
+
+def _names(file: Path) -> list[str]:
+    """The tensors of a file; its length is checked on the way.
+
+    Raises:
+        UserError: where it is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model_name_or_path: {file} is missing or damaged ({error}); get the base again") from None
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

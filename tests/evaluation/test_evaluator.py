@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from drawn import make_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import PROJECT, launch, script
@@ -20,31 +21,13 @@ from carelm.errors import UserError
 from carelm.evaluation import candidates
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import make_questions
-from carelm.models import adapters, generation
+from carelm.models import generation
 from carelm.models.base import base_fingerprint
 from carelm.models.generation import Decoding
-from carelm.models.precision import choose_precision
-from carelm.recipe_file import load_recipe, save_recipe
+from carelm.recipe_file import load_recipe
 from carelm.training import runs
 
 CPU = torch.device("cpu")
-
-
-def make_adapter(folder, *keys: str):
-    """An adapter of the demo's recipe whose weights are drawn, so that it differs from the base; no training."""
-    recipe = load_recipe(["--output_dir", str(folder), *keys], usage="")
-    chat = make_chat(recipe)
-    model = adapters.load_model(recipe, chat, choose_precision("fp32"))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ("lora_B" in name or "prompt" in name):
-                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
-    chat.tokenizer.save_pretrained(folder)
-    model.get_base_model().generation_config.save_pretrained(folder)
-    save_recipe(recipe, folder / "recipe.yaml")
-    return recipe
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_evaluator import make_adapter
+from drawn import make_adapter
 
 from carelm.evaluation import candidates
 from carelm.evaluation.questions import make_questions

@@ -12,9 +12,9 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
+from drawn import make_adapter
 from launching import PROJECT, environment, script
 from safetensors.torch import load_file, save_file
-from test_evaluator import make_adapter
 
 from carelm.errors import UserError
 from carelm.evaluation import candidates
@@ -191,3 +191,36 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     save_file({n.replace("layers.3.", "layers.9."): t for n, t in load_file(file).items()}, file)
     with pytest.raises(UserError, match="belongs to another base"):
         weights_of(tmp_path / "run", tmp_path / "merged", recipe, "base")
+
+
+SMALL_DISK = """
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+runpy.run_path("train/merge.py", run_name="__main__")
+"""
+
+
+def test_a_disk_without_room_is_one_line_and_nothing_is_left(merged, tmp_path):
+    folder, _ = merged
+    (tmp_path / "merge.py").write_text(SMALL_DISK)
+    done = script("--adapter", folder, "--output_dir", tmp_path / "m", "--num_prompts", 0, file=tmp_path / "merge.py")
+    assert (
+        done.returncode == 2 and "is not made, nothing of it is left" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert {p.name for p in tmp_path.iterdir()} == {"merge.py"}
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "train_metrics.json"])
+def test_a_run_whose_file_is_damaged_is_named_by_the_evaluator_too(merged, tmp_path, file):
+    folder, _ = merged
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
+    torn = tmp_path / "run" / file
+    torn.write_bytes(torn.read_bytes()[:-9] if torn.exists() else b'{"train')
+    recipe = load_recipe(["--output_dir", str(tmp_path / "run")], usage="")
+    with pytest.raises(UserError, match=f"{file} is damaged"):
+        candidates.find(recipe, "adapter").check_base()
+
+
+def test_a_full_fine_tune_is_a_whole_model_already(base, tmp_path):
+    done = refused("--adapter", base, "--output_dir", tmp_path / "m")
+    assert done.returncode == 2 and "is a whole model already" in done.stderr and not (tmp_path / "m").exists()
