@@ -3,10 +3,10 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from carelm.data.csv_text import encoding_by_mark, read_csv
 from carelm.errors import UserError
@@ -53,10 +53,15 @@ def read_file(path: Path, name: str) -> FileRows:
             if suffix.startswith((".csv", ".tsv")):
                 rows, taken_for = read_csv(file.read(), path)
                 return FileRows({None: _number(name, rows)}, taken_for)
+            encoding = encoding_by_mark(file.read(4)) or "utf-8"
+            taken_for = "" if encoding.startswith("utf-8") else encoding.upper()
+            file.seek(0)
             if suffix.startswith(".json") and not suffix.startswith(".jsonl"):
-                lists = _read_json(file.read(), path)
-                return FileRows({k: _number(f"{name}:{k}" if len(lists) > 1 else name, v) for k, v in lists.items()})
-            return FileRows({None: [(f"{name}:{number}", row) for number, row in _read_jsonl(file, path)]})
+                lists = _read_json(_decode(file.read(), encoding, str(path)), path)
+                rows = {k: _number(f"{name}:{k}" if len(lists) > 1 else name, v) for k, v in lists.items()}
+                return FileRows(rows, taken_for)
+            lines = _decode(file.read(), encoding, str(path)).encode().splitlines(True) if taken_for else file
+            return FileRows({None: [(f"{name}:{number}", row) for number, row in _read_jsonl(lines, path)]}, taken_for)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"dataset_name: {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -65,12 +70,8 @@ def _number(name: str, rows: list[dict[str, Any]]) -> Rows:
     return [(f"{name}:{number}", row) for number, row in enumerate(rows, 1)]
 
 
-def _read_jsonl(file: IO[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    mark = file.read(4)
-    file.seek(0)
-    if (encoding := encoding_by_mark(mark) or "utf-8") not in ("utf-8", "utf-8-sig"):
-        file = _decode(file.read(), encoding, str(path)).encode().splitlines(keepends=True)
-    for number, line in enumerate(file, 1):
+def _read_jsonl(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         text = _decode(line, "utf-8-sig" if number == 1 else "utf-8", where)
         if not text.strip():
@@ -113,8 +114,8 @@ def _parse(text: str, where: str) -> tuple[Any, list[tuple[dict, str]]]:
         raise UserError(f"{where}: JSON that cannot be read ({error})") from None
 
 
-def _read_json(raw: bytes, path: Path) -> dict[str | None, list[dict[str, Any]]]:
-    value, twice = _parse(_decode(raw, encoding_by_mark(raw[:4]) or "utf-8", str(path)), str(path))
+def _read_json(text: str, path: Path) -> dict[str | None, list[dict[str, Any]]]:
+    value, twice = _parse(text, str(path))
     lists = {None: value} if isinstance(value, list) else _lists(value) if isinstance(value, dict) else {}
     if twice:
         places = [f"{path}:{key or ''}{':' if key else ''}{i}" for key, rows in lists.items()

@@ -59,6 +59,11 @@ def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]
         UserError: for a file that cannot be read, a split that is not told apart or is empty, and a missing column.
     """
     splits, reports = _load_hub(recipe) if is_hub_id(recipe.dataset_name) else _load_files(recipe)
+    for split in SPLITS:
+        name = getattr(recipe, f"dataset_{split}_split")
+        if split not in splits and name != split:
+            there = shortened([file for report in reports.values() for file in report.files])
+            raise UserError(f"dataset_{split}_split: {recipe.dataset_name} has no '{name}' (used are {there})")
     for split, rows in splits.items():
         if not rows:
             raise UserError(f"dataset_name: the {split} split of {recipe.dataset_name} has no rows")

@@ -1,5 +1,6 @@
 """All rows -> examples by split: cleaned, cut where the data names no split, and kept apart."""
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -61,14 +62,14 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
             continue
         content = json.dumps([example.prompt, example.completion, example.tools], sort_keys=True, ensure_ascii=False)
         try:
-            content.encode()
+            digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
         except UnicodeEncodeError as error:
             half = content[error.start].encode("unicode_escape").decode()
             raise UserError(f"{source}: the text holds {half}, half of a character; mend the row") from None
-        if content in seen:
+        if digest in seen:
             dropped["duplicate"] += 1
         else:
-            seen.add(content)
+            seen.add(digest)
             kept.append(example)
             unused.update(example.unused)
     report.dropped = dict(dropped)
@@ -98,6 +99,8 @@ def _cut_splits(
         return set()
     groups = draw_groups(recipe, examples["train"], compare)
     reports["train"].notes += groups.notes[:5]
+    if len(groups.notes) > 5:
+        reports["train"].notes.append(f"and {len(groups.notes) - 5} more groups of rows that are not kept on one side")
     parts: dict[str, list[Example]] = {"train": [], **{split: [] for split, _ in shares}}
     for example, draw in zip(examples["train"], groups.draws):
         target = "train"

@@ -138,6 +138,12 @@ def test_a_csv_file_in_an_encoding_that_is_not_certain_is_refused(tmp_path, make
     assert "train.csv: not UTF-8 on line 2" in error_of(make(tmp_path))
 
 
+def test_json_in_utf_16_is_read_and_said(tmp_path, make):
+    for name in ("train.jsonl", "train.json"):
+        (tmp_path / name).write_text(json.dumps(pairs(1)[0] if name == "train.jsonl" else pairs(1)), encoding="utf-16")
+        assert make_examples(make(tmp_path / name))[1]["train"].notes == [f"{name} is read as UTF-16"]
+
+
 def test_a_file_of_two_encodings_is_refused(tmp_path, make):
     (tmp_path / "train.csv").write_bytes("question,answer\ncafé,a\n".encode() + "été,b\n".encode("cp1252"))
     assert "train.csv: not UTF-8 on line 3" in error_of(make(tmp_path))

@@ -4,7 +4,7 @@ import os
 
 import datasets
 import pytest
-from small_rows import error_of, pairs, write_jsonl
+from small_rows import error_of, pairs, prepare, write_jsonl
 
 from carelm.data.splits import make_examples
 
@@ -129,6 +129,19 @@ def test_a_key_of_the_recipe_chooses_another_file(tmp_path, make):
     used, said = files_of(make(tmp_path, dataset_test_split="test_hard", dataset_validation_split="test"))
     assert used == {"train": ["train.csv"], "validation": ["test.csv"], "test": ["test_hard.csv"]}
     assert said == ["not used: dev.csv"]
+
+
+def test_a_split_that_the_recipe_names_and_that_is_not_there_is_refused(tmp_path, make):
+    write(tmp_path, "train.csv", "val.csv")
+    for key in ("dataset_validation_split", "dataset_test_split"):
+        assert error_of(make(tmp_path, **{key: "holdout"})).startswith(f"{key}: ")
+
+
+def test_a_file_that_comes_later_is_named_though_the_data_was_prepared(tmp_path, make):
+    write(tmp_path / "folder", "train.csv")
+    assert prepare(make(tmp_path / "folder")).report["train"]["notes"] == []
+    write(tmp_path / "folder", "val.xlsx")
+    assert prepare(make(tmp_path / "folder")).report["train"]["notes"] == ["not used: val.xlsx"]
 
 
 @pytest.mark.parametrize(
