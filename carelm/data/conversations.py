@@ -81,6 +81,9 @@ def _groups(recipe: Recipe, rows: Rows, counts: Counter[str]) -> list[list[int]]
             counts["messages without a conversation, left out"] += 1
         else:
             groups.setdefault(conversation, []).append(i)
+    if rows and not groups:
+        column, first = recipe.conversation_column, rows[0][0].rpartition(":")[0]
+        raise UserError(f"conversation_column: column '{column}' is empty in all rows of {first} and its split")
     if not recipe.order_column:
         return list(groups.values())
     places = _places(recipe.order_column, rows)

@@ -22,6 +22,7 @@ from carelm.errors import UserError
 
 MISSING_TEXTS = {"nan", "NaN", "NaT", "<NA>"}
 MISSING_CSV_TEXTS = {"None", "null", "NULL"}
+CSV_SOURCE = re.compile(r"\.[ct]sv(\.gz)?:", re.IGNORECASE)
 EXACT_WHOLE = 1e16  # from there on Python writes an exponent, and not all digits are the number's own
 
 
@@ -34,9 +35,9 @@ def as_text(value: Any, where: str) -> str | None:
 def cell_text(row: dict[str, Any], column: str, source: str, labels: Collection[str] = ()) -> str | None:
     """The text of a row's column, None where it is empty or not there; `source` is file:row."""
     text = None if is_empty(row.get(column)) else as_text(row[column], f"{source}: column '{column}'")
-    is_csv = re.search(r"\.[ct]sv(\.gz)?:", source, re.IGNORECASE)
-    missing = MISSING_TEXTS | (MISSING_CSV_TEXTS if is_csv else set())
-    return None if text is not None and text.strip() in missing and text.strip() not in labels else text
+    bare = text and text.strip()
+    is_missing_text = bare in MISSING_TEXTS or bare in MISSING_CSV_TEXTS and CSV_SOURCE.search(source)
+    return None if is_missing_text and bare not in labels else text
 
 
 def as_word(text: str | None) -> str | None:

@@ -139,6 +139,11 @@ def test_numbers_that_go_through_all_tickets_have_no_gaps(tmp_path, make):
     assert note(recipe) == "4 messages are 2 conversations"
 
 
+def test_a_split_whose_messages_have_no_conversation_is_refused(tmp_path, make):
+    path = write_jsonl(tmp_path / "rows.jsonl", tickets((None, 1, "customer", "a"), ("", 2, "agent", "b")))
+    assert error_of(make(path, **TICKETS)).startswith("conversation_column: column 'ticket' is empty in all rows")
+
+
 # Replies
 
 
@@ -237,7 +242,7 @@ def test_no_rows_whatever_they_hold_end_in_a_traceback(cells, keys):
     try:
         joined = join_messages(recipe, rows, SplitReport())
     except UserError as error:
-        assert "rows.jsonl:" in str(error) and "\n" not in str(error)
+        assert "rows.jsonl" in str(error) and "\n" not in str(error)
         return
     turns = [turn for _, row in joined for turn in row["text"]]
     assert all(turn["content"].strip() for turn in turns) and (len(turns) <= len(rows) or "reply_to_column" in keys)
