@@ -24,7 +24,7 @@ from pathlib import Path
 
 from launches import PROJECT, RESULTS, describe_machine, say, write_results
 
-sys.path.insert(0, str(PROJECT / "tests"))
+sys.path[:0] = [str(PROJECT / "tests"), str(PROJECT / "tests/cluster")]
 from launching import same_bits  # noqa: E402
 from two_nodes import Cluster, Jobs, what_is_missing  # noqa: E402
 

@@ -15,6 +15,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 LAUNCH_MOST = (
+    "test_slurm_stops",
     "test_slurm",
     "test_resume",
     "test_curve",

@@ -1,10 +1,12 @@
 """Starts train/sft.py as a user does, with the real launcher, and reads what it left behind."""
 
+import fcntl
 import json
 import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,6 +93,21 @@ def _run_script(words: list[str], variables: dict[str, str], folder: str) -> Non
     sys.argv = words
     sys.path[0] = str(PROJECT / Path(words[0]).parent)
     runpy.run_path(words[0], run_name="__main__")
+
+
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    """A folder that all workers of pytest-xdist share; the first of them that needs it has `make` fill it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, whole = root / name, root / f"{name}.whole"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a worker has failed in the middle
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
 
 
 def zero3_sharding_everything(folder: Path) -> Path:

@@ -15,8 +15,11 @@ import time
 from pathlib import Path
 
 import psutil
-from launching import PROJECT, VENV
+from launching import PROJECT, VENV, eval_losses, losses, same_bits, stopped_at
 
+TRAINING = ("--max_steps", 20, "--save_steps", 5, "--save_total_limit", 9, "--num_sample_answers", 0, "--max_samples", 50,
+            "--per_device_eval_batch_size", 1)  # fmt: skip
+KEYS = (*TRAINING, "--eval_steps", 5, "--max_eval_samples", 12)
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "mungekey", "ip", "unshare", "nsenter")
 LOOK_EVERY_S = 10  # at the queue: that takes longer than a save
 NETWORK = "10.78.0"  # exists inside the namespaces only
@@ -251,6 +254,22 @@ class Jobs:
     def completes(self, job: str) -> None:
         state = self.cluster.wait(job)["JobState"]
         assert state == "COMPLETED", f"job {job} is {state}: {self.log(job)[-3000:]}"
+
+    def goes_on(self, job: str, start: int) -> int:
+        """Waits for the first new step of a start, which must be the one after the last stop (returned): none is done twice."""
+        stopped = stopped_at(self.log(job).partition(f"start {start}")[0].rpartition("start ")[2])
+        self.wait_for(job, rf"start {start}[^$]*going on from .*checkpoint-{stopped}\n[^$]*\| {stopped + 1}/20")
+        return stopped
+
+    def ends_like(self, job: str, unbroken: Path) -> None:
+        self.completes(job)
+        assert losses(self.run) == losses(unbroken) and eval_losses(self.run) == eval_losses(unbroken)
+        assert same_bits(self.run, unbroken)
+
+
+def check_close(run: Path, reference: Path) -> None:
+    for a, b in ((losses(run), losses(reference)), (eval_losses(run), eval_losses(reference))):
+        assert a.keys() == b.keys() and all(abs(a[k] - b[k]) <= 1e-3 * b[k] for k in b)
 
 
 def _until(condition, seconds: float, problem: str) -> None:

@@ -96,9 +96,8 @@ def test_a_run_of_two_ranks_goes_on_on_one(rungs, tmp_path):
 
 
 @pytest.mark.long
-def test_a_run_of_one_process_goes_on_on_two_ranks_under_zero3(tmp_path):
-    one = tmp_path / "one"
-    script("--output_dir", one, *TWELVE_STEPS, check=True)
+def test_a_run_of_one_process_goes_on_on_two_ranks_under_zero3(rungs, tmp_path):
+    one = rungs / "one"
     run = shutil.copytree(one, tmp_path / "run")
     (run / "train_metrics.json").unlink()
     shutil.rmtree(run / "checkpoint-12")
