@@ -1,6 +1,6 @@
 # make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
 # make test: the tests that this machine can run in minutes; make test-long: the others.
-# TESTS="tests/data -k csv" chooses among them.
+# TESTS="tests/data -k csv" chooses among them; TESTS='-m ""' are all.
 VENV ?= .venv
 PYTHON ?= python3
 READY := $(VENV)/.ready
