@@ -48,7 +48,8 @@ def test_later_starts_run_what_the_first_ran_and_the_run_goes_on_on_one_node_and
     assert jobs.log(job).count("the earlier run is kept as") == 1
     assert same_bits(run / "checkpoint-10", unbroken / "checkpoint-10")
 
-    jobs.project = PROJECT
+    jobs = Jobs(cluster, tmp_path / "elsewhere")
+    jobs.run = run
     job = jobs.train(*KEYS, options=("--nodes=1",), VENV="/nonexistent", PATH=f"{VENV}/bin:{os.environ['PATH']}")
     jobs.wait_for(job, r"going on from .*checkpoint-10\n[^$]*\| 12/20")
     (run / "stop_request").touch()
@@ -62,11 +63,11 @@ def test_later_starts_run_what_the_first_ran_and_the_run_goes_on_on_one_node_and
     cluster.run("scancel", job)  # wakes it, too
     assert cluster.wait(job)["JobState"] == "CANCELLED"
     assert stopped_at(jobs.log(job)) in (15, 16)
-    assert not jobs.code(job).exists() and not list(tmp_path.glob(f"slurm-{job}.code"))
+    assert not jobs.code(job).exists() and not list(jobs.folder.glob("*.code"))
 
     job = jobs.train(*KEYS)
     jobs.completes(job)
-    assert not jobs.code(job).exists() and not list(tmp_path.glob(f"slurm-{job}.code"))
+    assert not jobs.code(job).exists() and not list(jobs.folder.glob("*.code"))
     check_close(run, unbroken)
 
 
