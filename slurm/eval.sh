@@ -36,7 +36,7 @@ project=$(realpath "$here/..")
 source "$project/slurm/job.sh"
 
 ACCELERATE_CONFIG_FILE=accelerate_configs/nodes_zero2.yaml # as a way to start the ranks: nothing is trained
-trap forget_code "$kept" EXIT
+trap 'forget_code "$kept"' EXIT
 prepare_job
 keep_code 0 "$kept" --config "$@"
 mapfile -t -d "" words <"$project/WORDS"

@@ -109,7 +109,8 @@ def test_the_node_that_is_not_like_the_others_is_named(jobs, cluster, tmp_path):
     package = Path(importlib.metadata.distribution("peft")._path) / "METADATA"
     older = tmp_path / "METADATA"
     older.write_text(re.sub(r"^Version: .*", "Version: 0.1.2", package.read_text(), flags=re.M))
-    rows, stale = PROJECT / "demo/data/train.jsonl", tmp_path / "train.jsonl"
+    data, stale = shutil.copytree(PROJECT / "demo/data", tmp_path / "data"), tmp_path / "train.jsonl"
+    rows = data / "train.jsonl"
     stale.write_text(rows.read_text().replace("order", "parcel"))
     python, frozen = Path(sys.executable).resolve(), tmp_path / "frozen"
     frozen.write_text("#!/bin/sh\nsleep 600\n")
@@ -125,7 +126,13 @@ def test_the_node_that_is_not_like_the_others_is_named(jobs, cluster, tmp_path):
         cluster.run(*fault, machine="node2")
         try:
             began = time.time()
-            job = jobs.train(*KEYS, recipe=recipe, ROLL_CALL_PATIENCE="15" if "did not report" in message else "40")
+            job = jobs.train(
+                *KEYS,
+                "--dataset_name",
+                data,
+                recipe=recipe,
+                ROLL_CALL_PATIENCE="15" if "did not report" in message else "40",
+            )
             ended = cluster.wait(job)
         finally:
             cluster.run(*repair, machine="node2")
