@@ -32,7 +32,7 @@ def copy(tmp_path, monkeypatch) -> Path:
 
 def test_one_changed_file_in_any_room_is_other_code_and_in_some_other_prepared_data(copy, recipe_and_chat):
     def hashes() -> tuple[str, str]:
-        return files.code_fingerprint(*rollcall.PLACES), prepared._fingerprint(*recipe_and_chat)
+        return files.code_fingerprint(*rollcall.PLACES), prepared._fingerprint(*recipe_and_chat, None)
 
     assert {"carelm", "carelm/data", "carelm/evaluation", "train", "eval", "slurm", "ds_configs"} <= {
         str(room.relative_to(PROJECT)) for room in ROOMS
