@@ -121,7 +121,7 @@ def read_csv(raw: bytes, path: Path) -> tuple[list[dict[str, Any]], str]:
     ]  # Excel saves empty columns
     for i in used:
         if (twice := names[:i].count(names[i])) and names[i]:
-            raise UserError(f"{path}: the header has the column '{names[i]}' {twice + 1} times; rename or remove one")
+            raise UserError(f"{path}: the header has the column {names[i]!r} {twice + 1} times; rename or remove one")
     if sum(not names[i].strip() for i in used) > 1:
         raise UserError(f"{path}: the header has several columns without a name; name or remove them")
     rows = [{names[i]: fields[i] for i in used} for fields in rows]

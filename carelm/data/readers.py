@@ -78,7 +78,7 @@ def _read_jsonl(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict[
             continue
         row, twice = _parse(text, where)
         if twice:
-            raise UserError(f"{where}: the key '{twice[0][1]}' stands twice in one object; rename or remove one")
+            raise UserError(f"{where}: the key {twice[0][1]!r} stands twice in one object; rename or remove one")
         if not isinstance(row, dict):
             hint = "; a list of objects is .json" if isinstance(row, list) else ""
             raise UserError(f"{where}: a line of a .jsonl file must be an object, such as {{...}}{hint}")
@@ -121,7 +121,7 @@ def _read_json(text: str, path: Path) -> dict[str | None, list[dict[str, Any]]]:
         places = [f"{path}:{key or ''}{':' if key else ''}{i}" for key, rows in lists.items()
                   for i, row in enumerate(rows, 1) if _holds(row, twice[0][0])]  # fmt: skip
         where = places[0] if places else str(path)
-        raise UserError(f"{where}: the key '{twice[0][1]}' stands twice in one object; rename or remove one")
+        raise UserError(f"{where}: the key {twice[0][1]!r} stands twice in one object; rename or remove one")
     for key, rows in lists.items():
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict):
