@@ -46,6 +46,8 @@ def check(recipe: Recipe) -> None:
     for key in ("warmup_steps", "weight_decay", "max_grad_norm", "lora_dropout"):
         if given.get(key) is not None and given[key] < 0:
             raise UserError(f"{key}: {given[key]} is below 0")
+    if (given.get("lora_dropout") or 0) >= 1:
+        raise UserError(f"lora_dropout: {given['lora_dropout']} is not below 1")
     if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:
         raise UserError(f"max_steps: {given['max_steps']} is not at least 1; leave it out to train num_train_epochs")
     for key in ("num_shots", "temperature"):

@@ -65,6 +65,7 @@ REFUSED = {
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "set prompt_template and completion_template"),
     **dict.fromkeys(("eos_token", "pad_token"), "the chat template decides: set chat_template_path"),
     "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint; --restart begins anew",
+    "local_rank": "torch.distributed.launch and deepspeed add it; start the ranks with torchrun or accelerate launch",
     "use_cpu": "hide the GPUs: CUDA_VISIBLE_DEVICES= accelerate launch ...",
     "load_best_model_at_end": "set early_stopping_patience, which keeps the best checkpoint",
     **dict.fromkeys(
@@ -72,7 +73,7 @@ REFUSED = {
             "model_init_kwargs", "loss_type", "shuffle_dataset", "dataset_num_proc", "activation_offloading",
             "router_aux_loss_coef", "dataloader_drop_last", "remove_unused_columns", "label_names", "ignore_data_skip",
             "average_tokens_across_devices", "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
-            "do_train", "do_eval", "do_predict", "local_rank", "accelerator_config", "parallelism_config",
+            "do_train", "do_eval", "do_predict", "accelerator_config", "parallelism_config",
             "restore_callback_states_from_checkpoint", "eval_accumulation_steps", "prediction_loss_only",
             "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches", "eval_use_gather_object",
             "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
@@ -175,8 +176,8 @@ def enum_values(name: str) -> tuple[str, ...]:
 
 def known(key: str, where: str) -> Key:
     """The key of this name, if it is one that a recipe may hold; otherwise an error with the nearest one that is."""
-    if key in REFUSED:
-        raise UserError(f"{where}: key '{key}' is not set in a recipe: {REFUSED[key]}")
+    if (refused := str(key).replace("-", "_")) in REFUSED:
+        raise UserError(f"{where}: key '{key}' is not set in a recipe: {REFUSED[refused]}")
     if key in LAUNCHER_KEYS:
         raise UserError(f"{where}: '{key}' belongs to the launcher: accelerate launch --{key} ... train/sft.py ...")
     if key not in known_keys():

@@ -158,7 +158,7 @@ def check_launch() -> Launch | None:
     if launch.num_processes not in (None, world_size()):
         raise UserError(
             f"num_processes: {launch.num_processes} ranks were asked for and {world_size()} started. On a CPU accelerate "
-            "starts several ranks only under DeepSpeed: --config_file accelerate_configs/cpu_zero2.yaml"
+            "starts several ranks only under DeepSpeed: --config_file accelerate_configs/cpu_zero2.yaml; or use torchrun"
         )
     return launch
 

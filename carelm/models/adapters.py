@@ -53,12 +53,30 @@ def check_base(recipe: Recipe) -> PreTrainedModel:
         mend = f"set load_in_{bits}bit: true" if bits else "take its original in whole weights"
         raise UserError(f"model_name_or_path: {recipe.base} is quantised already ({held.get('quant_method')}); {mend}")
     if recipe.method == "lora":
+        check_lora_names(model, recipe)
         with torch.device("meta"):
             add_adapter(model, recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and recipe.max_length > positions:
         say(f"max_length {recipe.max_length} is beyond the {positions} positions that the base was trained on")
     return model
+
+
+def check_lora_names(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Raises UserError for a name in a list of LoRA's that the base does not have: PEFT trains the others without a word."""
+    modules, parameters = ([name for name, _ in named] for named in (model.named_modules(), model.named_parameters()))
+    for key, there in (
+        ("lora_target_modules", modules),
+        ("lora_modules_to_save", modules),
+        ("lora_target_parameters", parameters),
+    ):
+        names = recipe.model.get(key) or []
+        if key == "lora_target_modules" and len(names) == 1:
+            continue  # may be a regular expression, or all-linear; PEFT refuses one that matches nothing
+        for name in names:
+            if not any(f".{own}".endswith(f".{name}") for own in there):
+                last = sorted({own.rpartition(".")[2] for own in there} - {""})
+                raise UserError(f"{key}: {type(model).__name__} has no '{name}' (there: {', '.join(last)[:400]})")
 
 
 def adapter_config(recipe: Recipe) -> PeftConfig:

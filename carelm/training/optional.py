@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+import torch.utils.checkpoint
 import transformers
+from accelerate.utils import TorchDynamoPlugin
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -15,6 +17,7 @@ from carelm.errors import UserError
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+OF_TRANSFORMERS = ("every_n_layers", "offload")  # the others go to torch.utils.checkpoint
 FOLLOW_THE_EVAL_LOSS = ("reduce_lr_on_plateau", "greedy")
 LARGEST_IN_32_BITS = 4096  # elements; bitsandbytes holds the state of smaller tensors in 32 bits
 
@@ -53,6 +56,14 @@ def check_optional(arguments: "SFTConfig", model: torch.nn.Module) -> None:
         optimizer.step()
         if schedule not in FOLLOW_THE_EVAL_LOSS:
             scheduler.step()
+    if arguments.torch_compile:  # a function of one line shows whether there is a backend, and a compiler
+        with _named("torch_compile", f"backend {arguments.torch_compile_backend}"):
+            plugin = TorchDynamoPlugin(backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+            torch.compile(torch.sin, **plugin.to_kwargs())(weight)
+    if arguments.gradient_checkpointing and arguments.gradient_checkpointing_kwargs:
+        settings = {k: v for k, v in arguments.gradient_checkpointing_kwargs.items() if k not in OF_TRANSFORMERS}
+        with _named("gradient_checkpointing_kwargs", str(settings)):
+            torch.utils.checkpoint.checkpoint(torch.sin, weight, **settings)
 
 
 @contextmanager

@@ -202,6 +202,29 @@ def test_an_invalid_generation_config_is_repaired_and_said(base, tmp_path, capsy
     assert f"is invalid; these are left out of it: {left_out}\n" in said if left_out else "invalid" not in said
 
 
+@pytest.mark.parametrize(
+    "keys, line",
+    [
+        (
+            ("--lora_target_modules", "q_proj", "none_such"),
+            "lora_target_modules: LlamaForCausalLM has no 'none_such' .*q_proj",
+        ),
+        (("--lora_target_modules", "all-linear", "lm_head"), "lora_target_modules: .* has no 'all-linear'"),
+        (("--lora_modules_to_save", "score"), "lora_modules_to_save: .* has no 'score' .*lm_head"),
+        (("--lora_target_parameters", "mlp.experts.up"), "lora_target_parameters: .* has no 'mlp.experts.up'"),
+        (("--lora_target_modules", "none_such"), "lora_target_modules: .*none_such"),
+    ],
+)
+def test_a_module_that_is_not_there_is_named_also_beside_others_that_are(keys, line):
+    with pytest.raises(UserError, match=line):
+        adapters.check_base(load_recipe(["--config", "recipes/demo.yaml", *keys], usage=""))
+
+
+def test_modules_may_be_named_by_their_ends_or_by_one_expression():
+    for names in (["q_proj", "layers.0.mlp.up_proj"], [".*(q|v)_proj"], ["all-linear"]):
+        adapters.check_base(load_recipe(["--config", "recipes/demo.yaml", "--lora_target_modules", *names], usage=""))
+
+
 def test_an_attention_that_is_not_installed_is_one_line():
     recipe = load_recipe(["--config", "recipes/demo.yaml", "--attn_implementation", "flash_attention_2"], usage="")
     with pytest.raises(UserError, match="attn_implementation: FlashAttention2"):

@@ -69,10 +69,14 @@ def test_every_tracker_works_or_is_one_line(name):
         (("--lr_scheduler_type", "greedy", "--eval_strategy", "no"), "greedy requires an eval strategy"),
         (("--use_liger_kernel", "true"), "use_liger_kernel: .* leave it out"),
         (("--method", "prompt_tuning", "--label_smoothing_factor", "0.1"), "label_smoothing_factor: .* prompt_tuning"),
+        (("--torch_compile", "true", "--torch_compile_backend", "none_such"), "torch_compile: backend none_such"),
+        (("--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", '{"none_such": 1}'),
+         "gradient_checkpointing_kwargs: .*none_such"),
         (("--label_smoothing_factor", "1.5"), "label_smoothing_factor: 1.5 is not"),
+        (("--local-rank=0",), "'local-rank' .* torch.distributed.launch .* torchrun"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_what_does_not_go_together_is_one_line(keys, line):
     with pytest.raises(UserError, match=line):
         check(*keys)
