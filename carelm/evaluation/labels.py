@@ -23,9 +23,9 @@ NOT = "[不非未无無没沒]|ไม่|ບໍ່|មិន"  # that is written
 def parse_label(text: str, labels: Sequence[str]) -> str | None:
     """The label that the text ends up with: the last one that stands in it as a whole word; None where none does.
 
-    Case is not told apart (ACİL is acil, GROSS is groß, ΕΠΕΙΓΩΝ is επείγων), nor full width, NFC and NFD, kinds of dashes and
-    apostrophes, or a space, hyphen, underscore or formatting between a label's words, unless two labels would become one.
-    Of labels that begin at the same place the longest counts: "not urgent" before "not".
+    Case is not told apart (ACİL is acil, GROSS is groß, ΕΠΕΙΓΩΝ is επείγων), nor full width, NFC and NFD, kinds of digits,
+    dashes and apostrophes, or a space, hyphen, underscore or formatting between a label's words, unless two labels would
+    become one. Of labels that begin at the same place the longest counts: "not urgent" before "not".
 
     - A letter, mark or digit beside the label, or a hyphen, underscore or @ with one behind it, makes it part of a longer word:
       unhappy, non-urgent, urgent_case. An apostrophe does so behind it (can't) and not before it (l'urgence).
@@ -50,6 +50,7 @@ def _fold(text: str) -> str:
     Greek accents, which capitals lack."""
     folded = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text).casefold())
     folded = unicodedata.normalize("NFKC", regex.sub(r"(?<=\p{Greek})\u0301", "", folded))
+    folded = regex.sub(r"\p{Nd}", lambda digit: str(unicodedata.digit(digit[0])), folded)
     folded = regex.sub(r"\p{Default_Ignorable_Code_Point}", "", folded).translate(PLAIN)
     return folded.replace("i\u0307", "i").replace("\u0131", "i")
 
@@ -80,9 +81,9 @@ def _whole(label: str, loose: bool) -> str:
     ends = rf"(?=(?:{KOREAN_ENDS})(?!{SPACED}))"
     after += rf"(?:(?!{SPACED})|{ends})" if hangul else rf"(?:(?![{SPACED}--\p{{Hangul}}]))"
     if regex.match(r"\p{Nd}", label):
-        before += rf"(?<!\p{{Nd}}{IN_NUMBER})(?<![-+])(?<!(?<![\p{{L}}.])\.)(?<!\p{{Sc}}\s?)"
+        before += rf"(?<!\p{{Nd}}(?:{IN_NUMBER}|\s?/\s?))(?<![-+])(?<!(?<![\p{{L}}.])\.)(?<!\p{{Sc}}\s?)"
     if regex.search(r"\p{Nd}\Z", label):
-        after += rf"(?!{IN_NUMBER}\p{{Nd}}|\s\p{{Nd}}{{3}}(?!\p{{Nd}})|\s?[%‰\p{{Sc}}]|[{TENS}])"
+        after += rf"(?!(?:{IN_NUMBER}|\s?/\s?)\p{{Nd}}|\s\p{{Nd}}{{3}}(?!\p{{Nd}})|\s?[%‰\p{{Sc}}]|[{TENS}])"
     if regex.match(rf"[{NO_SPACES}]", label):
         before += rf"(?<!{NOT})"
     if regex.fullmatch(rf"[{NO_SPACES}]\p{{M}}*", label):
