@@ -241,7 +241,8 @@ def test_a_second_rank_waits_for_the_first_ones_files(tmp_path, make):
 
 
 def test_a_preview_shows_the_trained_part_and_says_what_is_dropped(tmp_path, make):
-    rows = [*pairs(1), {"question": "Long?", "answer": "word " * 200}]
+    rows = [*pairs(1), {"question": "Long?", "answer": "word " * 200}, *pairs(1)]
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), max_length=64)
     shown = preview(recipe, make_chat(recipe), 2)
     assert "\033[7;32mAnswer 0.<|eot_id|>\033[0m" in shown and "rows.jsonl:2: dropped" in shown
+    assert "1 duplicate" in shown  # what the data report says
