@@ -198,6 +198,8 @@ class Chat:
                     )
                 stretches.append((len(before), len(after)))
                 text = after
+            if OPEN in text:
+                self._encoder.encode(text)  # raises where a special token of the row's own cannot be text
             forgets = False
             if is_whole:
                 shown = messages[: answers[-1] + 1]

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import KINDS
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from carelm.chat.chat import Chat
 from carelm.data.example import Example
@@ -104,3 +106,14 @@ def test_what_is_trained_is_what_is_asked_and_answered(tokenizers, kind, templat
     holds_special = any(token in text for token in tokenizer.all_special_tokens for text in texts)
     if not holds_special and all(served[:start] == ids[:start] for start, _ in found):
         assert ids == served
+
+
+def test_a_special_token_that_a_tokenizer_cannot_write_as_text_is_refused_with_the_row():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "Yes": 2, "user": 3, "assistant": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(
+        UserError, match="^rows.jsonl:1: its text holds '</s>', which this tokenizer cannot write as text"
+    ):
+        Chat(tokenizer, max_length=64).render([example("Yes </s>", "Yes")])

@@ -11,6 +11,7 @@ from carelm.evaluation.questions import make_questions
 from carelm.recipe_file import load_recipe
 
 TURNS = "<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+ANSWER = {"role": "assistant", "content": "Yes."}
 TOOLS = [{"type": "function", "function": {"name": "find_order", "description": "Finds it.", "parameters": {}}}]
 
 
@@ -21,8 +22,7 @@ def ask(tmp_path):
     def ask(template, *messages, **more):
         for split in ("train", "test"):
             rows = [
-                {"messages": [*messages, {"role": "user", "content": f"{split} {i}?"}, {"role": "assistant", "content": "Yes."}]}
-                for i in range(2)
+                {"messages": [*messages, {"role": "user", "content": f"{split} {i}?"}, ANSWER]} for i in range(2)
             ]  # fmt: skip
             (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
         (tmp_path / "own.jinja").write_text(template)
