@@ -182,22 +182,29 @@ class Chat:
         try:
             if not answers:
                 raise UserError("it has no answer to train; take the row out")
-            stretches, text = [], ""
+            stretches, text, closed = [], "", ""  # closed: the text up to the last end of turn
             for i in answers:
                 before, after = self._write(messages[:i], tools, True), self._write(messages[: i + 1], tools)
-                if not before.startswith(text):
+                if not before.startswith(closed):
                     raise UserError(
                         "trained_turns: the chat template rewrites earlier turns once a later one follows, so that a trained "
                         "turn would not be what the model sees; set trained_turns: last, or another chat_template_path"
                     )
                 if not after.startswith(before):
-                    asked = before.removeprefix(self._write(messages[:i], tools))
-                    raise UserError(
-                        f"the chat template asks for an answer with {unmark(asked)[-60:]!r}, which it does not write "
-                        "before one, so that what is trained would not be what is asked; set another chat_template_path"
+                    turns = self._write(messages[:i], tools)
+                    asked = unmark(before.removeprefix(turns))[-60:]
+                    what = (
+                        f"asks for an answer with {asked!r}, which it does not write before one"
+                        if before.startswith(turns) and after.startswith(turns)
+                        else "rewrites earlier turns once an answer follows"
                     )
-                stretches.append((len(before), len(after)))
-                text = after
+                    raise UserError(
+                        f"the chat template {what}, so that what is trained would not be what is asked; set another "
+                        "chat_template_path"
+                    )
+                end = self._encoder.end_of_last(after, self.end_of_turn_ids, len(before))
+                stretches.append((len(before), end))
+                text, closed = after, after[:end]
             if OPEN in text:
                 self._encoder.encode(text)  # raises where a special token of the row's own cannot be text
             forgets = False

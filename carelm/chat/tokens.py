@@ -96,6 +96,12 @@ class Encoder:
         ids = self._encode_short(before) if encoded.special is not None else self.encode(before)
         return index + len(ids) if encoded.ids[index : index + len(ids)] == ids else None
 
+    def end_of_last(self, text: str, ids: frozenset[int], start: int) -> int:
+        """Where the last of these special tokens that the template wrote behind `start` ends; the text's end without any."""
+        names = {self.tokenizer.convert_ids_to_tokens(i) for i in ids}
+        found = [m.end() for m in self._special.finditer(text, start) if m[0] in names and text[m.start() - 1] != OPEN]
+        return found[-1] if found else len(text)
+
     def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 

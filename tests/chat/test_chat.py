@@ -225,6 +225,22 @@ def test_a_prompt_that_no_answer_follows_is_refused_without_advice_that_is_follo
         assert "trained_turns" not in str(raised.value)
 
 
+def test_what_stands_behind_an_end_of_turn_may_be_another_thing_later(with_template):
+    header = HEADER.replace("{% endif %}", "{% else %}<|end_of_text|>{% endif %}")
+    closes = with_template(ROLES + "{{ m.content }}<|eot_id|>\n" + header)
+    (r,), _ = Chat(closes, trained_turns="all", max_length=512).render([TWO_TURNS])
+    assert closes.decode(r.input_ids[r.trained]) == f"Hello.{END}Yes.{END}"
+    assert closes.decode(r.input_ids).count("<|end_of_text|>") == 1
+
+
+def test_a_template_that_forgets_turns_is_not_said_to_ask_otherwise(with_template):
+    short = with_template(ROLES.replace("messages", "messages[-3:]") + "{{ m.content }}<|eot_id|>" + HEADER)
+    with pytest.raises(
+        UserError, match="rows.jsonl:1: the chat template rewrites earlier turns once an answer follows"
+    ):
+        Chat(short, max_length=512).render([TWO_TURNS])
+
+
 def test_a_turn_that_is_not_to_be_trained_carries_no_loss_and_looks_like_any_other(tokenizer):
     spared = example(TWO_TURNS.prompt, [{**assistant("Hello."), "train": False}, user("Size 38?"), assistant("Yes.")])
     chat = Chat(tokenizer, trained_turns="all", max_length=512)
