@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-# Three workers share two cores: threads that wait for one another would take most of the time. Set before torch is imported.
+# Four workers may share two cores: threads that wait for one another would take most of the time. Set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 PROJECT = Path(__file__).resolve().parent.parent
