@@ -39,19 +39,19 @@ def test_later_starts_run_what_the_first_ran_and_the_run_goes_on_on_one_node_and
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@180 does when the time comes
     jobs.wait_for(job, "start 2")
     assert cluster.job(job)["Restarts"] == "1"
-    assert jobs.goes_on(job, 2) < 10
-    os.kill(jobs.freeze_in_save(job, 15), signal.SIGKILL)
+    assert jobs.goes_on(job, 2) < 5
+    os.kill(jobs.freeze_in_save(job, 10), signal.SIGKILL)
     jobs.wait_for(job, "start 2[^$]*requeued, to go on where it was")
     assert (jobs.code(job) / "COMMIT").exists()
     cluster.run("scancel", job)
-    assert cluster.wait(job)["JobState"] == "CANCELLED" and not (run / "checkpoint-15").exists()
+    assert cluster.wait(job)["JobState"] == "CANCELLED" and not (run / "checkpoint-10").exists()
     assert jobs.log(job).count("the earlier run is kept as") == 1
-    assert same_bits(run / "checkpoint-10", unbroken / "checkpoint-10")
+    assert same_bits(run / "checkpoint-5", unbroken / "checkpoint-5")
 
     jobs = Jobs(cluster, tmp_path / "elsewhere")
     jobs.run = run
     job = jobs.train(*KEYS, options=("--nodes=1",), VENV="/nonexistent", PATH=f"{VENV}/bin:{os.environ['PATH']}")
-    jobs.wait_for(job, r"going on from .*checkpoint-10\n[^$]*\| 12/20")
+    jobs.wait_for(job, r"going on from .*checkpoint-5\n[^$]*\| 7/20")
     (run / "stop_request").touch()
     ended = cluster.wait(job)
     assert "(the file stop_request)" in jobs.log(job)
