@@ -102,8 +102,11 @@ def _to_turn(recipe: Recipe, source: str, message: Any) -> tuple[dict[str, Any],
         return key
 
     used: set[str | None] = set()
-    role_key = first(recipe.role_key) if recipe.role_key else first(*ROLE_KEYS)
+    role_keys = (recipe.role_key,) if recipe.role_key else ROLE_KEYS
+    role_key = first(*role_keys)
     content_keys = (recipe.content_key,) if recipe.content_key else CONTENT_KEYS
+    if role_key is None and any(key in message for key in role_keys):
+        raise UserError(f"{source}: a message's role is empty; write who says it, or set role_key to another key")
     if role_key is None:
         raise UserError(f"{source}: a message has {_keys(message)}; set role_key to the one with the role")
     role = role_of(recipe, source, values[role_key])

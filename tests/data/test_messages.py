@@ -109,7 +109,7 @@ def test_a_call_without_an_answer_yet_is_still_an_answer(tmp_path, make):
         ([{"role": "wizard", "content": "a"}], "'wizard'"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}], "'image_url'"),
         ([{"role": "user", "content": {"a": 1}}], "'content'"),
-        ([{"role": None, "content": "a"}], "role_key"),
+        ([{"role": None, "content": "a"}], "role is empty"),
         ([{"role": "assistant", "content": "a", "weight": 0.5}], "'weight'"),
         ([None], "None"),
         ({"role": ["user"], "content": ["a", "b"]}, "dict"),
