@@ -48,7 +48,7 @@ def check_optional(arguments: "SFTConfig", model: torch.nn.Module) -> None:
             kind([weight], **settings).step()
     schedule = arguments.lr_scheduler_type.value
     with _named("lr_scheduler_type, lr_scheduler_kwargs", schedule):
-        optimizer = torch.optim.SGD([weight], lr=arguments.learning_rate)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
         steps = arguments.max_steps if arguments.max_steps > 0 else 1000
         scheduler = get_scheduler(
             schedule, optimizer, arguments.get_warmup_steps(steps), steps, arguments.lr_scheduler_kwargs
