@@ -83,7 +83,7 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
     ends = torch.tensor(chat.tokenizer.all_special_ids)  # no answer ends early, in any of the ways
     model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits.index_fill(-1, ends, -torch.inf))
     questions, _ = make_questions(recipe, make_chat(recipe))
-    texts = [chat.text(q.messages, for_answer=True) for q in questions]
+    texts = [chat.text(q.messages, tools=q.tools, for_answer=True) for q in questions]
     decoding, cpu, largest = generation.Decoding(NEW_TOKENS), torch.device("cpu"), 0
     asked = [
         Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": NEW_TOKENS, "do_sample": False}), i)
@@ -93,7 +93,7 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
     def carelm() -> int:
         nonlocal largest
         answers = []
-        prompts = [chat.prompt_ids(q.messages) for q in questions]
+        prompts = [chat.prompt_ids(q.messages, tools=q.tools) for q in questions]
         spent = generation.generate_all(model, chat, prompts, decoding, device=cpu, done=lambda i, a: answers.append(a),
                                         max_batch_tokens=recipe.max_batch_tokens)  # fmt: skip
         largest = spent["batch_size"]
@@ -101,7 +101,7 @@ def time_in_turn(folder: Path, options: argparse.Namespace) -> tuple[dict[str, l
 
     def one_at_a_time() -> int:
         new = 0
-        for ids in (chat.prompt_ids(q.messages) for q in questions):
+        for ids in (chat.prompt_ids(q.messages, tools=q.tools) for q in questions):
             new += model.generate(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                                   max_new_tokens=NEW_TOKENS, do_sample=False).shape[1] - len(ids)  # fmt: skip
         return new

@@ -94,10 +94,9 @@ class Chat:
         Raises:
             UserError: where the template refuses the conversation or leaves a message out, or nothing of it fits.
         """
-        text = self.text(messages, tools=tools, for_answer=True)
-        self._presence.check(text, messages, tools, for_answer=True, thoughts=set())
-        ids = self.prompt_ids(messages, tools=tools)
-        if len(ids) <= limit:
+        text = self._write(messages, tools, True)
+        self._presence.check(unmark(text), messages, tools, for_answer=True, thoughts=set())
+        if len(ids := self._encoder.encode(text)) <= limit:
             return ids, None
         while (rest := without_oldest_turns(messages)) is not None:
             messages = rest
