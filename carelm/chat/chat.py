@@ -167,8 +167,8 @@ class Chat:
             message["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
         return message
 
-    def _trained(self, example: Example) -> list[int]:
-        """The places of the trained answers in prompt + completion."""
+    def trained_answers(self, example: Example) -> list[int]:
+        """The places in prompt + completion of the answers that carry loss, and that the evaluator asks for."""
         messages = example.prompt + example.completion
         answers = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
         answers = answers if self.trained_turns == "all" else answers[-1:]
@@ -177,7 +177,7 @@ class Chat:
     def _lay_out(self, example: Example, *, is_whole: bool = True) -> Layout:
         """The example's text up to its last trained answer, with the stretches of the trained ones; `is_whole` says that all
         its messages must stand there."""
-        messages, tools, answers = example.prompt + example.completion, example.tools, self._trained(example)
+        messages, tools, answers = example.prompt + example.completion, example.tools, self.trained_answers(example)
         try:
             if not answers:
                 raise UserError("it has no answer to train; take the row out")
@@ -244,7 +244,7 @@ class Chat:
             return None
         first_user = next(i for i, m in enumerate(kept) if m["role"] == "user")
         first_answer = next(i for i in range(first_user, len(kept)) if kept[i]["role"] == "assistant")
-        split = first_answer if self.trained_turns == "all" else len(kept) - 1
+        split = max(first_answer, len(kept) - len(example.completion))  # what was prompt stays prompt
         return replace(example, prompt=kept[:split], completion=kept[split:])
 
     def _cut(self, example: Example, counts: Counter) -> Rendered | None:

@@ -10,7 +10,14 @@ from carelm.data.comparison import Comparison, last_words
 from carelm.data.example import Example
 from carelm.recipe import Recipe
 
-LARGEST_SHARE = 0.05  # of the rows: a larger group is no conversation, but a greeting or an id that says nothing
+
+
+def largest_group(rows: int) -> float:
+    """The most rows, of so many, that are held together: more are no conversation, but a greeting or an id that says nothing.
+
+    5 %, or five rows where that is fewer: a conversation of a small file is one, too.
+    """
+    return max(0.05 * rows, 5)
 
 
 @dataclass
@@ -25,7 +32,7 @@ class Groups:
 def draw_groups(recipe: Recipe, examples: list[Example], compare: Comparison) -> Groups:
     """Rows of one question, rows of one id in one file, and a conversation with its beginning, as groups.
 
-    A group is drawn by its shortest question. What would tie more than 5 % of the rows together ties none, and is reported;
+    A group is drawn by its shortest question. What would tie more than `largest_group` together ties none, and is reported;
     but one question is on one side, however often it is asked.
     """
     numbers: dict[str, int] = {}
@@ -35,9 +42,9 @@ def draw_groups(recipe: Recipe, examples: list[Example], compare: Comparison) ->
         digest = hashlib.sha256(f"{recipe.split_seed} {question}".encode()).digest()
         drawn.append((len(question), digest[8:], int.from_bytes(digest[:8], "big") / 2**64))
     del numbers
-    groups, limit = Groups([]), LARGEST_SHARE * len(examples)
+    groups, limit = Groups([]), largest_group(len(examples))
     for question, count in Counter(question_of).items():
-        if count > limit and count > 1:
+        if count > limit:
             words = last_words(examples[question_of.index(question)])
             groups.notes.append(f"{count} of {len(examples)} rows ask the same, and are on one side ({words})")
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 from carelm.data.comparison import Comparison, last_words
 from carelm.data.example import Example, NoAnswer
-from carelm.data.groups import LARGEST_SHARE, draw_groups
+from carelm.data.groups import draw_groups, largest_group
 from carelm.data.near_duplicates import NearDuplicates
 from carelm.data.readers import Rows
 from carelm.data.report import SplitReport, list_counts
@@ -142,7 +142,7 @@ def _keep_apart(
             *before, whole = compare.so_far(example)
             if shared := [d for d in before if d in wholes] + [whole] * (whole in beginnings):
                 ties[row] = shared
-    limit = LARGEST_SHARE * sum(map(len, examples.values()))
+    limit = largest_group(sum(map(len, examples.values())))
     counts = Counter(digest for shared in ties.values() for digest in shared)
     loose = loose | {digest for digest, count in counts.items() if count > limit}
     continued = {row for row, shared in ties.items() if not loose.issuperset(shared)}

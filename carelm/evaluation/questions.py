@@ -48,10 +48,11 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
     for example in examples["test"]:
         messages = example.prompt + example.completion
         turns = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
-        for turn in turns if recipe.trained_turns == "all" else turns[-1:]:
+        for turn in chat.trained_answers(example):
             before, answer = messages[:turn], messages[turn]
+            references = list(example.references) if turn == turns[-1] else []
             try:
-                references = list(example.references) or [chat.answer_text(before, answer, tools=example.tools)]
+                references = references or [chat.answer_text(before, answer, tools=example.tools)]
             except UserError as error:
                 raise UserError(f"{example.source}: {error}") from None
             asked = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")

@@ -12,6 +12,7 @@ from carelm.chat.chat import Chat
 from carelm.chat.tokenizer import load_tokenizer
 from carelm.data import sources
 from carelm.data.example import Example, NoAnswer
+from carelm.data.messages import split_turns
 from carelm.data.rows import to_example
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
@@ -252,6 +253,14 @@ def test_a_turn_that_is_not_to_be_trained_carries_no_loss_and_looks_like_any_oth
     assert tokenizer.decode(r.input_ids[r.trained]) == f"Hello.{END}"
     with pytest.raises(UserError, match=r"rows\.jsonl:1: it has no answer to train"):
         Chat(tokenizer, trained_turns="last", max_length=512).render([last])
+
+
+def test_a_turn_that_is_not_to_be_trained_is_none_either_once_old_turns_are_dropped(tokenizer):
+    turns = [user("long " * 100), {**assistant("First."), "train": False}, user("And?"), {**assistant("No."), "train": False}]
+    prompt, completion = split_turns([*turns, user("Size 38?"), assistant("Yes.")], "all")
+    (r,), counts = Chat(tokenizer, trained_turns="all", max_length=60).render([example(prompt, completion)])
+    assert counts == {"old turns dropped": 1} and "No." in tokenizer.decode(r.input_ids)
+    assert tokenizer.decode(r.input_ids[r.trained]) == f"Yes.{END}"
 
 
 def test_a_conversation_that_the_template_refuses_is_named_with_the_reason(with_template):

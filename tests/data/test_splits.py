@@ -179,6 +179,12 @@ def test_a_conversation_and_its_beginning_are_on_one_side(tmp_path, make, traine
     assert reports["train"].dropped == {} and reports["train"].notes == ["not used: column id (of 180 rows)"]
 
 
+def test_a_conversation_of_a_small_file_is_on_one_side_too(tmp_path, make):
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", unrolled(12)), **MESSAGES, **CUT)
+    examples, reports = splits.make_examples(recipe)
+    assert on_one_side(examples) and reports["train"].notes == ["not used: column id (of 36 rows)"]
+
+
 def test_rows_of_one_id_are_on_one_side_of_a_cut(tmp_path, make):
     rows = [{"id": i % 50, "messages": chat(("user", f"Customer {i % 50} writes {i}"), ("assistant", f"Reply {i}"))}
             for i in range(150)]  # fmt: skip

@@ -56,3 +56,19 @@ def test_the_tools_of_a_row_stand_in_the_prompt_that_asks_for_its_answer(ask):
     questions, asked = ask("{{ tools[0].function.name if tools }}{% for m in messages %}" + TURNS, tools=TOOLS)
     assert questions[0].tools == TOOLS
     assert asked.chat.tokenizer.decode(asked.prompts[0]).startswith("find_order<|start_header_id|>user")
+
+
+def test_only_turns_that_carry_loss_are_asked_and_references_are_those_of_the_last(tmp_path, make):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "find_order", "arguments": {}}], "weight": 0}
+    turns = [{"role": "user", "content": "One?"}, ANSWER, {"role": "user", "content": "Two?"}, call]
+    turns += [{"role": "tool", "content": "Sent."}, {"role": "assistant", "content": "It is sent."}]
+    for split in ("train", "test"):
+        row = {"messages": [{"role": "system", "content": split}, *turns], "a": "Sent.", "b": "It was sent."}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = make(tmp_path, messages_column="messages", trained_turns="all", reference_columns=["a", "b"])
+    questions, _ = make_questions(recipe, make_chat(recipe))
+    asked = [(q.id, q.messages[-1]["content"], q.references) for q in questions]
+    assert asked == [
+        ("test.jsonl:1/1", "One?", ["Yes."]),
+        ("test.jsonl:1/3", "Sent.", ["Sent.", "It was sent."]),
+    ]
