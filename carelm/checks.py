@@ -63,8 +63,6 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")
     if recipe.validation_fraction + recipe.test_fraction >= 1:
         raise UserError("validation_fraction and test_fraction leave nothing to train on; their sum must be under 1")
-    if recipe.drop_near_duplicates and recipe.keep_test_questions:
-        raise UserError("drop_near_duplicates and keep_test_questions: set only one of them")
     if recipe.method == "full" and recipe.bits:
         raise UserError(
             f"method: full cannot train a base held in {recipe.bits} bits; set method: lora, or "
@@ -138,5 +136,3 @@ def _check_one_message_a_row(recipe: Recipe) -> None:
         )
     if recipe.reply_to_column and not recipe.id_column:
         raise UserError("reply_to_column: set id_column, the column with the message's own id that replies name")
-    if recipe.reply_to_column and recipe.order_column:
-        raise UserError("reply_to_column and order_column: set only one of them; replies stand in their own order")

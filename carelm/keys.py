@@ -87,15 +87,17 @@ REFUSED = {
 LAUNCHER_KEYS = (
     "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
 )  # fmt: skip
-# Ways to say one thing, each by the keys that choose it: a recipe has one of them. Those of a later file or of the command
-# line displace the others of an earlier file.
+# Ways that exclude one another, each by the keys that choose it: a recipe has one of them. Those of a later file or of the
+# command line displace the others of an earlier file.
 ALTERNATIVES = (
     (
         ("prompt_template", "completion_template"),
         ("messages_column",),
         ("text_column", "role_column", "conversation_column", "order_column", "reply_to_column"),
     ),
+    (("order_column",), ("reply_to_column",)),
     (("load_in_4bit",), ("load_in_8bit",)),
+    (("keep_test_questions",), ("drop_near_duplicates",)),
 )
 # Where CareLM's defaults differ from TRL's: a recipe of four lines should be a good run.
 DEFAULTS = {

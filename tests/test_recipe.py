@@ -106,6 +106,7 @@ def test_a_later_file_wins_key_by_key_and_the_command_line_over_all(lay, tmp_pat
 
 TEMPLATES = {"prompt_template": "{q}", "completion_template": "{a}"}
 MESSAGES = {"messages_column": "turns", "assistant_roles": ["agent"]}
+TICKETS = {"text_column": "t", "role_column": "r", "conversation_column": "c", "id_column": "i"}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,19 @@ MESSAGES = {"messages_column": "turns", "assistant_roles": ["agent"]}
         (MESSAGES, TEMPLATES, "completion_template", ["messages_column"]),
         (TEMPLATES | {"load_in_4bit": True}, {"load_in_8bit": True}, "load_in_8bit", ["load_in_4bit"]),
         (MESSAGES | {"load_in_8bit": True}, {"load_in_4bit": True}, "load_in_4bit", ["load_in_8bit"]),
+        (TICKETS | {"order_column": "n"}, {"reply_to_column": "to"}, "reply_to_column", ["order_column"]),
+        (
+            TICKETS | {"reply_to_column": "to"},
+            MESSAGES,
+            "messages_column",
+            ["text_column", "role_column", "conversation_column", "reply_to_column"],
+        ),
+        (
+            TEMPLATES | {"keep_test_questions": True},
+            {"drop_near_duplicates": True},
+            "drop_near_duplicates",
+            ["keep_test_questions"],
+        ),
     ],
 )
 def test_another_way_to_say_it_takes_the_place_of_an_earlier_files(lay, capsys, first, second, left, gone):

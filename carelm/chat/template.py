@@ -70,16 +70,18 @@ def _with_fixed_day(template: str, where: str) -> str:
         raise UserError(f"{where}, line {error.lineno} is no Jinja ({_one_line(error)}); mend the template") from None
     if any(isinstance(node, nodes.Macro) and node.name == "strftime_now" for node in tree.body):
         return template  # it has its own, or this one: the template of a result
-    days = {}
-    for call in tree.find_all(nodes.Call):
-        if not isinstance(call.node, nodes.Name) or call.node.name != "strftime_now":
+    days: dict[str, str] = {}
+    uses = {id(use.node): use for use in tree.find_all((nodes.Call, nodes.Test))}
+    for name in tree.find_all(nodes.Name):
+        use = uses.get(id(name))
+        if name.name != "strftime_now" or name.ctx == "store" or isinstance(use, nodes.Test):  # "is defined"
             continue
         try:
-            (given,) = call.args + [keyword.value for keyword in call.kwargs]
+            (given,) = use.args + [keyword.value for keyword in use.kwargs]
             days[given.as_const()] = DAY.strftime(given.as_const())
-        except (ValueError, TypeError, nodes.Impossible):
+        except (AttributeError, ValueError, TypeError, nodes.Impossible):
             raise UserError(
-                f"{where}, line {call.lineno} calls strftime_now with no literal format, so that the day cannot be fixed; "
+                f"{where}, line {name.lineno} uses strftime_now with no literal format, so that the day cannot be fixed; "
                 "write the format there as text"
             ) from None
     if not days:

@@ -11,7 +11,6 @@ from carelm.data.example import Example
 from carelm.recipe import Recipe
 
 
-
 def largest_group(rows: int) -> float:
     """The most rows, of so many, that are held together: more are no conversation, but a greeting or an id that says nothing.
 

@@ -1,27 +1,22 @@
 """Templates with {columns}, and how a row fills them in."""
 
-from string import Formatter
+import re
 
 from carelm.errors import UserError
+
+# A brace that stands for itself ({{, }}), a column by its whole name with whatever signs it has, a brace too many.
+_PART = re.compile(r"\{\{|\}\}|\{[^{}]+\}|[{}]")
 
 
 def template_columns(template: str, key: str) -> list[str]:
     """The columns that a template names, e.g. ["instruction"] for "{instruction}"; raises UserError on a bad one."""
-    return [column for _, column in template_pieces(template, key) if column is not None]
-
-
-def template_pieces(template: str, key: str) -> list[tuple[str, str | None]]:
-    """A template as pieces of text, each with the column that follows it, or None; raises UserError on a bad one.
-
-    A column is taken by its whole name, dots, brackets and colons included.
-    """
-    try:
-        parsed = list(Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"{key}: {error}; write {{column}} for a column and {{{{ for a brace") from None
-    return [(text, None if name is None else name + (form and f":{form}")) for text, name, form, _ in parsed]
+    parts = _PART.findall(template)
+    for part in parts:
+        if len(part) == 1:
+            raise UserError(f"{key}: a single '{part}'; write {{column}} for a column, {{{{ and }}}} for braces")
+    return [part[1:-1] for part in parts if len(part) > 2]
 
 
 def fill(template: str, values: dict[str, str]) -> str:
     """The template with each column's text in its place."""
-    return "".join(text + values.get(column, "") for text, column in template_pieces(template, "template"))
+    return _PART.sub(lambda m: values.get(m[0][1:-1], "") if len(m[0]) > 2 else m[0][0], template)

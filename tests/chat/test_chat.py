@@ -256,7 +256,12 @@ def test_a_turn_that_is_not_to_be_trained_carries_no_loss_and_looks_like_any_oth
 
 
 def test_a_turn_that_is_not_to_be_trained_is_none_either_once_old_turns_are_dropped(tokenizer):
-    turns = [user("long " * 100), {**assistant("First."), "train": False}, user("And?"), {**assistant("No."), "train": False}]
+    turns = [
+        user("long " * 100),
+        {**assistant("First."), "train": False},
+        user("And?"),
+        {**assistant("No."), "train": False},
+    ]
     prompt, completion = split_turns([*turns, user("Size 38?"), assistant("Yes.")], "all")
     (r,), counts = Chat(tokenizer, trained_turns="all", max_length=60).render([example(prompt, completion)])
     assert counts == {"old turns dropped": 1} and "No." in tokenizer.decode(r.input_ids)

@@ -75,10 +75,20 @@ def test_the_first_line_of_a_dated_template_keeps_its_blanks(load):
     )
 
 
-@pytest.mark.parametrize("argument", ["day_format", "", "messages[0].content", "'%Y', 1"])
-def test_a_format_that_is_not_literal_is_refused(load, argument):
-    with pytest.raises(UserError, match="line 2 calls strftime_now with no literal format"):
-        load(TURNS + "\n{{ strftime_now(" + argument + ") }}")
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{{ strftime_now(day_format) }}",
+        "{{ strftime_now() }}",
+        "{{ strftime_now(messages[0].content) }}",
+        "{{ strftime_now('%Y', 1) }}",
+        "{% set today = strftime_now %}{{ today('%Y') }}",
+        "{{ {'now': strftime_now}.now('%Y') }}",
+    ],
+)
+def test_a_format_that_is_not_literal_is_refused(load, use):
+    with pytest.raises(UserError, match="line 2 uses strftime_now with no literal format"):
+        load(TURNS + "\n" + use)
 
 
 def test_the_fixed_template_is_saved_with_the_result_and_is_not_fixed_twice(load, tmp_path):

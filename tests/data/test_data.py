@@ -27,16 +27,21 @@ def test_tokens_decode_to_the_text_to_the_byte(tmp_path, make, tokenizer):
 
 
 def test_a_column_may_have_any_name(tmp_path, make):
-    rows = [{"ticket.question": "Which sizes?", "reply [en]": "38", "note: urgent": "yes"}]
+    rows = [{"ticket.question": "Which sizes?", "reply [en]": "38", "note: urgent": "yes", "Sure!r": "no", "Sure": "?"}]
     recipe = make(
         write_jsonl(tmp_path / "rows.jsonl", rows),
-        prompt_template="{ticket.question} ({note: urgent})",
+        prompt_template="{ticket.question} ({note: urgent}, {Sure!r}) {{Sure!}}",
         completion_template="{reply [en]}",
     )
     (example,) = splits.make_examples(recipe)[0]["train"]
-    assert (example.prompt[-1]["content"], example.completion[0]["content"]) == ("Which sizes? (yes)", "38")
+    assert (example.prompt[-1]["content"], example.completion[0]["content"]) == (
+        "Which sizes? (yes, no) {Sure!}",
+        "38",
+    )
     with pytest.raises(UserError, match="prompt_template: .*no column 'note: calm'"):
         splits.make_examples(make(tmp_path / "rows.jsonl", prompt_template="{note: calm}"))
+    with pytest.raises(UserError, match="prompt_template: a single '{'; write {column} for a column"):
+        make(tmp_path / "rows.jsonl", prompt_template="{Sure!r} {")
 
 
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, make):
