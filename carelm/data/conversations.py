@@ -1,5 +1,6 @@
 """Rows that hold one message each (ticket exports, threads of replies) -> rows that hold a conversation."""
 
+import calendar
 import dataclasses
 import datetime
 import email.utils
@@ -15,6 +16,13 @@ from carelm.data.values import cell_text, is_empty, is_missing
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 
+_MERIDIEM = re.compile(
+    r"\b(?P<hour>0?[1-9]|1[0-2])(?P<minutes>:\d\d(?::\d\d)?)\s*(?P<half>[aApP])\.?[mM]\b\.?"
+)  # 1:30 PM
+
+_IN_DATES = {*"utc gmt".split(), *(name.lower() for names in (
+    calendar.month_name, calendar.month_abbr, calendar.day_name, calendar.day_abbr) for name in names)}  # fmt: skip
+
 
 def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
     """A split's rows, one message each, as one row a conversation: `text_column` holds its turns, every other column the
@@ -22,8 +30,9 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
 
     Messages of one `conversation_column` are a conversation, in the order of `order_column`, or as they stand. With
     `reply_to_column` a message follows the one whose `id_column` it names; where one has several replies, each end is a
-    conversation of its own. Messages of one side in a row are one turn, with a blank line between them. What was joined,
-    left out or is not there is counted in the report's notes.
+    conversation of its own. Messages of one side in a row are one turn, with a blank line between them; one that says the
+    same at the same place of the order is there twice, and counts once. What was joined, left out or is not there is
+    counted in the report's notes.
 
     Raises:
         UserError: for a message without a role, an order that is neither number nor date, an id that is there twice, and
@@ -37,7 +46,7 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
             raise UserError(f"{source}: column '{recipe.role_column}' is empty; say who wrote the message")
         message = {"role": row[recipe.role_column], "content": cell_text(row, recipe.text_column, source) or ""}
         turns += to_turns(as_named, source, [message])[0]
-    paths = _threads(recipe, rows, counts) if recipe.reply_to_column else _groups(recipe, rows, counts)
+    paths = _threads(recipe, rows, counts) if recipe.reply_to_column else _groups(recipe, rows, turns, counts)
     conversations = []
     for path in paths:
         joined: dict[str, Any] = {}
@@ -72,7 +81,7 @@ def _join_sides(turns: list[dict], counts: Counter[str]) -> list[dict]:
     return joined
 
 
-def _groups(recipe: Recipe, rows: Rows, counts: Counter[str]) -> list[list[int]]:
+def _groups(recipe: Recipe, rows: Rows, turns: list[dict], counts: Counter[str]) -> list[list[int]]:
     """The indices of each conversation's messages, in order."""
     groups: dict[str, list[int]] = {}
     for i, (source, row) in enumerate(rows):
@@ -87,7 +96,11 @@ def _groups(recipe: Recipe, rows: Rows, counts: Counter[str]) -> list[list[int]]
     if not recipe.order_column:
         return list(groups.values())
     places = _places(recipe.order_column, rows)
-    ordered = [sorted(group, key=lambda i: places[i]) for group in groups.values()]
+    ordered = []
+    for group in groups.values():
+        first = {(places[i], repr(turns[i])): i for i in reversed(group)}
+        counts["messages that are there twice, left out"] += len(group) - len(first)
+        ordered.append(sorted(first.values(), key=lambda i: (places[i], i)))
     firsts = Counter(places[group[0]] for group in ordered)
     starts = [place for place in (0, 1) if 2 * firsts[place] > len(ordered)]
     if starts:  # the column numbers each conversation's messages, so that a number may be missing
@@ -134,18 +147,32 @@ def _number(value: Any) -> float | None:
 def _seconds(value: Any) -> float | None:
     if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
         value = datetime.datetime(value.year, value.month, value.day)
+    if isinstance(value, str):
+        value = re.sub(r"\bUTC$", "+00:00", _MERIDIEM.sub(_hours_of_a_day, value.strip()))
     for read in (
         datetime.datetime.fromisoformat,
-        email.utils.parsedate_to_datetime,
+        _read_email_date,
         lambda text: datetime.datetime.strptime(text, "%a %b %d %H:%M:%S %z %Y"),  # Twitter's
     ):
         try:
-            value = read(re.sub(r" UTC$", "+00:00", value.strip())) if isinstance(value, str) else value
+            value = read(value) if isinstance(value, str) else value
         except (ValueError, TypeError, IndexError, OverflowError):
             continue
     if not isinstance(value, datetime.datetime) or is_missing(value):
         return None
     return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def _hours_of_a_day(match: re.Match) -> str:
+    return f"{int(match['hour']) % 12 + 12 * (match['half'] in 'pP'):02}{match['minutes']}"
+
+
+def _read_email_date(text: str) -> datetime.datetime:
+    """As mails write it; a zone that is known by its name alone (CEST) is refused and not taken for UTC."""
+    found = email.utils.parsedate_to_datetime(re.sub(r"\b(GMT|UTC)(?=[+-]\d{4}\b)", "", text))
+    if found.tzinfo is None and {*re.findall(r"[^\W\d]{2,}", text.lower())} - _IN_DATES:
+        raise ValueError(f"{text!r} names a zone that is not known")
+    return found
 
 
 def _threads(recipe: Recipe, rows: Rows, counts: Counter[str]) -> list[list[int]]:

@@ -85,6 +85,13 @@ def test_without_an_order_messages_stay_as_they_stand_and_shards_are_one_split(t
         ["2024-05-02 09:00", "2024-05-01T23:59:00Z", "2024-05-10"],
         ["Thu, 02 May 2024 09:00:00 +0000", "Wed, 01 May 2024 23:59:00 GMT", "Fri, 10 May 2024 00:00:00 +0200"],
         ["Thu May 02 09:00:00 +0000 2024", "Wed May 01 23:59:00 +0000 2024", "Fri May 10 00:00:00 +0000 2024"],
+        ["May 1, 2024 01:30 PM", "May 1, 2024 10:00 AM", "May 1, 2024 11:00 pm"],
+        ["2024-05-01 1:30 p.m.", "2024-05-01 12:30 AM", "2024-05-01 02:00 PM"],
+        [
+            "Wed May 01 2024 13:30:00 GMT+0200 (CEST)",
+            "Wed May 01 2024 11:00:00 GMT+0000",
+            "Wed May 01 12:00:00 UTC 2024",
+        ],
         ["9", "8.5", "10"],
         [9, 8.5, 10],
         [datetime.datetime(2024, 5, 2), datetime.datetime(2024, 5, 1), datetime.datetime(2024, 5, 10)],
@@ -99,6 +106,8 @@ def test_numbers_and_dates_order_as_numbers_and_dates_not_as_text(tmp_path, make
     ("order", "named"),
     [
         ("05/04/2024", "'05/04/2024'"),
+        ("Wed, 01 May 2024 12:30:00 CEST", "CEST'"),
+        ("2024-05-01 13:30 PM", "13:30 PM'"),
         (None, "is empty"),
         ("2024-05-01", "a number in rows.jsonl:1 and a date in rows.jsonl:3"),
         (True, "True"),
@@ -131,6 +140,18 @@ def test_gaps_two_in_a_row_empty_messages_and_tickets_without_a_reply_are_counte
     )
     report = splits.make_examples(recipe)[1]["train"]
     assert report.dropped == {"no assistant turn": 1} and report.rows == 4
+
+
+def test_a_message_that_an_export_holds_twice_counts_once(tmp_path, make):
+    rows = tickets(
+        (1, "2024-05-01 09:00", "customer", "Hello?"), (1, "2024-05-01 09:05", "agent", "Yes."),
+        (1, "2024-05-01 09:05", "agent", "Yes."), (1, "2024-05-01 09:00", "customer", "Hello?"),
+        (1, "2024-05-01 09:05", "agent", "How?"), (2, "2024-05-01 09:00", "customer", "Hello?"),
+        (2, "2024-05-01 09:05", "agent", "Yes."), (2, "2024-05-01 09:06", "agent", "Yes."),
+    )  # fmt: skip
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS)
+    assert said(recipe) == ["u: Hello? | a: Yes.\n\nHow?", "u: Hello? | a: Yes.\n\nYes."]
+    assert "2 messages that are there twice, left out" in note(recipe)
 
 
 def test_numbers_that_go_through_all_tickets_have_no_gaps(tmp_path, make):
