@@ -150,7 +150,8 @@ def _text(source: str, key: str, value: Any, role: str) -> str:
     texts = []
     for part in parts:
         if isinstance(part, dict) and (part.get("type") in TEXT_PARTS or is_empty(part.get("type")) and "text" in part):
-            part = as_text(part.get("text"), f"{source}: a part of a message's '{key}'") or ""
+            text = part.get("text")
+            part = text if isinstance(text, dict) else as_text(text, f"{source}: a part of a message's '{key}'") or ""
         if not isinstance(part, str):
             what = part.get("type") if isinstance(part, dict) else None
             what = f"a part of type {what!r}" if isinstance(what, str) else f"{part!r:.60}"

@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carelm.data.csv_text import encoding_by_mark, read_csv
+from carelm.data.csv_text import read_csv
 from carelm.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ def read_file(path: Path, name: str) -> FileRows:
             if suffix.startswith((".csv", ".tsv")):
                 rows, taken_for = read_csv(file.read(), path)
                 return FileRows({None: _number(name, rows)}, taken_for)
-            encoding = encoding_by_mark(file.read(4)) or "utf-8"
-            taken_for = "" if encoding.startswith("utf-8") else encoding.upper()
+            encoding = json.detect_encoding(file.read(4))  # JSON begins with two characters of ASCII
+            taken_for = "" if encoding.startswith("utf-8") else encoding[:6].upper()
             file.seek(0)
             if suffix.startswith(".json") and not suffix.startswith(".jsonl"):
                 lists = _read_json(_decode(file.read(), encoding, str(path)), path)
@@ -157,13 +158,34 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
             return [row for batch in file.iter_batches() for row in arrow_rows(pyarrow.Table.from_batches([batch]))]
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
+    except (KeyError, ValueError, OverflowError) as error:  # a map with a key twice, a date of the year 10000
+        reason = " ".join(str(error.args[0]).split())[:200]
+        raise UserError(f"{path}: a value cannot be read ({reason}); write the column as text") from None
 
 
 def arrow_rows(table: "pyarrow.Table") -> list[dict[str, Any]]:
-    """The rows of an Arrow table: maps are objects, and a number of 32 bits has the digits that it was written with."""
+    """The rows of an Arrow table: maps are objects, and a number of 16 or 32 bits has the digits that it was written with."""
+    rows = table.to_pylist(maps_as_pydicts="strict")
+    for field in table.schema:
+        if re.search(r"\b(halffloat|float)\b", str(field.type)):
+            for row in rows:
+                row[field.name] = _with_own_digits(row[field.name], field.type)
+    return rows
+
+
+def _with_own_digits(value: Any, kind: "pyarrow.DataType") -> Any:
+    """19.99 and not 19.989999771118164, in lists and objects too."""
+    import numpy as np
     import pyarrow
 
-    for i, field in enumerate(table.schema):
-        if field.type == pyarrow.float32():  # 19.99 and not 19.989999771118164
-            table = table.set_column(i, field.name, table.column(i).cast(pyarrow.string()).cast(pyarrow.float64()))
-    return table.to_pylist(maps_as_pydicts="strict")
+    if value is None or not re.search(r"\b(halffloat|float)\b", str(kind)):
+        return value
+    if kind in (pyarrow.float16(), pyarrow.float32()):
+        return float(str(np.dtype(kind.to_pandas_dtype()).type(value)))
+    if pyarrow.types.is_dictionary(kind):
+        return _with_own_digits(value, kind.value_type)
+    if pyarrow.types.is_struct(kind):
+        return {field.name: _with_own_digits(value[field.name], field.type) for field in kind}
+    if pyarrow.types.is_map(kind):
+        return {key: _with_own_digits(item, kind.item_type) for key, item in value.items()}
+    return [_with_own_digits(item, kind.value_type) for item in value] if hasattr(kind, "value_type") else value

@@ -5,16 +5,27 @@ objects up with the members of the other rows; JSON text can hold no such fillin
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 from carelm.data.values import is_empty, is_missing, plain
 from carelm.errors import UserError
 
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+OF_A_CALL = ("name", "id", "type", "index", "description", "call_id", "function")
+
 
 def read_json(text: str, problem: str) -> Any:
-    """JSON text -> its value, NaN as None; raises UserError(problem) where it is none."""
+    """JSON text -> its value, NaN as None; raises UserError(problem) where it is none, or an object has a key twice."""
+
+    def to_dict(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [key for key, number in Counter(key for key, _ in members).items() if number > 1]:
+            source = problem.partition(": ")[0]
+            raise UserError(f"{source}: the key {twice[0]!r} stands twice in one object of JSON text; remove one")
+        return dict(members)
+
     try:
-        return json.loads(text, parse_constant=lambda _: None)
+        return json.loads(text, parse_constant=lambda _: None, object_pairs_hook=to_dict)
     except (ValueError, RecursionError):
         raise UserError(problem) from None
 
@@ -46,12 +57,16 @@ def _to_tool_call(source: str, call: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise UserError(f"{source}: a tool call names no function; write {{name, arguments}}")
     name = function["name"]
-    arguments = next((v for k in ("arguments", "parameters", "args") if not is_empty(v := function.get(k))), {})
+    other = [key for key, value in function.items() if key not in OF_A_CALL and not is_empty(value)]
+    if other and not any(key in function for key in ARGUMENTS):
+        raise UserError(f"{source}: the tool call {name!r} has no arguments but {other[0]!r}; call it arguments")
+    arguments = next((v for k in ARGUMENTS if not is_empty(v := function.get(k))), {})
     exact = isinstance(arguments, str)
     for _ in range(2):  # some logs hold JSON text in JSON text
         if isinstance(arguments, str) and arguments.strip():
             arguments = read_json(arguments, f"{source}: the arguments of the tool call {name!r} are text and no JSON")
-    if is_empty(arguments) or isinstance(arguments, str) and not arguments.strip():
+    is_blank = isinstance(arguments, str) and not arguments.strip()
+    if is_blank or (arguments in (None, [], {}) if exact else is_empty(arguments)):
         arguments = {}
     if not isinstance(arguments, dict):
         raise UserError(f"{source}: the arguments of the tool call {name!r} are no object but {arguments!r:.60}")
@@ -77,6 +92,9 @@ def to_tools(source: str, column: str, value: Any) -> list[dict[str, Any]] | Non
         if isinstance(function.get("parameters"), str) and function["parameters"].strip():
             problem = f"{source}: the parameters of the tool {function['name']!r} are text and no JSON"
             function = {**function, "parameters": read_json(function["parameters"], problem)}
+        schema = next((key for key in ("input_schema", "inputSchema") if not is_empty(function.get(key))), None)
+        if schema and is_empty(function.get("parameters")):  # as Anthropic and MCP call them
+            function = {"parameters" if key == schema else key: v for key, v in function.items() if key != "parameters"}
         tools.append({"type": "function", "function": function})
     return tools or None
 

@@ -109,6 +109,8 @@ def test_a_call_without_an_answer_yet_is_still_an_answer(tmp_path, make):
         ([{"role": "wizard", "content": "a"}], "'wizard'"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}], "'image_url'"),
         ([{"role": "user", "content": {"a": 1}}], "'content'"),
+        ([{"role": "user", "content": [{"type": "text", "text": {"value": "a"}}]}], "'content' holds {'value': 'a'}"),
+        ('[{"role": "user", "role": "assistant", "content": "a"}]', "the key 'role' stands twice"),
         ([{"role": None, "content": "a"}], "role is empty"),
         ([{"role": "assistant", "content": "a", "weight": 0.5}], "'weight'"),
         ([None], "None"),
@@ -180,6 +182,7 @@ def test_parquet_and_jsonl_give_the_same_messages_calls_and_tools(tmp_path, make
         call(STOCK, tool_calls={"type": "function", "function": STOCK}),
         call(STOCK, tool_calls=STOCK),
         call(STOCK, tool_calls=[{"name": "stock", "args": STOCK["arguments"]}]),
+        call(STOCK, tool_calls=[{"type": "tool_use", "name": "stock", "input": STOCK["arguments"]}]),
         call(STOCK, tool_calls={"type": ["function"], "function": [STOCK]}),
         call({"name": "stock", "arguments": json.dumps(STOCK["arguments"])}),
         call({"name": "stock", "arguments": json.dumps(json.dumps(STOCK["arguments"]))}),
@@ -202,10 +205,10 @@ def test_a_call_without_arguments_has_an_empty_object(tmp_path, make, arguments)
 
 
 def test_null_in_arguments_that_are_json_text_is_what_the_call_says(tmp_path, make):
-    text = '{"reason": null, "price": 1.0}'
-    path = write_jsonl(tmp_path / "rows.jsonl", [conversation(call({"name": "refund", "arguments": text}))])
-    ((_, completion),) = turns_of(make(path, **MESSAGES))
-    assert json.dumps(completion[0]["tool_calls"][0]["function"]["arguments"]) == text
+    texts = ['{"reason": null, "price": 1.0}', '{"reason": null}']
+    rows = [conversation(call({"name": "refund", "arguments": text})) for text in texts]
+    found = turns_of(make(write_jsonl(tmp_path / "rows.jsonl", rows), **MESSAGES))
+    assert [json.dumps(c[0]["tool_calls"][0]["function"]["arguments"]) for _, c in found] == texts
 
 
 @pytest.mark.parametrize(
@@ -217,6 +220,9 @@ def test_null_in_arguments_that_are_json_text_is_what_the_call_says(tmp_path, ma
         (call(STOCK, tool_calls=[7]), "7"),
         (call({"name": "stock", "arguments": "id=1"}), "'stock'"),
         (call({"name": "stock", "arguments": [1]}), "'stock'"),
+        (call({"name": "stock", "arguments": "0"}), "'stock'"),
+        (call({"name": "stock", "kwargs": {"id": 1}}), "'kwargs'"),
+        (call({"name": "stock", "arguments": '{"id": 1, "id": 2}'}), "the key 'id' stands twice"),
         ({"role": "assistant", "function_call": "auto"}, "no JSON"),
         ({"from": "function_call", "value": "stock(1)"}, "no JSON"),
         ({"from": "function_call", "value": ""}, "no call"),
@@ -258,6 +264,8 @@ def test_calls_in_a_row_are_one_turn_and_other_names_of_roles_are_known(tmp_path
         ("tools", json.dumps([as_tool(STOCK)])),
         ("tools", [json.dumps(as_tool(STOCK))]),
         ("tools", as_tool(STOCK)),
+        ("tools", [{"name": "stock", "input_schema": as_tool(STOCK)["function"]["parameters"]}]),
+        ("tools", [{"name": "stock", "parameters": None, "inputSchema": as_tool(STOCK)["function"]["parameters"]}]),
         ("functions", [as_tool(STOCK)["function"]]),
         (
             "my tools",

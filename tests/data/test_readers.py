@@ -141,8 +141,10 @@ def test_a_csv_file_in_an_encoding_that_is_not_certain_is_refused(tmp_path, make
 
 def test_json_in_utf_16_is_read_and_said(tmp_path, make):
     for name in ("train.jsonl", "train.json"):
-        (tmp_path / name).write_text(json.dumps(pairs(1)[0] if name == "train.jsonl" else pairs(1)), encoding="utf-16")
-        assert make_examples(make(tmp_path / name))[1]["train"].notes == [f"{name} is read as UTF-16"]
+        for encoding in ("utf-16", "utf-16-le", "utf-16-be"):  # with a byte order mark, and without
+            text = json.dumps(pairs(1)[0] if name == "train.jsonl" else pairs(1))
+            (tmp_path / name).write_text(text, encoding=encoding)
+            assert make_examples(make(tmp_path / name))[1]["train"].notes == [f"{name} is read as UTF-16"]
 
 
 def test_a_file_of_two_encodings_is_refused(tmp_path, make):

@@ -4,6 +4,7 @@ import csv
 import datetime
 import decimal
 import json
+import re
 
 import numpy as np
 import pandas
@@ -110,13 +111,30 @@ def test_parquet_columns_of_every_kind_are_text(tmp_path, make):
 
 
 def test_parquets_short_numbers_keep_their_digits_and_maps_are_objects(tmp_path, make):
+    prices = pyarrow.struct({"each": pyarrow.float32(), "half": pyarrow.float16(), "none": pyarrow.float32()})
     table = pyarrow.table({
         "question": ["Price?"], "answer": ["Low."], "price": pyarrow.array([19.99], pyarrow.float32()),
+        "nested": pyarrow.array([[{"each": 19.99, "half": np.float16(0.1)}, None]], pyarrow.list_(prices)),
+        "by town": pyarrow.array([[("ulm", 4.2)]], pyarrow.map_(pyarrow.string(), pyarrow.float32())),
+        "coded": pyarrow.array([0.7], pyarrow.float32()).dictionary_encode(),
         "stock": pyarrow.array([[("ulm", 3), ("bonn", None)]], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
     })  # fmt: skip
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    ((prompt, _),) = turns_of(make(tmp_path / "rows.parquet", prompt_template="{question} {price} {stock}"))
-    assert prompt[0]["content"] == 'Price? 19.99 {"ulm": 3}'
+    ((prompt, _),) = turns_of(
+        make(tmp_path / "rows.parquet", prompt_template="{price} {stock} {nested} {by town} {coded}")
+    )
+    assert prompt[0]["content"] == '19.99 {"ulm": 3} [{"each": 19.99, "half": 0.1}, null] {"ulm": 4.2} 0.7'
+
+
+def test_a_value_that_python_cannot_hold_is_one_line(tmp_path, make):
+    maps = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    for column, named in (
+        (pyarrow.array([[("ulm", "a"), ("ulm", "b")]], maps), "'ulm'"),
+        (pyarrow.array([10**18], pyarrow.timestamp("us")), "out of range"),
+    ):
+        table = pyarrow.table({"question": ["Price?"], "answer": ["Low."], "when": column})
+        pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+        assert re.search(f"rows.parquet: a value cannot be read.*{named}", error_of(make(tmp_path / "rows.parquet")))
 
 
 def test_a_value_that_cannot_be_text_is_refused_with_its_column_and_row(tmp_path, make):
