@@ -43,9 +43,10 @@ def to_example(
             raise NoAnswer("empty question")
         prompt = [{"role": "user", "content": question}]
         completion = [{"role": "assistant", "content": answer}]
-    if recipe.system_prompt and prompt[0]["role"] != "system":
+    has_place = prompt[0]["role"] == "system"  # which may be empty: exports fill it in for every row
+    if recipe.system_prompt and not (has_place and prompt[0]["content"].strip()):
         system = _fill(recipe, "system_prompt", source, row)
-        prompt = [{"role": "system", "content": system}, *prompt] if system.strip() else prompt
+        prompt = [{"role": "system", "content": system}, *prompt[has_place:]] if system.strip() else prompt
     id_column = recipe.conversation_column or recipe.id_column
     return Example(
         prompt=prompt,

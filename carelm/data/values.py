@@ -4,7 +4,7 @@
   write for them ("nan", "NaN", "NaT", "<NA>", in CSV also "None", "null", "NULL"), unless it is one of the labels.
 - A number that is whole is written without a fraction (1.0 is 1: a missing value makes an integer column float), any
   other as Python writes it; true and false in small letters; a Decimal with the digits that it has.
-- Dates and times as in 2024-05-01 12:30:00, a date alone as in 2024-05-01.
+- Dates and times as in 2024-05-01 12:30:00, a date alone as in 2024-05-01, a duration as in 2:00:00 or 1 day, 2:00:00.
 - Lists and objects as JSON. Members that are null are left out of objects: Parquet and Hub datasets give every object of
   a column the members of all the others, with null.
 - Anything else (bytes, an infinite number, a picture) is refused, with its column and row.
@@ -63,6 +63,8 @@ def plain(value: Any, where: str) -> Any:
         return int(value) if value.is_integer() and abs(value) < EXACT_WHOLE else value
     if isinstance(value, Decimal) and value.is_finite():
         return format(value, "f")
+    if isinstance(value, datetime.timedelta) and not getattr(value, "nanoseconds", 0):  # pandas' own: 0 days 02:00:00
+        return str(datetime.timedelta(value.days, value.seconds, value.microseconds))
     if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, uuid.UUID)):  # a datetime is a date
         return str(value)
     what = "an infinite number" if isinstance(value, (float, Decimal)) else f"a value of type {type(value).__name__}"

@@ -331,6 +331,14 @@ def test_text_parts_are_joined_and_what_a_tool_returned_may_be_any_value(tmp_pat
     assert contents == ["Hello.\nSize 38?", "", '{"left": 3, "at": [1, null]}', "Hello.\nSize 38?", "3"]
 
 
+@pytest.mark.parametrize("nothing", ["", None, " "])
+def test_a_system_message_that_says_nothing_leaves_its_place_to_the_recipes(tmp_path, make, nothing):
+    turns = chat(("system", nothing), ("user", "Hi"), ("assistant", "Hello."))
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}])
+    ((prompt, _),) = turns_of(make(path, **MESSAGES, system_prompt="Be kind."))
+    assert [m["content"] for m in prompt] == ["Be kind.", "Hi"]
+
+
 def test_keys_that_are_not_used_are_said_in_one_line_with_their_rows(tmp_path, make):
     rows = [{"messages": [m | {"id": i, "mood": mood} for m in chat(("user", f"{i}?"), ("assistant", "Yes."))], "n": i}
             for i, mood in enumerate(("calm", None))]  # fmt: skip

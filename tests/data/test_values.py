@@ -63,6 +63,8 @@ def test_other_columns_are_filled_in_as_they_are(tmp_path, make):
         (pandas.Timestamp("2024-05-01 12:30"), "2024-05-01 12:30:00"),
         (datetime.time(12, 30), "12:30:00"),
         (datetime.timedelta(hours=2), "2:00:00"),
+        (pandas.Timedelta(hours=2), "2:00:00"),
+        (pandas.Timedelta("nat"), None),
         (np.int64(7), "7"),
         (np.float32(0.5), "0.5"),
         (np.bool_(True), "true"),
