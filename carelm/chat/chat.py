@@ -119,8 +119,11 @@ class Chat:
         return self.spoken(rendered.input_ids[rendered.trained].tolist())
 
     def spoken(self, ids: list[int]) -> str:
-        """The text of an answer's ids without special tokens and without what the template puts before an answer's text: a
-        header, a channel, thoughts. A model that does not write those is read just the same."""
+        """The text of an answer's ids without special tokens and without what the template puts around an answer's text: a
+        header, a channel, thoughts, a tag. A model that does not write those is read just the same."""
+        return self._without_lead(ids).strip().removesuffix(self._habits.trailer).strip()
+
+    def _without_lead(self, ids: list[int]) -> str:
         whole = self._encoder.decode(ids) if self._habits.closings else ""
         for closing in self._habits.closings:
             if closing in whole if closing != self._habits.header else whole.lstrip().startswith(closing):
@@ -131,8 +134,8 @@ class Chat:
                         (without, middle) if closing in self._encoder.decode(ids[:middle]) else (middle, within)
                     )
                 rest = self._encoder.decode(ids[:within]).partition(closing)[2]
-                return (rest + self._encoder.decode(ids[within:], skip_special_tokens=True)).strip()
-        return self._encoder.decode(ids, skip_special_tokens=True).strip()
+                return rest + self._encoder.decode(ids[within:], skip_special_tokens=True)
+        return self._encoder.decode(ids, skip_special_tokens=True)
 
     # Examples
 

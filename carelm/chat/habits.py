@@ -23,6 +23,7 @@ class Habits:
         end_of_turn_ids: the same with the token that ends a tool call, where that is another.
         closings: what stands right before an answer's text, after its reasoning and without any; each may be in front of it.
         header: the one of them that holds no special token and closes no reasoning, so that it counts at the start only.
+        trailer: what stands between an answer's text and its end of turn.
         arguments_as_text: whether tool arguments must be handed over as JSON text.
     """
 
@@ -30,6 +31,7 @@ class Habits:
     end_of_turn_ids: frozenset[int]
     closings: tuple[str, ...]
     header: str
+    trailer: str
     arguments_as_text: bool
 
 
@@ -48,7 +50,8 @@ def find_habits(encoder: "Encoder") -> Habits:
             "chat_template_path: the chat template does not write an answer's text as it is; set another template"
         )
     tail = text.rpartition(MARK)[2]
-    ends = [token for token in encoder.encode(tail) if token in encoder.special_ids]
+    tail_ids = encoder.encode(tail)
+    ends = [token for token in tail_ids if token in encoder.special_ids]
     if not ends:
         raise UserError(
             f"chat_template_path: the chat template ends an answer with {tail!r}, which holds no special token, so "
@@ -71,6 +74,7 @@ def find_habits(encoder: "Encoder") -> Habits:
         end_of_turn_ids=frozenset(end_ids),
         closings=tuple(filter(None, (closing, lead))),
         header="" if has_special or lead == closing else lead,
+        trailer=encoder.decode(tail_ids[: tail_ids.index(ends[0])]).strip(),
         arguments_as_text=as_text,
     )
 

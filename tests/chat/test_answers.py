@@ -1,4 +1,4 @@
-"""What a template puts before an answer stands on neither side of a comparison, whatever the model writes."""
+"""What a template puts around an answer stands on neither side of a comparison, whatever the model writes."""
 
 import copy
 
@@ -14,6 +14,8 @@ CHANNEL, MESSAGE = (
 )  # of the demo's special tokens, for those of other families
 TEMPLATES = {
     "plain": ("", ""),
+    "tags around the answer": ("Assistant:\n", "<answer>", "</answer>\n"),
+    "end in words": ("Assistant:", " ", "\n### End"),
     "header in the answer": ("", "Assistant:\n"),
     "channel": (f"{CHANNEL}assistant", f"{CHANNEL}final{MESSAGE}"),
     "empty thought": (f"{CHANNEL}assistant{MESSAGE}", "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"),
@@ -23,17 +25,17 @@ TEMPLATES = {
         "{% if m.reasoning_content %}" + f"{CHANNEL}analysis{MESSAGE}" + "{{ m.reasoning_content }}<|end_of_text|>"
         f"{CHANNEL}assistant" + "{% endif %}" + f"{CHANNEL}final{MESSAGE}",
     ),
-}  # generation prompt, what stands between it and an answer's text
+}  # generation prompt, what stands between it and an answer's text, and behind that
 ANSWERS = ["We open at nine.", "é 😀\n- one\n- two", "Write </think> or Assistant: there.", "Write <|eot_id|> there."]
 
 
 @pytest.fixture
 def chat(tokenizer):
     def chat(name):
-        ask, lead = TEMPLATES[name]
+        ask, lead, *tail = TEMPLATES[name]
         own = copy.copy(tokenizer)
         own.chat_template = (
-            "{% for m in messages %}{% if m.role == 'assistant' %}" + ask + lead + "{{ m.content }}" + END
+            "{% for m in messages %}{% if m.role == 'assistant' %}" + ask + lead + "{{ m.content }}" + "".join(tail) + END
             + "{% else %}{{ m.role }}: {{ m.content }}" + END + "{% endif %}{% endfor %}"
             + "{% if add_generation_prompt %}" + ask + "{% endif %}"
         )  # fmt: skip
