@@ -43,16 +43,18 @@ def check(recipe: Recipe) -> None:
     ):
         if given.get(key) is not None and given[key] <= 0:
             raise UserError(f"{key}: {given[key]} is not above 0")
-    for key in ("warmup_steps", "weight_decay", "max_grad_norm", "lora_dropout"):
+    for key in ("warmup_steps", "weight_decay", "max_grad_norm", "lora_dropout", "seed", "data_seed", "split_seed",
+                "num_shots", "temperature", "num_sample_answers", "dataloader_num_workers"):  # fmt: skip
         if given.get(key) is not None and given[key] < 0:
             raise UserError(f"{key}: {given[key]} is below 0")
     if (given.get("lora_dropout") or 0) >= 1:
         raise UserError(f"lora_dropout: {given['lora_dropout']} is not below 1")
     if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:
         raise UserError(f"max_steps: {given['max_steps']} is not at least 1; leave it out to train num_train_epochs")
-    for key in ("num_shots", "temperature"):
-        if getattr(recipe, key) < 0:
-            raise UserError(f"{key}: {getattr(recipe, key)} is below 0")
+    if given.get("logging_nan_inf_filter"):
+        raise UserError("logging_nan_inf_filter: a loss that is not finite ends the run; leave it out")
+    if given["report_to"] is None:
+        raise UserError("report_to: it names no tracker; write none")
     labels = [" ".join(label.split()) for label in recipe.labels]
     if "" in labels or "unparsable" in labels or len(set(labels)) < len(labels):
         raise UserError(f"labels: {recipe.labels}: each needs a name of its own that is neither empty nor 'unparsable'")

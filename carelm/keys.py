@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -220,9 +221,12 @@ def typed(key: Key, value: Any, where: str) -> Any:
         return value
     if "float" in kinds and isinstance(value, (int, float, str)):
         try:
-            return float(value) if isinstance(value, str) else value
+            value = float(value) if isinstance(value, str) else value
         except ValueError:
             raise problem from None
+        if not math.isfinite(value):
+            raise UserError(f"{where}{key.name}: {value} is no finite number")
+        return value
     if kinds & {"str", "SchedulerType", "OptimizerNames"} and isinstance(value, str):
         choices = key.choices or tuple(v for kind in kinds - {"str", "None"} for v in enum_values(kind))
         if choices and value not in choices:

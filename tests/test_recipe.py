@@ -245,7 +245,19 @@ def test_a_value_of_the_wrong_type_names_the_key_and_the_value(load, key, value)
 
 @pytest.mark.parametrize(
     "key, value",
-    [("learning_rate", "-1"), ("lora_r", "0"), ("max_steps", "0"), ("num_train_epochs", "0"), ("eval_steps", "0")],
+    [
+        ("learning_rate", "-1"),
+        ("lora_r", "0"),
+        ("max_steps", "0"),
+        ("num_train_epochs", "0"),
+        ("eval_steps", "0"),
+        ("seed", "-1"),
+        ("num_sample_answers", "-1"),
+        ("learning_rate", "nan"),
+        ("max_grad_norm", "inf"),
+        ("temperature", "nan"),
+        ("save_steps", "inf"),
+    ],
 )
 def test_a_number_that_makes_no_run_is_named(load, key, value):
     with pytest.raises(UserError, match=f"{key}: {value}"):

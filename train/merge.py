@@ -77,6 +77,7 @@ def main() -> None:
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     adapter = candidates.find(recipe, str(options.adapter), is_own=True)
     adapter.check_base()
+    adapter.check_finite()
     trained_in = files.read_json(options.adapter / "train_metrics.json").get("precision")
     precision = trained_in or adapter.precision().name
     held = dataclasses.replace(adapter.recipe, precision=precision)
@@ -115,11 +116,11 @@ def main() -> None:
         result = {**about, "tolerance": tolerance, "prompts": 0, "mean_kl": None}
         if questions:
             merged = candidates.find(recipe, f"{aside}@{dtype}")
-            certificate = certificate.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
-            result |= dataclasses.asdict(certificate)
-            ranks.say(f"mean KL {certificate.mean_kl:.3g} nats (tolerance {tolerance:g}), top-1 agreement "
-                      f"{certificate.top1_agreement:.4f}, same answer {certificate.same_text_share:.4f}")  # fmt: skip
-            if not certificate.mean_kl <= tolerance:
+            near = certificate.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
+            result |= dataclasses.asdict(near)
+            ranks.say(f"mean KL {near.mean_kl:.3g} nats (tolerance {tolerance:g}), top-1 agreement "
+                      f"{near.top1_agreement:.4f}, same answer {near.same_text_share:.4f}")  # fmt: skip
+            if not near.mean_kl <= tolerance:
                 nearer = ["--onto quantized"] * (onto == "base" and bool(held.bits)) + ["--dtype fp32"] * (
                     dtype != "fp32"
                 )

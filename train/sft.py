@@ -47,9 +47,7 @@ def main() -> None:
     prepared = prepare(recipe, chat)
     ranks.say("data\n" + format_report(prepared.report))
     if prepared.validation is not None and len(prepared.validation) < 20:
-        ranks.say(
-            f"the eval loss is that of {len(prepared.validation)} examples only; validation_fraction holds out more"
-        )
+        ranks.say(f"the eval loss is that of {len(prepared.validation)} examples only: it moves by chance")
 
     import torch
 

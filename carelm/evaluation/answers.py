@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, candidate: Candidate, questions: list[Question], fol
     chat = candidate.make_chat()
     decoding = Decoding(recipe.max_new_tokens, recipe.temperature, recipe.top_p, recipe.seed)
     prompts, lengths = _make_prompts(recipe, candidate, chat, questions)
-    made_by = [candidate.fingerprint(), decoding.arguments(), recipe.seed]
+    made_by = [candidate.fingerprint(), sorted(chat.end_of_turn_ids), decoding.arguments(), recipe.seed]
     file = PredictionFile(
         folder / f"predictions-{candidate.name}.jsonl",
         {q.id: fingerprint(*made_by, q.references, ids) for q, ids in zip(questions, prompts)},

@@ -62,12 +62,13 @@ class Candidate:
         return Chat(tokenizer, trained_turns=recipe.trained_turns, max_length=recipe.max_length)
 
     def fingerprint(self) -> str:
-        """Differs where the weights, or how they are held, do."""
+        """Differs where the weights, how they are held, or the base's ids that end an answer do."""
         from carelm.models.base import base_fingerprint
 
         held = {key: self.recipe.model.get(key) for key in QUANTIZATION}
         base = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
-        return fingerprint(base, self.adapter and adapter_fingerprint(self.adapter), held, self.precision().name)
+        ends = read_json(Path(self.recipe.base) / "generation_config.json").get("eos_token_id")
+        return fingerprint(base, self.adapter and adapter_fingerprint(self.adapter), held, self.precision().name, ends)
 
     def precision(self) -> "Precision":
         """What it computes in on this machine; raises UserError where that is not possible."""

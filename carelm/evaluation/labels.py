@@ -83,7 +83,8 @@ def _whole(label: str, loose: bool) -> str:
     if regex.match(r"\p{Nd}", label):
         before += rf"(?<!\p{{Nd}}(?:{IN_NUMBER}|\s?/\s?))(?<![-+])(?<!(?<![\p{{L}}.])\.)(?<!\p{{Sc}}\s?)"
     if regex.search(r"\p{Nd}\Z", label):
-        after += rf"(?!(?:{IN_NUMBER}|\s?/\s?)\p{{Nd}}|\s\p{{Nd}}{{3}}(?!\p{{Nd}})|\s?[%‰\p{{Sc}}]|[{TENS}])"
+        after += rf"(?!(?:{IN_NUMBER}|\s?/\s?)\p{{Nd}}|\s?[%‰\p{{Sc}}]|[{TENS}])"
+        after += r"(?!\s\p{Nd}(?:\p{Nd}{2}(?!\p{Nd})|\p{Nd}*[/\u2044]))"  # 10 000, 1 1/2
     if regex.match(rf"[{NO_SPACES}]", label):
         before += rf"(?<!{NOT})"
     if regex.fullmatch(rf"[{NO_SPACES}]\p{{M}}*", label):

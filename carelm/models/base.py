@@ -76,7 +76,8 @@ def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
     Raises:
         UserError: where the folder or Hub repository holds no such model, or pickled weights only.
     """
-    model_args, generation = ModelConfig(**recipe.model), load_generation_config(recipe)
+    model_args = ModelConfig(**recipe.model)
+    generation = load_generation_config(recipe.base, model_args.model_revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             recipe.base,
@@ -116,16 +117,14 @@ def leave_out_added_losses(model: PreTrainedModel) -> None:
         )
 
 
-def load_generation_config(recipe: Recipe) -> GenerationConfig | None:
-    """The base's generation_config.json, repaired; None where it has none.
+def load_generation_config(source: str, revision: str = "main") -> GenerationConfig | None:
+    """The generation_config.json of a folder or Hub id, repaired; None where it has none.
 
     Raises:
         UserError: where it is no JSON object.
     """
-    revision = recipe.model.get("model_revision", "main")
-    file = cached_file(
-        recipe.base, "generation_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-    )
+    name = "generation_config.json"
+    file = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
     try:
@@ -217,11 +216,16 @@ def keep_cpu_weights_plain(model: torch.nn.Module) -> None:
 
 def align_special_tokens(model: PreTrainedModel, chat: Chat) -> None:
     """Makes generation stop at the chat template's end of turn, and pad with the tokenizer's pad token."""
-    stops = model.generation_config.eos_token_id
+    align_generation(model.generation_config, chat)
+    model.config.pad_token_id = chat.tokenizer.pad_token_id
+
+
+def align_generation(config: GenerationConfig, chat: Chat) -> None:
+    """The same in a generation config alone."""
+    stops = config.eos_token_id
     stops = [stops] if isinstance(stops, int) else list(stops or [])
-    model.generation_config.eos_token_id = sorted({*stops, *chat.end_of_turn_ids})
-    for config in (model.config, model.generation_config):
-        config.pad_token_id = chat.tokenizer.pad_token_id
+    config.eos_token_id = sorted({*stops, *chat.end_of_turn_ids})
+    config.pad_token_id = chat.tokenizer.pad_token_id
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -9,7 +9,7 @@ and the files one by one (Mixtral, Qwen3-MoE) are merged in the whole model inst
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from transformers.quantizers import AutoHfQuantizer
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.files import read_json, write_whole
-from carelm.models.base import load_config, quantization_config
+from carelm.models.base import align_generation, load_config, load_generation_config, quantization_config
+from carelm.models.finite import not_finite
 from carelm.models.precision import DTYPES
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -91,6 +92,8 @@ def _merge_files(
     for file in tqdm(shards, desc="merge", unit="shard", dynamic_ncols=True):
         merged = {}
         for name, weight in _tensors(file):
+            if name in names:
+                _check_base(recipe, [(name, weight)])
             module, _, kind = names.get(name, "").rpartition(".")
             if kind == "weight" and module in quantized:
                 weight = _dequantized(weight, quantized[module], DTYPES[recipe.precision])
@@ -99,6 +102,7 @@ def _merge_files(
             merged[name] = weight.to(DTYPES[dtype]).contiguous() if weight.is_floating_point() else weight
             index["weight_map"][name] = file.name
             index["metadata"]["total_size"] += merged[name].numel() * merged[name].element_size()
+        _check_result(((name, merged[name]) for name in merged if name in names), dtype)
         save_file(merged, target / file.name, metadata={"format": "pt"})
     if len(shards) > 1:
         write_whole(target / "model.safetensors.index.json", json.dumps(index, indent=1))
@@ -118,12 +122,25 @@ def _merge_whole(
         recipe.base, revision=recipe.model.get("model_revision", "main"), config=config, dtype=torch.float32,
         use_safetensors=True,
     )  # fmt: skip
+    _check_base(recipe, model.named_parameters())
     for name, module in quantized.items():
         held = model.get_submodule(name)
         held.weight.data = _dequantized(held.weight.data, module, DTYPES[recipe.precision])
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
     merged.generation_config = GenerationConfig()  # the run's own is written beside
-    merged.to(DTYPES[dtype]).save_pretrained(target)
+    merged.to(DTYPES[dtype])
+    _check_result(merged.named_parameters(), dtype)
+    merged.save_pretrained(target)
+
+
+def _check_base(recipe: Recipe, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    if bad := not_finite(tensors):
+        raise UserError(f"model_name_or_path: {recipe.base} holds NaN or infinity in {bad[0]}; take another copy of it")
+
+
+def _check_result(tensors: Iterable[tuple[str, torch.Tensor]], dtype: str) -> None:
+    if bad := not_finite(tensors):
+        raise UserError(f"--dtype: {bad[0]} of the merge is too large for {dtype}; take bf16 or fp32")
 
 
 def _tied(model: PreTrainedModel) -> set[str]:
@@ -190,14 +207,16 @@ def _names_in_model(model: PreTrainedModel, shards: list[Path]) -> dict[str, str
 
 
 def save_beside(recipe: Recipe, adapter: Path, chat: Chat, target: Path) -> None:
-    """Tokenizer, chat template and generation config, as the adapter was trained with."""
+    """Tokenizer, chat template and generation config, as the adapter was trained with.
+
+    A checkpoint has no generation config of its own: it is made of the base's, as at the start of a training.
+    """
     chat.tokenizer.save_pretrained(target)
-    source = adapter if (adapter / "generation_config.json").exists() else recipe.base
-    read_json(Path(source) / "generation_config.json")  # a damaged one is none to transformers
-    try:
-        GenerationConfig.from_pretrained(source).save_pretrained(target)
-    except OSError:  # a base without one
-        pass
+    generation = load_generation_config(str(adapter))
+    generation = generation or load_generation_config(recipe.base, recipe.model.get("model_revision", "main"))
+    generation = generation or GenerationConfig.from_model_config(load_config(recipe))
+    align_generation(generation, chat)
+    generation.save_pretrained(target)
 
 
 def _quantized_modules(recipe: Recipe, model: torch.nn.Module) -> dict[str, torch.nn.Module]:

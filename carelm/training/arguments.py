@@ -42,7 +42,6 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
         "bf16": precision.name == "bf16",
         "fp16": precision.name == "fp16",
         "push_to_hub": False,  # the finished folder is pushed by carelm.training.hub
-        "report_to": [tracker for tracker in values["report_to"] if tracker not in ("tensorboard", "none")],
         "disable_tqdm": True,  # carelm.training.callbacks draws the bar
         "restore_callback_states_from_checkpoint": True,
         "remove_unused_columns": False,
@@ -50,11 +49,12 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
         "save_total_limit": None,  # carelm.training.checkpoints removes old ones; transformers would take the newest as well
         "ddp_find_unused_parameters": values.get("ddp_find_unused_parameters", False),
     }
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if is_deepspeed and not torch.cuda.is_available():
+        _leave_out_shm_comm()  # one rank alone would compile it too
     if world_size() > 1 and not torch.cuda.is_available():
         derived["ddp_backend"] = "gloo"  # without it accelerate takes every rank for the only one
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            _leave_out_shm_comm()
-        else:
+        if not is_deepspeed:
             derived["use_cpu"] = True  # without it accelerate makes no DDP of CPU ranks: each would train for itself
     # transformers begins with what the launcher says, which is the machine's default; the recipe decides.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if precision.name == "fp32" else precision.name
@@ -65,6 +65,8 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"recipe {recipe.name}: {' '.join(str(error).split())}") from None
     arguments.bf16 = precision.name == "bf16"
+    # carelm.training.callbacks writes TensorBoard's events; transformers has made `all` the names of what is installed.
+    arguments.report_to = [tracker for tracker in arguments.report_to if tracker not in ("tensorboard", "none")]
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else nn.DataParallel, and a loss times the number of GPUs
         say("one process uses one of the visible GPUs; accelerate_configs/multi_gpu.yaml or zero2.yaml use more")

@@ -198,9 +198,8 @@ def make_callbacks(recipe, prepared, chat, speed: Speed) -> list[TrainerCallback
     """The callbacks of a run, in the order in which they act."""
     from transformers import EarlyStoppingCallback
 
-    tensorboard = (
-        TensorBoard(recipe.output_dir / "runs", speed) if "tensorboard" in recipe.training["report_to"] else None
-    )
+    shown = {"tensorboard", "all"} & set(recipe.training["report_to"])
+    tensorboard = TensorBoard(recipe.output_dir / "runs", speed) if shown else None
     callbacks = [StepSeed(), speed, ProgressBar(), Evaluations(prepared.validation is not None)]
     if tensorboard is not None:
         callbacks.append(tensorboard)

@@ -6,17 +6,15 @@ it. Such steps are counted; the run ends where that does not help.
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
+import transformers
 
 from carelm import ranks
 from carelm.errors import UserError
 from carelm.models.finite import not_finite
 from carelm.training.state import is_full, loss_scale, trainable
-
-if TYPE_CHECKING:
-    from carelm.training.trainer import Trainer
 
 MOST_SKIPPED = 20  # steps in a row
 LOWEST_SCALE = 1.0  # DeepSpeed's floor; below it the gradients are too large for fp16 as they are
@@ -33,7 +31,7 @@ class Divergence:
         self.skipped_steps = self._in_a_row = self._step = 0
         self._scale = math.inf  # that of the step before
 
-    def look(self, trainer: "Trainer", loss: torch.Tensor, grad_norm: float | torch.Tensor | None) -> None:
+    def look(self, trainer: transformers.Trainer, loss: torch.Tensor, grad_norm: float | torch.Tensor | None) -> None:
         """Every rank calls it after each optimizer step.
 
         Args:
@@ -61,7 +59,7 @@ class Divergence:
         if ranks.any_rank(found is not None, trainer.args.device):
             end(trainer, next(filter(None, ranks.gather(found))))
 
-    def _count_skipped(self, trainer: "Trainer") -> str | None:
+    def _count_skipped(self, trainer: transformers.Trainer) -> str | None:
         was, self._scale = self._scale, loss_scale(trainer)
         if not trainer.accelerator.optimizer_step_was_skipped:
             self._in_a_row = 0
@@ -73,13 +71,13 @@ class Divergence:
         return f"fp16 has skipped {MOST_SKIPPED} steps in a row" if self._in_a_row >= MOST_SKIPPED else None
 
 
-def check_weights(trainer: "Trainer") -> None:
+def check_weights(trainer: transformers.Trainer) -> None:
     """Before they are saved; every rank calls it. Raises UserError where trained weights are not finite."""
     if names := _on_any_rank(trainable(trainer.model)):
         end(trainer, f"trained weights are not finite ({len(names)} tensors, such as {names[0]})", is_trained=True)
 
 
-def end(trainer: "Trainer", found: str, is_trained: bool | None = None) -> NoReturn:
+def end(trainer: transformers.Trainer, found: str, is_trained: bool | None = None) -> NoReturn:
     """Raises UserError with the key to change; every rank calls it.
 
     Args:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from carelm.chat.chat import make_chat
 from carelm.data import splits
 from carelm.errors import UserError
-from carelm.evaluation import candidates
+from carelm.evaluation import answers, candidates
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import make_questions
 from carelm.models import generation
@@ -249,6 +249,24 @@ def test_predictions_of_another_model_are_kept_aside(tmp_path, capsys):
     assert after.open() == {"1"}
     assert (tmp_path / "predictions-base.old-1.jsonl").read_text() == text
     assert "are kept as predictions-base.old-1.jsonl" in capsys.readouterr().err
+
+
+def test_answers_that_ended_at_other_tokens_are_other_answers(base, tmp_path):
+    """The ids that end an answer are the base's and the chat template's; the prompt says nothing of them."""
+    shutil.copytree(base, tmp_path / "base")
+    keys = ["--model_name_or_path", str(tmp_path / "base"), "--output_dir", str(tmp_path), "--max_eval_samples", "2"]
+    recipe = load_recipe(keys, usage="")
+    candidate = candidates.find(recipe, "base")
+    asked, _ = make_questions(recipe, candidate.make_chat())
+
+    def made_by():
+        return answers.prepare(recipe, candidate, asked, tmp_path).file.made_by
+
+    before = made_by()
+    assert made_by() == before
+    file = tmp_path / "base/generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [40]}))
+    assert not made_by().items() & before.items()
 
 
 # The whole of it

@@ -221,6 +221,56 @@ def test_a_run_whose_file_is_damaged_is_named_by_the_evaluator_too(merged, tmp_p
         candidates.find(recipe, "adapter").check_base()
 
 
+def test_an_adapter_with_nan_is_named_before_anything_is_merged(merged, tmp_path, monkeypatch):
+    folder, _ = merged
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("merged"))
+    file = tmp_path / "run/adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    words = ["--adapter", str(tmp_path / "run"), "--output_dir", str(tmp_path / "m"), "--num_prompts", "0"]
+    monkeypatch.setattr(sys, "argv", ["train/merge.py", *words])
+    monkeypatch.chdir(PROJECT)
+    with pytest.raises(UserError, match="adapter .*run holds NaN in 1 of"):
+        runpy.run_path("train/merge.py")["main"]()
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype", "line"),
+    [
+        ("model.norm.weight", torch.nan, "fp32", "model_name_or_path: .*base holds NaN or infinity in model.norm.weight"),
+        ("model.layers.1.mlp.up_proj.weight", torch.inf, "fp32", "model_name_or_path: .* in model.layers.1.mlp.up_proj"),
+        ("model.layers.1.mlp.up_proj.weight", 1e5, "fp16", "--dtype: model.layers.1.mlp.up_proj.weight .* too large for fp16"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_finite_are_named(merged, base, tmp_path, name, value, dtype, line):
+    folder, _ = merged
+    shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    recipe = load_recipe(["--output_dir", str(folder), "--model_name_or_path", str(tmp_path / "base")], usage="")
+    with pytest.raises(UserError, match=line):
+        weights_of(folder, tmp_path / "m", recipe, "base", dtype)
+
+
+def test_a_merged_checkpoint_ends_its_answers_where_the_run_would(merged, base, tmp_path, capsys):
+    """A checkpoint has no generation config, and that of its base may be invalid, and knows no end of turn."""
+    folder, _ = merged
+    shutil.copytree(base, tmp_path / "base")
+    invalid = {"eos_token_id": 1, "temperature": 0.6, "do_sample": False}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(invalid))
+    shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("merged", "generation_config.json"))
+    recipe = load_recipe(["--output_dir", str(folder), "--model_name_or_path", str(tmp_path / "base")], usage="")
+    chat = candidates.find(recipe, "adapter").make_chat()
+    (tmp_path / "m").mkdir()
+    merge.save_beside(recipe, tmp_path / "run", chat, tmp_path / "m")
+    written = json.loads((tmp_path / "m/generation_config.json").read_text())
+    assert written["eos_token_id"] == sorted({1, chat.end_of_turn_id}) and "temperature" not in written
+    assert "left out of it: temperature 0.6" in capsys.readouterr().err
+
+
 def test_a_full_fine_tune_is_a_whole_model_already(base, tmp_path):
     done = refused("--adapter", base, "--output_dir", tmp_path / "m")
     assert done.returncode == 2 and "is a whole model already" in done.stderr and not (tmp_path / "m").exists()

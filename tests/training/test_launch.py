@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from launching import PROJECT, environment, launch
 
 from carelm import ranks
 from carelm.errors import UserError
+from carelm.models.precision import Precision
+from carelm.recipe_file import load_recipe
+from carelm.training import arguments
 
 
 def test_a_default_accelerate_configuration_is_reported(tmp_path):
@@ -98,6 +102,24 @@ def test_of_several_processes_the_first_alone_says_so():
         assert done.returncode == 2
         outputs.append(done.stdout + done.stderr)
     assert outputs[0].startswith("error: num_processes: mpirun") and outputs[1] == ""
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_ranks_of_a_cpu_under_deepspeed_compile_nothing(monkeypatch, number):
+    """A compile that is killed leaves a lock behind, for which every later start would wait."""
+    import deepspeed.ops
+
+    def refuse(**_):
+        raise ValueError("as far as this")
+
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    monkeypatch.setattr(arguments, "SFTConfig", refuse)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("WORLD_SIZE", str(number))
+    recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
+    with pytest.raises(UserError, match="as far as this"):
+        arguments.make_training_args(recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"))
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
 
 
 @pytest.mark.parametrize(

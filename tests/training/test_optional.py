@@ -12,6 +12,7 @@ from carelm import files
 from carelm.errors import UserError
 from carelm.models.precision import Precision
 from carelm.recipe_file import load_recipe
+from carelm.training import callbacks
 from carelm.training.arguments import make_training_args
 from carelm.training.optional import check_optional
 
@@ -61,9 +62,23 @@ def test_every_tracker_works_or_is_one_line(name):
 
 
 @pytest.mark.parametrize(
+    "words, here",
+    [("all", True), ("tensorboard", True), ("none tensorboard", True), ("none", False), ("[]", False)],
+)
+def test_tensorboard_is_written_by_ours_alone(words, here):
+    recipe = load_recipe(["--config", "recipes/demo.yaml", "--report_to", *words.split()], usage="")
+    prepared = types.SimpleNamespace(validation=[], samples=[])
+    assert "tensorboard" not in make_training_args(recipe, prepared, Precision("fp32", "test")).report_to
+    made = callbacks.make_callbacks(recipe, prepared, None, callbacks.Speed())
+    assert sum(isinstance(callback, callbacks.TensorBoard) for callback in made) == here
+
+
+@pytest.mark.parametrize(
     "keys, line",
     [
         (("--optim_args", "momentum"), "optim: "),
+        (("--report_to", "null"), "report_to: .* write none"),
+        (("--logging_nan_inf_filter", "true"), "logging_nan_inf_filter: "),
         (("--adam_beta1", "1.5"), "optim: .* beta"),
         (("--lr_scheduler_kwargs", '{"nonsense": 1}'), "lr_scheduler_type, lr_scheduler_kwargs: cosine .*nonsense"),
         (("--lr_scheduler_type", "greedy", "--eval_strategy", "no"), "greedy requires an eval strategy"),
