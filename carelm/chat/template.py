@@ -51,6 +51,8 @@ def settle(template: str | dict[str, str], where: str) -> str | dict[str, str]:
                 ".jinja file and set chat_template_path to it"
             )
         return {name: settle(text, f"{where}, '{name}'") for name, text in template.items()}
+    if not isinstance(template, str):
+        raise UserError(f"{where} is no text but {template!r:.60}; set chat_template_path to a .jinja file")
     if template.startswith("\ufeff"):
         raise UserError(
             f"{where} begins with a byte order mark, which would stand in every prompt; save it as UTF-8 without one"

@@ -17,8 +17,9 @@ def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool,
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file fails in as many ways as it has readers
         reason = " ".join(str(error).split())[:200]
+        reason = reason if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {reason}"
         raise UserError(f"model_name_or_path: no tokenizer can be loaded from {name_or_path} ({reason})") from None
     if template_file is not None:
         tokenizer.chat_template = read_template(template_file)

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 from carelm.data.messages import to_turns
-from carelm.data.readers import Rows
+from carelm.data.readers import Rows, series
 from carelm.data.report import SplitReport, list_counts
 from carelm.data.values import cell_text, is_empty, is_missing
 from carelm.errors import UserError
@@ -28,10 +28,10 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
     """A split's rows, one message each, as one row a conversation: `text_column` holds its turns, every other column the
     first value that one of its messages has there.
 
-    Messages of one `conversation_column` are a conversation, in the order of `order_column`, or as they stand. With
-    `reply_to_column` a message follows the one whose `id_column` it names; where one has several replies, each end is a
-    conversation of its own. Messages of one side in a row are one turn, with a blank line between them; one that says the
-    same at the same place of the order is there twice, and counts once. What was joined, left out or is not there is
+    Messages of one `conversation_column` in one file (or its parts) are a conversation, in the order of `order_column`, or as
+    they stand. With `reply_to_column` a message follows the one whose `id_column` it names; where one has several replies,
+    each end is a conversation of its own. Messages of one side in a row are one turn, with a blank line between them; one that
+    says the same at the same place of the order is there twice, and counts once. What was joined, left out or is not there is
     counted in the report's notes.
 
     Raises:
@@ -83,16 +83,18 @@ def _join_sides(turns: list[dict], counts: Counter[str]) -> list[dict]:
 
 def _groups(recipe: Recipe, rows: Rows, turns: list[dict], counts: Counter[str]) -> list[list[int]]:
     """The indices of each conversation's messages, in order."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for i, (source, row) in enumerate(rows):
         conversation = cell_text(row, recipe.conversation_column, source)
         if conversation is None or not conversation.strip():
             counts["messages without a conversation, left out"] += 1
         else:
-            groups.setdefault(conversation, []).append(i)
+            groups.setdefault((series(source), conversation), []).append(i)
     if rows and not groups:
         column, first = recipe.conversation_column, rows[0][0].rpartition(":")[0]
         raise UserError(f"conversation_column: column '{column}' is empty in all rows of {first} and its split")
+    times = Counter(name for _, name in groups)
+    counts["conversations of one name in several files, kept apart"] = sum(n for n in times.values() if n > 1)
     if not recipe.order_column:
         return list(groups.values())
     places = _places(recipe.order_column, rows)

@@ -1,13 +1,13 @@
 """Rows that belong on one side of a split: one question, one id, a conversation and its beginning."""
 
 import hashlib
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
 from carelm.data.comparison import Comparison, last_words
 from carelm.data.example import Example
+from carelm.data.readers import series
 from carelm.recipe import Recipe
 
 
@@ -88,8 +88,7 @@ def _ties(recipe: Recipe, examples: list[Example], compare: Comparison) -> dict[
     ties: dict[tuple[str, Any], list[int]] = defaultdict(list)
     for row, example in enumerate(examples):
         if recipe.id_column and example.id != example.source:
-            # An id counts in its file; train-1.csv and train-2.csv are one.
-            ties["id", (re.sub(r"\d+", "", example.source.rpartition(":")[0]), example.id)].append(row)
+            ties["id", (series(example.source), example.id)].append(row)
     if compare.have_turns:
         wholes = {list(compare.so_far(example))[-1] for example in examples}
         for row, example in enumerate(examples):

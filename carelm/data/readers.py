@@ -40,6 +40,12 @@ def stem(name: str) -> str:
     return name[: len(name) - len(data_suffix(name) or "")]
 
 
+def series(source: str) -> str:
+    """The file of a row (file:row) less the numbers that tell parts apart: an id in train-1.csv is the same in train-2.csv,
+    and may be another one's in shop.csv."""
+    return re.sub(r"\d+", "", source.rpartition(":")[0])
+
+
 def read_file(path: Path, name: str) -> FileRows:
     """The rows of one file, called `name` in messages to people; text stays as it is.
 

@@ -171,3 +171,24 @@ def test_a_template_that_does_not_write_answers_is_refused(load):
     silent = load("{% for m in messages if m.role == 'user' %}{{ m.content }}<|eot_id|>{% endfor %}")
     with pytest.raises(UserError, match="does not write an answer's text as it is"):
         Chat(silent, max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", '{"version": "1.0"}', "no tokenizer can be loaded from .*added_tokens"),
+        ("tokenizer_config.json", "[]", "no tokenizer can be loaded from"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": 3}',
+            "the chat template of .* is no text but 3; set chat_template_path",
+        ),
+    ],
+)
+def test_a_damaged_file_of_a_tokenizer_is_one_line(base, tmp_path, name, content, reason):
+    for whole in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / whole, tmp_path / whole)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"^model_name_or_path: {reason}") as raised:
+        load_tokenizer(str(tmp_path), revision="main", trust_remote_code=False, template_file=None)
+    assert "\n" not in str(raised.value)

@@ -79,6 +79,17 @@ def test_without_an_order_messages_stay_as_they_stand_and_shards_are_one_split(t
     assert sorted(said(recipe)) == sorted(TWO_SAID) and said(recipe, "test") == ["u: Hello? | a: Hello."]
 
 
+def test_tickets_of_one_number_in_two_shops_are_two_conversations(tmp_path, make):
+    for shop, lines in (
+        ("shoes", TWO_TICKETS),
+        ("hats", tickets((7, 1, "customer", "Blue?"), (7, 2, "agent", "Yes."))),
+    ):
+        write_jsonl(tmp_path / f"{shop}.jsonl", lines)
+    recipe = make(tmp_path / "*.jsonl", **TICKETS)
+    assert said(recipe) == ["u: Blue? | a: Yes.", *TWO_SAID]
+    assert note(recipe).endswith("3 conversations; 2 conversations of one name in several files, kept apart")
+
+
 @pytest.mark.parametrize(
     "order",
     [
