@@ -6,3 +6,8 @@ class UserError(Exception):
 
     exit_status = 2  # of the launched file
     label = "error"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, as part of a line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

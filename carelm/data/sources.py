@@ -14,7 +14,7 @@ from carelm.data.split_files import find_files
 from carelm.data.split_names import SPLITS, SplitNames
 from carelm.data.templates import template_columns
 from carelm.data.values import as_text, as_word, cell_text
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.files import locate
 from carelm.recipe import Recipe
 
@@ -139,7 +139,7 @@ def _load_hub(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
     try:
         loaded = datasets.load_dataset(recipe.dataset_name, recipe.dataset_config)
     except Exception as error:  # the Hub's client raises its own, OSError, ValueError: all mean that it is not there
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"dataset_name: {recipe.dataset_name} is no file here and cannot be had from the Hub ({reason}); "
             "--dataset_name FILE puts a file in its place"

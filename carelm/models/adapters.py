@@ -9,8 +9,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trl import ModelConfig
 
 from carelm.chat.chat import Chat
-from carelm.errors import UserError
-from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config
+from carelm.errors import UserError, first_line
+from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config, no_language_model
 from carelm.models.precision import Precision
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -35,11 +35,10 @@ def check_base(recipe: Recipe) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust, attn_implementation=recipe.model.get("attn_implementation")
             )
-    except (OSError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
     except ImportError as error:
-        raise UserError(f"attn_implementation: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"attn_implementation: {first_line(error)}") from None
+    except Exception as error:  # each architecture raises its own
+        raise no_language_model(recipe, error) from None
     check_architecture(model, recipe.model["model_name_or_path"])
     shifted = (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -121,7 +120,7 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> 
     try:
         model = get_peft_model(model, adapter_config(recipe), autocast_adapter_dtype=fp32_weights)
     except (ValueError, TypeError) as error:
-        raise UserError(f"method {recipe.method}, lora_target_modules: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"method {recipe.method}, lora_target_modules: {first_line(error)}") from None
     # PEFT leaves lora_modules_to_save in the base's dtype, and a soft prompt in fp32.
     for parameter in model.parameters():
         if parameter.requires_grad:

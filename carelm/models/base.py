@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +21,7 @@ from transformers.utils import cached_file
 from trl import ModelConfig
 
 from carelm.chat.chat import Chat
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.files import read_json
 from carelm.models.precision import Precision
 from carelm.ranks import say
@@ -45,15 +46,22 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
             revision=recipe.model.get("model_revision", "main"),
             trust_remote_code=recipe.training.get("trust_remote_code", False),
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})") from None
+    except Exception as error:  # each kind of config has checks, and errors, of its own
+        raise no_language_model(recipe, error) from None
     if config.is_encoder_decoder:
         raise UserError(
             f"model_name_or_path: {recipe.base} is an encoder-decoder ({config.model_type}), whose encoder would be lost; take "
             "a decoder-only base"
         )
     return config
+
+
+def no_language_model(recipe: Recipe, error: Exception) -> UserError:
+    """What a library says of a config, as the line that names the base."""
+    reason = " ".join(str(error).split())[:300]
+    if not isinstance(error, (OSError, ValueError)):
+        reason = f"{type(error).__name__}: {reason}"
+    return UserError(f"model_name_or_path: {recipe.base} is no causal language model ({reason})")
 
 
 def check_vocabulary(chat: Chat, config: PreTrainedConfig) -> None:
@@ -79,7 +87,7 @@ def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
     model_args = ModelConfig(**recipe.model)
     generation = load_generation_config(recipe.base, model_args.model_revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             recipe.base,
             revision=model_args.model_revision,
             dtype=torch.float32 if recipe.method == "full" else precision.dtype,
@@ -88,10 +96,15 @@ def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
             trust_remote_code=recipe.training.get("trust_remote_code", False),
             use_safetensors=True,
             generation_config=generation,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model_name_or_path: {recipe.base} cannot be loaded ({reason})") from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model_name_or_path: {recipe.base} cannot be loaded ({first_line(error)})") from None
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"model_name_or_path: the files of {recipe.base} lack {len(missing)} tensors of {type(model).__name__}, such as "
+            f"{missing[0]}, which would be drawn at random; get the base again, or take another one"
+        )
     if recipe.bits == 4:
         keep_cpu_weights_plain(model)
     leave_out_added_losses(model)

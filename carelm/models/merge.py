@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
 from carelm.chat.chat import Chat
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.files import read_json, write_whole
 from carelm.models.base import align_generation, load_config, load_generation_config, quantization_config
 from carelm.models.finite import not_finite
@@ -162,7 +162,7 @@ def _trained(
     try:
         model = get_peft_model(plain, peft_config, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise _other_base(adapter, recipe, str(error).strip().splitlines()[0]) from None
+        raise _other_base(adapter, recipe, first_line(error)) from None
     fitting = get_peft_model_state_dict(model, state_dict=model.state_dict(), save_embedding_layers=False)
     wanted = {name: list(tensor.shape) for name, tensor in fitting.items()}
     tensors = {

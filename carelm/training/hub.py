@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from carelm.data.sources import is_hub_id
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.recipe import Recipe
 
 
@@ -77,7 +77,7 @@ def push(recipe: Recipe) -> str:
         )
     except (HTTPError, OSError, ValueError) as error:  # ValueError: a name or a card that the Hub would not take
         raise UserError(
-            f"push_to_hub: the Hub refused {name} ({str(error).splitlines()[0]}); the run is finished and saved, and the same "
+            f"push_to_hub: the Hub refused {name} ({first_line(error)}); the run is finished and saved, and the same "
             "command tries again"
         ) from None
     return str(address)

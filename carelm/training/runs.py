@@ -60,6 +60,11 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
             f"output_dir: {file} is damaged ({error}); remove it, and run again: what is saved is gone on from"
         ) from None
     if metrics.get("budget") != _budget(recipe):
+        if not any(recipe.output_dir.glob("checkpoint-*")):
+            raise UserError(
+                f"output_dir: {recipe.output_dir} holds this run, finished at step {metrics['global_step']}, and no checkpoint "
+                "to go on from; begin anew with --restart (it is kept aside), or set another output_dir"
+            )
         return None
     finished.check(recipe, metrics)
     return metrics

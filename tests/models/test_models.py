@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -172,6 +173,40 @@ def test_the_loss_of_a_base_is_the_sum_over_its_rows_however_they_are_batched(ba
     assert float(parts) == pytest.approx(float(whole), rel=1e-5)
     said = "adds to the loss (output_router_logits) is left out" in capsys.readouterr().err
     assert said == isinstance(held, MixtralForCausalLM)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "abc"}, {"num_attention_heads": 7}, {"hidden_act": "none_such"}, {"rope_parameters": {"rope_type": "no"}},
+     {"dtype": "float99"}, {"vocab_size": -3}, {"num_hidden_layers": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_makes_no_model_is_one_line(base, tmp_path, change):
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    recipe = load_recipe(["--model_name_or_path", str(tmp_path / "base")], usage="")
+    with pytest.raises(UserError, match=r"^model_name_or_path: .*base is no causal language model \(.+\)$"):
+        adapters.check_base(recipe)
+
+
+@pytest.mark.parametrize("bits", ["true", "false"])
+@pytest.mark.parametrize("change", ["gone", "cut off"])
+def test_weights_that_are_not_whole_are_never_drawn_at_random(base, tmp_path, change, bits):
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    if change == "gone":
+        tensors = load_file(file)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, file, {"format": "pt"})
+    else:
+        file.write_bytes(file.read_bytes()[:-40])
+    recipe = load_recipe(["--model_name_or_path", str(tmp_path / "base"), "--load_in_4bit", bits], usage="")
+    line = (
+        "lack 1 tensors of LlamaForCausalLM, such as model.layers.1.mlp.up" if change == "gone" else "cannot be loaded"
+    )
+    with pytest.raises(UserError, match=f"model_name_or_path: .*base.* {line}"):
+        load_base(recipe, Precision("fp32", "test"))
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,14 @@ def test_a_run_of_an_earlier_version_without_its_weights_is_an_error(run):
         runs.find_finished(run)
 
 
+def test_more_steps_go_on_from_a_checkpoint_and_never_over_the_result(run):
+    run.training["max_steps"] = 24
+    with pytest.raises(UserError, match="finished at step 12, and no checkpoint to go on from; begin anew"):
+        runs.find_finished(run)
+    (run.output_dir / "checkpoint-12").mkdir()
+    assert runs.find_finished(run) is None
+
+
 def test_metrics_that_are_cut_off_are_an_error(run):
     file = run.output_dir / "train_metrics.json"
     file.write_text(file.read_text()[:-30])
