@@ -3,7 +3,7 @@
 from typing import Any
 
 from carelm.data.example import NoAnswer
-from carelm.data.tools import read_json, to_rows, to_tool_calls
+from carelm.data.tools import parse_json, to_rows, to_tool_calls
 from carelm.data.values import as_text, as_word, is_empty, is_missing
 from carelm.errors import UserError
 from carelm.recipe import Recipe
@@ -35,7 +35,7 @@ def to_turns(recipe: Recipe, source: str, messages: Any) -> tuple[list[dict], se
     """
     where = f"{source}: column '{recipe.messages_column}'"
     if isinstance(messages, str):  # a CSV file holds the list as JSON
-        messages = read_json(messages, f"{where} is text and no JSON list of messages") if messages.strip() else []
+        messages = parse_json(messages, f"{where} is text and no JSON list of messages") if messages.strip() else []
     messages = [] if is_missing(messages) else to_rows(messages)
     if not isinstance(messages, (list, tuple)):
         raise UserError(f"{where} holds a {type(messages).__name__}, no list of messages")
@@ -129,6 +129,8 @@ def _to_turn(recipe: Recipe, source: str, message: Any) -> tuple[dict[str, Any],
         for key in ("name", "tool_call_id"):
             if first(key):
                 turn[key] = _text(source, key, values[key], role)
+    if role not in ("assistant", "call"):  # never trained, as false and 0 say
+        used |= {key for key in TRAIN_KEYS if values.get(key) in (False, 0)}
     if content_key:
         turn["content"] = _text(source, content_key, values[content_key], role)
     elif not turn.keys() & {"tool_calls", "reasoning_content"} and not any(key in message for key in content_keys):

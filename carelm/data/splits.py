@@ -60,7 +60,8 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
             without_answer += 1
             report.first_without_answer = (report.first_without_answer + [source])[:3]
             continue
-        content = json.dumps([example.prompt, example.completion, example.tools], sort_keys=True, ensure_ascii=False)
+        parts = [example.prompt, example.completion, example.tools, example.references]
+        content = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         try:
             digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
         except UnicodeEncodeError as error:

@@ -15,7 +15,7 @@ ARGUMENTS = ("arguments", "parameters", "args", "input")
 OF_A_CALL = ("name", "id", "type", "index", "description", "call_id", "function")
 
 
-def read_json(text: str, problem: str) -> Any:
+def parse_json(text: str, problem: str) -> Any:
     """JSON text -> its value, NaN as None; raises UserError(problem) where it is none, or an object has a key twice."""
 
     def to_dict(members: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def to_tool_calls(source: str, value: Any) -> list[dict[str, Any]]:
 def _to_tool_call(source: str, call: Any) -> dict[str, Any]:
     function = call.get("function")
     if isinstance(function, str):
-        function = read_json(function, f"{source}: a tool call's function is text and no JSON object")
+        function = parse_json(function, f"{source}: a tool call's function is text and no JSON object")
     if is_empty(function):
         function = call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
@@ -64,7 +64,7 @@ def _to_tool_call(source: str, call: Any) -> dict[str, Any]:
     exact = isinstance(arguments, str)
     for _ in range(2):  # some logs hold JSON text in JSON text
         if isinstance(arguments, str) and arguments.strip():
-            arguments = read_json(arguments, f"{source}: the arguments of the tool call {name!r} are text and no JSON")
+            arguments = parse_json(arguments, f"{source}: the arguments of the tool call {name!r} are text and no JSON")
     is_blank = isinstance(arguments, str) and not arguments.strip()
     if is_blank or (arguments in (None, [], {}) if exact else is_empty(arguments)):
         arguments = {}
@@ -91,7 +91,7 @@ def to_tools(source: str, column: str, value: Any) -> list[dict[str, Any]] | Non
             )
         if isinstance(function.get("parameters"), str) and function["parameters"].strip():
             problem = f"{source}: the parameters of the tool {function['name']!r} are text and no JSON"
-            function = {**function, "parameters": read_json(function["parameters"], problem)}
+            function = {**function, "parameters": parse_json(function["parameters"], problem)}
         schema = next((key for key in ("input_schema", "inputSchema") if not is_empty(function.get(key))), None)
         if schema and is_empty(function.get("parameters")):  # as Anthropic and MCP call them
             function = {"parameters" if key == schema else key: v for key, v in function.items() if key != "parameters"}
@@ -105,11 +105,11 @@ def _list_of(value: Any, what: str) -> list[dict[str, Any]]:
         return []
     exact = isinstance(value, str)
     if exact:
-        value = read_json(value, f"{what}: text that is no JSON")
+        value = parse_json(value, f"{what}: text that is no JSON")
     value = to_rows(value if exact else plain(value, what))
     found = []
     for item in value if isinstance(value, list) else [value] if not is_empty(value) else []:
-        item = read_json(item, f"{what}: text that is no JSON object") if isinstance(item, str) else item
+        item = parse_json(item, f"{what}: text that is no JSON object") if isinstance(item, str) else item
         if not isinstance(item, dict):
             raise UserError(f"{what}: {item!r:.60} stands where an object should")
         found.append(item)

@@ -84,6 +84,14 @@ def test_duplicates_are_dropped_and_counted(tmp_path, make):
     assert len(examples["train"]) == 4 and reports["train"].dropped == {"duplicate": 2}
 
 
+def test_test_rows_that_differ_in_one_reference_are_no_duplicates(tmp_path, make):
+    write_jsonl(tmp_path / "folder/train.jsonl", pairs(3))
+    write_jsonl(tmp_path / "folder/test.jsonl", [{"question": "a", "one": "b", "two": two} for two in "ccd"])
+    examples, reports = splits.make_examples(make(tmp_path / "folder", reference_columns=["one", "two"]))
+    assert [e.references for e in examples["test"]] == [("b", "c"), ("b", "d")]
+    assert reports["test"].dropped == {"duplicate": 1}
+
+
 def test_row_filter_keeps_rows_by_column_and_must_leave_some(tmp_path, make):
     rows = [row | {"lang": "en" if row["n"] % 2 else "de", "kind": row["n"] % 3} for row in pairs(12)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
