@@ -61,6 +61,15 @@ def carelm_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def own_environment():
+    """What a launched file sets for its process (HF_HUB_OFFLINE, ...) ends with the test that ran it in this one."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch) -> Path:
     """Prepared data of one test is never read by another, nor by a user's run."""
     cache = tmp_path_factory.mktemp("cache")

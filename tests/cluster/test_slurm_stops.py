@@ -42,6 +42,7 @@ def test_later_starts_run_what_the_first_ran_and_the_run_goes_on_on_one_node_and
     assert jobs.goes_on(job, 2) < 5
     os.kill(jobs.freeze_in_save(job, 10), signal.SIGKILL)
     jobs.wait_for(job, "start 2[^$]*requeued, to go on where it was")
+    jobs.wait_for_state(job, "PENDING")  # a scancel in the moment before the requeue would be undone by it
     assert (jobs.code(job) / "COMMIT").exists()
     cluster.run("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED" and not (run / "checkpoint-10").exists()

@@ -220,6 +220,9 @@ class Jobs:
         """Until the log holds it."""
         self._until(job, lambda: re.search(pattern, self.log(job)), 0.03)
 
+    def wait_for_state(self, job: str, state: str) -> None:
+        self._until(job, lambda: self.cluster.job(job)["JobState"] == state, 0.1)
+
     def code(self, job: str) -> Path:
         """The copy of code and recipes that the job runs."""
         return self.run.parent / ".code" / job
