@@ -34,6 +34,8 @@ PROCESS_LAUNCHERS = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 }
 
+START = "start the ranks with torchrun --nproc_per_node N, accelerate launch or slurm/train.sh"
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
@@ -53,9 +55,29 @@ def say(message: str) -> None:
         print(f"carelm: {message}", file=sys.stderr, flush=True)
 
 
+def check_variables() -> None:
+    """Raises UserError where the variables that launchers set hold no number, name a rank that is not there, or are not all
+    there, as where a shell or container exports WORLD_SIZE alone. Empty ones count as not set."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not (value := os.environ.get(name, "0").strip()).isdecimal():
+            del os.environ[name]  # what follows can do without
+            if value:
+                raise UserError(f"{name}: the environment holds {value!r}, which is no number; {START}, or unset it")
+    if rank() >= world_size():
+        own, number = rank(), world_size()
+        del os.environ["RANK"]
+        raise UserError(f"RANK: the environment names rank {own} of {number} (WORLD_SIZE); {START}, or unset RANK")
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if world_size() > 1 and (missing := [name for name in needed if not os.environ.get(name)]):
+        raise UserError(
+            f"WORLD_SIZE: the environment names {world_size()} ranks but no {', '.join(missing)}; {START}, or unset WORLD_SIZE"
+        )
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Runs a launched file's `main`; a UserError or a full disk becomes one line, printed once, and its exit status."""
     try:
+        check_variables()
         return main()
     except UserError as caught:
         error = caught
@@ -178,9 +200,8 @@ def _check_alone() -> None:
             time.sleep(5)  # a launcher ends all processes once one has ended: the first comes first, with the message
             os._exit(UserError.exit_status)
         raise UserError(
-            f"num_processes: {launcher} has started {variables[number]} processes that do not know of one another; start the "
-            "ranks with torchrun --nproc_per_node N, accelerate launch or slurm/train.sh (for runs that have nothing to do "
-            "with one another set WORLD_SIZE=1)"
+            f"num_processes: {launcher} has started {variables[number]} processes that do not know of one another; {START} "
+            "(for runs that have nothing to do with one another set WORLD_SIZE=1)"
         )
 
 

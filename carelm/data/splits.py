@@ -43,7 +43,9 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
             chosen = sorted(random.Random(recipe.split_seed).sample(range(len(examples[split])), limit))
             examples[split] = [examples[split][i] for i in chosen]
     if not examples["train"]:
-        raise UserError(f"dataset_name: nothing is left to train on ({list_counts(reports['train'].dropped)})")
+        held_out = sum(len(examples[s]) for s in examples if "held out of train" in reports[s].notes)
+        drawn = f", {held_out} held out by validation_fraction and test_fraction" if held_out else ""
+        raise UserError(f"dataset_name: nothing is left to train on ({list_counts(reports['train'].dropped)}{drawn})")
     return examples, reports
 
 

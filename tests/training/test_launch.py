@@ -87,9 +87,38 @@ def test_one_process_of_a_job_and_ranks_of_a_launcher_are_not(monkeypatch, varia
     assert ranks.check_launch() is None
 
 
+@pytest.mark.parametrize(
+    "variables, named",
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE: the environment holds 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK: the environment holds '-1'"),
+        ({"RANK": "1"}, "RANK: the environment names rank 1 of 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK: .* rank 2 of 2"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: the environment names 2 ranks but no RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE: .* 2 ranks but no MASTER_PORT"),
+    ],
+)
+def test_variables_of_a_launcher_that_are_not_whole_are_refused(monkeypatch, variables, named):
+    clear(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{named}.*(torchrun|unset)"):
+        ranks.check_variables()
+    assert ranks.rank() == 0  # the line is said once
+
+
+def test_variables_that_are_empty_are_not_set(monkeypatch):
+    clear(monkeypatch)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    ranks.check_variables()
+    assert (ranks.rank(), ranks.local_rank(), ranks.world_size()) == (0, 0, 1)
+
+
 def clear(monkeypatch):
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ENVIRONMENT")
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_")) or name in ("RANK", "WORLD_SIZE", "ENVIRONMENT"):
+        if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_")) or name in own:
             monkeypatch.delenv(name)
 
 
