@@ -110,9 +110,8 @@ class Candidate:
     def load(self, chat: Chat) -> tuple["PreTrainedModel", dict[str, Any]]:
         """The model, ready to generate on this rank's device, and what to know of it: precision, size, seconds to load."""
         import torch
-        from peft import PeftModel
 
-        from carelm.models import base
+        from carelm.models import adapters, base
         from carelm.models.finite import not_finite
         from carelm.models.generation import unused_settings
 
@@ -123,7 +122,7 @@ class Candidate:
         of_base = base.count_parameters(model)[1]
         trained = read_json(Path(self.recipe.base) / "train_metrics.json").get("trainable_parameters")
         if self.adapter:
-            model = PeftModel.from_pretrained(model, self.adapter)
+            model = adapters.load_adapter(model, self.adapter)
             trained = base.count_parameters(model)[1] - of_base
         if bad := not_finite(model.named_parameters()):
             raise UserError(

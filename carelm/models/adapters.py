@@ -1,9 +1,19 @@
 """What is trained: an adapter on a frozen base, or the base itself."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig
@@ -14,9 +24,6 @@ from carelm.models.base import align_special_tokens, check_architecture, load_ba
 from carelm.models.precision import Precision
 from carelm.ranks import say
 from carelm.recipe import Recipe
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 def check_base(recipe: Recipe) -> PreTrainedModel:
@@ -104,7 +111,7 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
     )
 
 
-def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> "PeftModel":
+def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> PeftModel:
     """Freezes the base and puts a new adapter on it, the same one for the same seed on every rank.
 
     Raises:
@@ -128,7 +135,34 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> 
     return model
 
 
-def load_model(recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0) -> "PreTrainedModel | PeftModel":
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter of a folder on its base.
+
+    Raises:
+        UserError: where its file lacks a tensor or holds one that has no place there: PEFT leaves the first as it is before any
+            training, and the second out.
+    """
+    base, misfit = model.name_or_path, None
+    try:
+        model = PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError) as error:
+        misfit = " ".join(str(error).split())[:300]
+    else:
+        known = model.state_dict()
+        wanted = get_peft_model_state_dict(model, state_dict=known, save_embedding_layers=False).keys()
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            held = set(file.keys())
+        # Embeddings beside an adapter, as PEFT keeps them.
+        unused = {name for name in held - wanted if name not in known and not name.endswith(".base_layer.weight")}
+        if odd := sorted((wanted - held) | unused):
+            where = "for no part of that base" if odd[0] in held else "missing"
+            misfit = f"{len(odd)} tensors, such as {odd[0]}, are {where}"
+    if misfit:
+        raise UserError(f"models: {folder} belongs to another base than {base}, or its file is not whole ({misfit})")
+    return model
+
+
+def load_model(recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0) -> PreTrainedModel | PeftModel:
     """What is trained: the base alone (`full`) or with a new adapter, and told where an answer ends."""
     model = load_base(recipe, precision)
     align_special_tokens(model, chat)

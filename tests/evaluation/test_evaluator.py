@@ -545,6 +545,32 @@ def test_an_adapter_that_holds_nan_is_named_before_anything_is_answered(tmp_path
         candidate.check_finite()
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda tensors: {n: t for n, t in tensors.items() if "layers.2." not in n},
+            "14 tensors, such as .*layers.2.* are missing",
+        ),
+        (
+            lambda tensors: tensors | {n.replace("layers.3.", "layers.9."): t.clone() for n, t in tensors.items()},
+            "14 tensors, such as .*layers.9.* are for no part of that base",
+        ),
+        (lambda tensors: {n: t[:-1].contiguous() for n, t in tensors.items()}, "size mismatch"),
+    ],
+    ids=["missing", "of a larger base", "another size"],
+)
+def test_an_adapter_that_does_not_fit_is_named_and_not_half_used(tmp_path, change, line):
+    recipe = make_adapter(tmp_path / "run", "--load_in_4bit", "false")
+    candidate = candidates.find(recipe, "adapter")
+    file = tmp_path / "run/adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(
+        UserError, match=f"models: .*run belongs to another base than .*, or its file is not whole .*{line}"
+    ):
+        candidate.load(candidate.make_chat())
+
+
 def test_a_model_that_holds_infinity_in_its_precision_is_named(base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     tensors = load_file(tmp_path / "base/model.safetensors")
