@@ -70,10 +70,9 @@ def _join_sides(turns: list[dict], counts: Counter[str]) -> list[dict]:
     joined: list[dict] = []
     for turn in turns:
         before = joined[-1] if joined else {}
-        if turn["role"] == before.get("role") in ("user", "assistant") and turn.keys() == before.keys() == {
-            "role",
-            "content",
-        }:
+        if "tool_calls" in turn and "tool_calls" in before:  # calls in a row are made at once, as in a list of messages
+            joined[-1] = before | {"tool_calls": before["tool_calls"] + turn["tool_calls"]}
+        elif turn["role"] == before.get("role") in ("user", "assistant") and "tool_calls" not in {**turn, **before}:
             joined[-1] = before | {"content": f"{before['content']}\n\n{turn['content']}"}
             counts[f"{turn['role']} messages joined to the one before"] += 1
         else:

@@ -165,6 +165,20 @@ def test_a_message_that_an_export_holds_twice_counts_once(tmp_path, make):
     assert "2 messages that are there twice, left out" in note(recipe)
 
 
+def test_calls_in_a_row_are_one_turn_as_in_a_list_of_messages(tmp_path, make):
+    calls = ['{"name": "find_order", "arguments": {"order": 7}}', '{"name": "find_size", "arguments": {}}']
+    lines = [
+        ("user", "Where?"),
+        *(("function_call", call) for call in calls),
+        ("tool", "Sent."),
+        ("agent", "It is sent."),
+    ]
+    rows = write_jsonl(tmp_path / "rows.jsonl", tickets(*((1, i, *line) for i, line in enumerate(lines))))
+    whole = [{"messages": [{"role": role, "content": text} for role, text in lines]}]
+    in_list = make(write_jsonl(tmp_path / "list.jsonl", whole), messages_column="messages", trained_turns="all")
+    assert turns_of(make(rows, **TICKETS)) == turns_of(in_list)
+
+
 def test_numbers_that_go_through_all_tickets_have_no_gaps(tmp_path, make):
     rows = tickets((1, 11, "customer", "a"), (2, 12, "customer", "b"), (1, 13, "agent", "c"), (2, 17, "agent", "d"))
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS)
