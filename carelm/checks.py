@@ -55,6 +55,8 @@ def check(recipe: Recipe) -> None:
         raise UserError("logging_nan_inf_filter: a loss that is not finite ends the run; leave it out")
     if given["report_to"] is None:
         raise UserError("report_to: it names no tracker; write none")
+    if both := {*recipe.user_roles} & {*recipe.assistant_roles}:
+        raise UserError(f"user_roles and assistant_roles both hold {min(both)!r}; a role is one of the two")
     labels = [" ".join(label.split()) for label in recipe.labels]
     if "" in labels or "unparsable" in labels or len(set(labels)) < len(labels):
         raise UserError(f"labels: {recipe.labels}: each needs a name of its own that is neither empty nor 'unparsable'")

@@ -18,10 +18,11 @@ from carelm.recipe import Recipe
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose only booleans are true and false (a label may be yes or no), and that refuses a key written twice."""
+    """YAML as version 1.2 has it: booleans are true and false (a label may be yes or no), 01234 and 12:30 are text and no
+    numbers of base 8 and 60. A key written twice is refused."""
 
     yaml_implicit_resolvers = {
-        letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "int", "float")]
         for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -39,6 +40,16 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9]\d*)$", re.ASCII), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:0|[1-9]\d*)\.\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$", re.ASCII
+    ),
+    list("-+.0123456789"),
 )
 
 
@@ -160,6 +171,8 @@ def _split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list
             raise UserError(
                 f"'{argument}' is not a key: write --config {argument} for a recipe, --key value for the rest"
             )
+        elif argument.startswith("-") and argument[1:].partition("=")[0] in known_keys():
+            raise UserError(f"'{argument}' is not a key: write -{argument}")
         else:
             given[name].append(argument)
     given.pop("config", None)

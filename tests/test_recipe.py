@@ -317,6 +317,18 @@ def test_a_number_written_as_2e_4_is_a_number(load, tmp_path):
     assert load("--learning_rate", "2e-4").training["learning_rate"] == 2e-4
 
 
+def test_what_looks_like_a_number_of_base_8_or_60_is_text(tmp_path):
+    path = tmp_path / "zip.yaml"
+    words = "01234, 12:30, 1_000, 0x1F, 007.5, 10, -1, 2.5, 1.0e-05"
+    path.write_text(yaml.safe_dump(SMALL) + f"row_filter: {{zip: [{words}]}}\n")
+    recipe = load_recipe(["--config", str(path)], usage="")
+    assert recipe.row_filter == {"zip": ["01234", "12:30", "1_000", "0x1F", "007.5", 10, -1, 2.5, 1e-5]}
+
+
+def test_a_key_with_one_dash_is_refused(load):
+    assert "write --learning_rate" in message_of(load, "--max_length", "64", "-learning_rate", "1e-3")
+
+
 def test_the_command_line_overrides_the_file(load):
     recipe = load("--max_length", "64", "--split_seed=7", "--restart", max_length=128, split_seed=1)
     assert (recipe.max_length, recipe.split_seed, recipe.restart) == (64, 7, True)
@@ -352,6 +364,7 @@ def test_text_on_the_command_line_stays_text(load):
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit"),
         ({"load_in_4bit": True, "method": "full"}, "method"),
         ({"model_name_or_path": "./not_there"}, "model_name_or_path"),
+        ({"user_roles": ["a", "b"], "assistant_roles": ["b"]}, "user_roles and assistant_roles both hold 'b'"),
     ],
 )
 def test_keys_that_contradict_each_other_are_named(load, keys, named):
