@@ -216,6 +216,10 @@ def typed(key: Key, value: Any, where: str) -> Any:
     if "list" in kinds and not isinstance(value, dict):
         values = value if isinstance(value, list) else [value]
         texts = "list[str]" in key.annotation
+        if texts and None in values:
+            raise UserError(
+                f"{where}{key.name}: one of its words is null, that is nothing; write it in quotes, '\"null\"'"
+            )
         return [str(v).lower() if isinstance(v, bool) else str(v) if texts else v for v in values]
     if "int" in kinds and isinstance(value, int):
         return value

@@ -329,6 +329,11 @@ def test_a_key_with_one_dash_is_refused(load):
     assert "write --learning_rate" in message_of(load, "--max_length", "64", "-learning_rate", "1e-3")
 
 
+def test_null_is_no_word_and_in_quotes_it_is(load):
+    assert message_of(load, "--labels", "null", "x").startswith("--labels: one of its words is null")
+    assert load("--labels", '"null"', "x").labels == load(labels=["null", "x"]).labels == ["null", "x"]
+
+
 def test_the_command_line_overrides_the_file(load):
     recipe = load("--max_length", "64", "--split_seed=7", "--restart", max_length=128, split_seed=1)
     assert (recipe.max_length, recipe.split_seed, recipe.restart) == (64, 7, True)

@@ -58,7 +58,7 @@ def split_turns(turns: list[dict], trained_turns: str) -> tuple[list[dict], list
     """Turns -> the prompt and the completion, which begins with the first (trained_turns: all) or last trained answer.
 
     Raises:
-        NoAnswer: where there is none, or one that says nothing.
+        NoAnswer: where there is none, or one that says nothing, or answers nothing.
     """
     # A greeting that opens the conversation answers nothing: it is prompt.
     opening = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), 0)
@@ -73,6 +73,8 @@ def split_turns(turns: list[dict], trained_turns: str) -> tuple[list[dict], list
     first, last = trained[0 if trained_turns == "all" else -1], trained[-1]
     if any(not turns[i]["content"].strip() and not turns[i].get("tool_calls") for i in trained if i >= first):
         raise NoAnswer("empty answer")
+    if not any(t["content"].strip() or t.get("tool_calls") for t in turns[:first] if t["role"] != "system"):
+        raise NoAnswer("empty question")
     prompt = [{key: value for key, value in turn.items() if key != "train"} for turn in turns[:first]]
     return prompt, turns[first : last + 1]  # what follows the last answer is a question that nobody answered
 

@@ -339,6 +339,16 @@ def test_a_system_message_that_says_nothing_leaves_its_place_to_the_recipes(tmp_
     assert [m["content"] for m in prompt] == ["Be kind.", "Hi"]
 
 
+def test_an_answer_to_nothing_is_counted(tmp_path, make):
+    rows = [
+        {"messages": chat(("system", "Be kind."), ("user", nothing), ("assistant", "Hello."))}
+        for nothing in (None, " ")
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"messages": chat(*TURNS)}])
+    examples, reports = splits.make_examples(make(path, **MESSAGES, max_empty_share=0.9))
+    assert len(examples["train"]) == 1 and reports["train"].dropped == {"empty question": 2}
+
+
 def test_keys_that_are_not_used_are_said_in_one_line_with_their_rows(tmp_path, make):
     rows = [{"messages": [m | {"id": i, "mood": mood} for m in chat(("user", f"{i}?"), ("assistant", "Yes."))], "n": i}
             for i, mood in enumerate(("calm", None))]  # fmt: skip
