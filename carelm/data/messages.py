@@ -131,10 +131,12 @@ def _to_turn(recipe: Recipe, source: str, message: Any) -> tuple[dict[str, Any],
         for key in ("name", "tool_call_id"):
             if first(key):
                 turn[key] = _text(source, key, values[key], role)
+        results = [key for key in content_keys if isinstance(message.get(key), (list, tuple, dict))]
+        content_key = content_key or next(iter(results), None)  # [] or {}: the tool has found nothing
     if role not in ("assistant", "call"):  # never trained, as false and 0 say
         used |= {key for key in TRAIN_KEYS if values.get(key) in (False, 0)}
     if content_key:
-        turn["content"] = _text(source, content_key, values[content_key], role)
+        turn["content"] = _text(source, content_key, message[content_key], role)
     elif not turn.keys() & {"tool_calls", "reasoning_content"} and not any(key in message for key in content_keys):
         raise UserError(f"{source}: a message has {_keys(message)}; set content_key to the one with the text")
     return turn, set(values) - used
@@ -148,7 +150,7 @@ def _text(source: str, key: str, value: Any, role: str) -> str:
     """A message's text, text parts joined by line ends; what a tool returned may be any value, as JSON."""
     parts = [value] if isinstance(value, dict) else list(value) if isinstance(value, (list, tuple)) else None
     if parts is None or (
-        role == "tool" and not all(isinstance(p, dict) and p.get("type") in TEXT_PARTS for p in parts)
+        role == "tool" and not (parts and all(isinstance(p, dict) and p.get("type") in TEXT_PARTS for p in parts))
     ):
         return as_text(value, f"{source}: a message's '{key}'") or ""
     texts = []

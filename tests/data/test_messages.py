@@ -339,6 +339,15 @@ def test_a_system_message_that_says_nothing_leaves_its_place_to_the_recipes(tmp_
     assert [m["content"] for m in prompt] == ["Be kind.", "Hi"]
 
 
+@pytest.mark.parametrize(
+    ("found", "text"), [([], "[]"), ({}, "{}"), ([[]], "[[]]"), (None, ""), ("", ""), (False, "false")]
+)
+def test_what_a_tool_returned_is_said_where_it_found_nothing(tmp_path, make, found, text):
+    turns = [*chat(("user", "Stock?")), call(STOCK), {"role": "tool", "content": found}, *chat(("assistant", "None."))]
+    ((prompt, _),) = turns_of(make(write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}]), **MESSAGES))
+    assert prompt[-1] == {"role": "tool", "content": text}
+
+
 def test_an_answer_to_nothing_is_counted(tmp_path, make):
     rows = [
         {"messages": chat(("system", "Be kind."), ("user", nothing), ("assistant", "Hello."))}
