@@ -12,6 +12,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 train: $(READY)
 	accelerate launch train/sft.py
+	@echo "make: for commands of your own: source $(VENV)/bin/activate" >&2
 
 eval: $(READY)
 	python train/merge.py --adapter outputs/demo --output_dir outputs/demo/merged

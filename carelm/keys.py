@@ -195,7 +195,8 @@ def known(key: str, where: str) -> Key:
 def typed(key: Key, value: Any, where: str) -> Any:
     """The value in the key's type. YAML reads 2e-4 as text, so text that is a number counts as one."""
     kinds = {kind.strip().split("[")[0] for kind in key.annotation.split("|")}
-    problem = UserError(f"{where}{key.name}: {value!r} is not of type {key.annotation}")
+    hint = "; in YAML a text that begins with { stands in quotes" if isinstance(value, dict) and "str" in kinds else ""
+    problem = UserError(f"{where}{key.name}: {value!r} is not of type {key.annotation}{hint}")
     if isinstance(value, str) and value.lower() in ("none", "null") and "str" not in kinds:
         value = None
     if value is None:

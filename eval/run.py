@@ -61,6 +61,11 @@ def main() -> None:
             for model in models
             if (others := model.other_data_keys(recipe))
         ]
+        found["cautions"] += [
+            f"{model.name} was trained on other data than is here now ({', '.join(files)}): it may have seen test questions."
+            for model in models
+            if (files := model.changed_data(recipe))
+        ]
         found |= {"test": test, "conditions": answers.conditions(recipe)}
         report.write(folder, recipe, found, questions, lines)
         for sentence in found["verdicts"] + found["cautions"]:

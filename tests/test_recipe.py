@@ -403,6 +403,12 @@ def test_help_lists_every_own_key_and_starts_without_torch():
     assert "--deepspeed" not in shown.stdout
 
 
+def test_braces_without_quotes_are_told_so(tmp_path):
+    (tmp_path / "shop.yaml").write_text("prompt_template: {question}\n")
+    with pytest.raises(UserError, match="prompt_template: .*a text that begins with { stands in quotes"):
+        load_recipe(["--config", str(tmp_path / "shop.yaml")], usage="")
+
+
 def test_what_checks_a_recipe_and_its_data_imports_no_torch():
     modules = "carelm.recipe_file, carelm.training.prepared, carelm.chat.preview, carelm.ranks, carelm.training.runs"
     code = f"import sys, {modules}; print('torch' in sys.modules)"

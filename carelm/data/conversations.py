@@ -6,12 +6,12 @@ import datetime
 import email.utils
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from carelm.data.messages import to_turns
 from carelm.data.readers import Rows, series
-from carelm.data.report import SplitReport, list_counts
+from carelm.data.report import SplitReport, list_counts, shortened
 from carelm.data.values import cell_text, is_empty, is_missing
 from carelm.errors import UserError
 from carelm.recipe import Recipe
@@ -40,12 +40,13 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
     """
     counts: Counter[str] = Counter()
     as_named = dataclasses.replace(recipe, role_key=None, content_key=None)
-    turns = []
+    turns, roles = [], defaultdict(dict)
     for source, row in rows:
         if is_empty(row.get(recipe.role_column)):
             raise UserError(f"{source}: column '{recipe.role_column}' is empty; say who wrote the message")
         message = {"role": row[recipe.role_column], "content": cell_text(row, recipe.text_column, source) or ""}
         turns += to_turns(as_named, source, [message])[0]
+        roles[turns[-1]["role"]][str(row[recipe.role_column]).strip()] = None
     paths = _threads(recipe, rows, counts) if recipe.reply_to_column else _groups(recipe, rows, turns, counts)
     conversations = []
     for path in paths:
@@ -61,6 +62,9 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
     found = {what: number for what, number in counts.items() if number}
     report.notes.append(
         f"{len(rows)} messages are {len(conversations)} conversations" + (f"; {list_counts(found)}" if found else "")
+    )
+    report.notes.append(
+        "; ".join(f"{shortened(list(names))} counts as {role}" for role, names in sorted(roles.items()))
     )
     report.rows = len(conversations)
     return conversations

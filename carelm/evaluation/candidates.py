@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from carelm.chat.chat import Chat
 from carelm.chat.tokenizer import load_tokenizer
+from carelm.data.sources import hash_files
 from carelm.errors import UserError
 from carelm.files import fingerprint, locate, read_json
 from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA
@@ -148,6 +149,14 @@ class Candidate:
         about_data = [f.name for f in dataclasses.fields(recipe) if "help" in f.metadata and f.name in own]
         free = NOT_ABOUT_DATA | FREE_KEYS
         return [key for key in about_data if key not in free and getattr(recipe, key) != own[key]]
+
+    def changed_data(self, recipe: Recipe) -> list[str]:
+        """The recipe's data files that are not what they were when this adapter was trained on them."""
+        metrics = read_json(self.adapter / "train_metrics.json") if self.adapter else {}
+        if not metrics.get("data_files") or _keys_of(self.adapter).get("dataset_name") != recipe.dataset_name:
+            return []
+        then, now = metrics["data_files"], hash_files(recipe) or {}
+        return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
 
 def find_candidates(recipe: Recipe) -> list[Candidate]:

@@ -70,6 +70,13 @@ def test_messages_of_one_conversation_are_put_together_in_order(tmp_path, make, 
     assert note(recipe) == "6 messages are 2 conversations" and reports["train"].rows == 2
 
 
+def test_which_names_count_as_which_role_is_said(tmp_path, make):
+    rows = [*TWO_TICKETS, *tickets((9, 1, "Kunde", "Open?"), (9, 2, "Bot", "Until nine."), (9, 3, "System", "Closed."))]
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS, user_roles=["Kunde"])
+    notes = splits.make_examples(recipe)[1]["train"].notes
+    assert "agent, Bot counts as assistant; System counts as system; customer, Kunde counts as user" in notes
+
+
 def test_without_an_order_messages_stay_as_they_stand_and_shards_are_one_split(tmp_path, make):
     rows = sorted(TWO_TICKETS, key=lambda row: row["n"])
     write_jsonl(tmp_path / "folder/train-00000-of-00002.jsonl", rows[:3])

@@ -1,0 +1,22 @@
+"""What the evaluator knows of a model before it is loaded."""
+
+import json
+
+from carelm.data.sources import hash_files
+from carelm.evaluation.candidates import Candidate
+from carelm.recipe_file import load_recipe, save_recipe
+
+
+def test_data_that_has_changed_since_an_adapter_was_trained_on_it_is_named(tmp_path):
+    rows, run = tmp_path / "tickets.csv", tmp_path / "run"
+    rows.write_text("question,reply\na,b\n")
+    keys = ["--dataset_name", str(rows), "--prompt_template", "{question}", "--completion_template", "{reply}"]
+    recipe = load_recipe([*keys, "--output_dir", str(run)], usage="")
+    run.mkdir()
+    save_recipe(recipe, run / "recipe.yaml")
+    (run / "train_metrics.json").write_text(json.dumps({"data_files": hash_files(recipe)}))
+    adapter = Candidate(name="adapter", kind="adapter", recipe=recipe, adapter=run, home=recipe.base)
+    assert adapter.changed_data(recipe) == []
+    rows.write_text("question,reply\na,b\nc,d\n")
+    assert adapter.changed_data(recipe) == ["tickets.csv"]
+    assert Candidate(name="base", kind="base", recipe=recipe, adapter=None, home=recipe.base).changed_data(recipe) == []
