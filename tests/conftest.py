@@ -62,7 +62,9 @@ def carelm_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    """What a launched file sets for its process (HF_HUB_OFFLINE, ...) ends with the test that ran it in this one."""
+    """What a launched file sets for its process (HF_HUB_OFFLINE, ...) ends with the test that ran it in this one; what a
+    fixture of a whole file has left is not seen either."""
+    os.environ.pop("HF_HUB_OFFLINE", None)
     before = dict(os.environ)
     yield
     os.environ.clear()
