@@ -80,7 +80,7 @@ def main() -> None:
     speed = callbacks.Speed()
     fingerprint = base.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
     run = Trainer(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
-                          callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
+                  callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
     run.started = STARTED
     run.follow(speed, checkpoint)
     run.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

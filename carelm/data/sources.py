@@ -46,6 +46,13 @@ def hash_files(recipe: Recipe) -> dict[str, str] | None:
     return hashes
 
 
+def changed_files(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Of files by their hashes (`hash_files`) those that are not what they were, each with what became of it."""
+    gone = {name: "is gone" for name in then if name not in now}
+    changed = {name: "has changed" for name in then if now.get(name, then[name]) != then[name]}
+    return gone | changed | {name: "is new" for name in now if name not in then}
+
+
 def stay_offline(recipe: Recipe) -> None:
     """Where a run needs nothing from a hub, none is waited for; to be called before any library of the Hub is imported."""
     if os.path.exists(recipe.base) and not is_hub_id(recipe.dataset_name) and not recipe.training.get("push_to_hub"):

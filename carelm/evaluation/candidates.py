@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from carelm.chat.chat import Chat
 from carelm.chat.tokenizer import load_tokenizer
-from carelm.data.sources import hash_files
+from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
 from carelm.files import fingerprint, locate, read_json
 from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA
@@ -155,8 +155,7 @@ class Candidate:
         metrics = read_json(self.adapter / "train_metrics.json") if self.adapter else {}
         if not metrics.get("data_files") or _keys_of(self.adapter).get("dataset_name") != recipe.dataset_name:
             return []
-        then, now = metrics["data_files"], hash_files(recipe) or {}
-        return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        return sorted(changed_files(metrics["data_files"], hash_files(recipe) or {}))
 
 
 def find_candidates(recipe: Recipe) -> list[Candidate]:

@@ -47,10 +47,9 @@ def check_base(recipe: Recipe) -> PreTrainedModel:
     except Exception as error:  # each architecture raises its own
         raise no_language_model(recipe, error) from None
     check_architecture(model, recipe.model["model_name_or_path"])
-    shifted = (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    )  # where transformers' smoothed loss compares with the next token
-    if recipe.training.get("label_smoothing_factor") and type(model).__name__ not in shifted:
+    # Elsewhere transformers' smoothed loss does not compare with the next token.
+    is_shifted = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if recipe.training.get("label_smoothing_factor") and not is_shifted:
         raise UserError(f"label_smoothing_factor: it is not there for {type(model).__name__}; leave it out")
     held = getattr(config, "quantization_config", None) or {}
     held = held if isinstance(held, dict) else held.to_dict()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from carelm.data.report import shortened
-from carelm.data.sources import hash_files
+from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
 from carelm.files import code_fingerprint
 from carelm.ranks import say
@@ -75,10 +75,9 @@ def _changed_data(recipe: Recipe, metrics: dict[str, Any], same_code: bool) -> l
     if now is None:
         say(f"the data of this finished run cannot be read here and is not compared ({why})")
         return []
-    changes = [f"{file} is gone" for file in recorded if file not in now]
-    changes += [f"{file} has changed" for file in recorded if now.get(file, recorded[file]) != recorded[file]]
-    new = [f"{file} is new" for file in now if file not in recorded]
-    return changes + (new if same_code else [])  # other code may read other files of the same folder
+    # Other code may read other files of the same folder.
+    changes = changed_files(recorded, now).items()
+    return [f"{file} {what}" for file, what in changes if same_code or what != "is new"]
 
 
 def _code() -> str:

@@ -56,9 +56,7 @@ def test_on_a_cpu_nothing_is_compiled_at_the_import():
     ],
 )
 def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, variables, launcher):
-    clear(monkeypatch)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    launched_with(monkeypatch, variables)
     with pytest.raises(UserError, match=f"num_processes: {launcher}.* has started . processes .* torchrun"):
         ranks.check_launch()
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -81,9 +79,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, vari
     ],
 )
 def test_one_process_of_a_job_and_ranks_of_a_launcher_are_not(monkeypatch, variables):
-    clear(monkeypatch)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    launched_with(monkeypatch, variables)
     assert ranks.check_launch() is None
 
 
@@ -99,27 +95,26 @@ def test_one_process_of_a_job_and_ranks_of_a_launcher_are_not(monkeypatch, varia
     ],
 )
 def test_variables_of_a_launcher_that_are_not_whole_are_refused(monkeypatch, variables, named):
-    clear(monkeypatch)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    launched_with(monkeypatch, variables)
     with pytest.raises(UserError, match=f"^{named}.*(torchrun|unset)"):
         ranks.check_variables()
     assert ranks.rank() == 0  # the line is said once
 
 
 def test_variables_that_are_empty_are_not_set(monkeypatch):
-    clear(monkeypatch)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "")
+    launched_with(monkeypatch, dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE"), ""))
     ranks.check_variables()
     assert (ranks.rank(), ranks.local_rank(), ranks.world_size()) == (0, 0, 1)
 
 
-def clear(monkeypatch):
+def launched_with(monkeypatch, variables):
+    """These are the only variables of a launcher."""
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ENVIRONMENT")
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_")) or name in own:
             monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_of_several_processes_the_first_alone_says_so():
