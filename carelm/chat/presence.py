@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from carelm.chat.tokens import strings
 from carelm.errors import UserError
 
 
@@ -122,7 +123,8 @@ def _parts(messages: list[dict], tools: list[dict] | None, thoughts: set[int]) -
         found.append(("content", message.get("content") or ""))
         for call in message.get("tool_calls") or []:
             function = _function(call)
-            texts = [function.get("name") or "", *_leaves(_arguments(function))]
+            # Of the arguments the texts: numbers and the like may be written in several ways.
+            texts = [function.get("name") or "", *strings(_arguments(function), keys=False)]
             found += [("tool_calls", text) for text in texts]
         yield from (Part(i + 1, what, text.strip()) for what, text in found if text.strip())
 
@@ -137,18 +139,6 @@ def _arguments(function: dict) -> Any:
         return json.loads(arguments) if isinstance(arguments, str) else arguments
     except json.JSONDecodeError:
         return arguments
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """The texts in tool arguments; numbers and the like may be written in several ways."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _leaves(item)
 
 
 def _marked_call(call: dict, mark: Callable[[], str]) -> dict:

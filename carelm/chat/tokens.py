@@ -49,7 +49,7 @@ class Encoder:
 
     def mark(self, messages: Any) -> Any:
         """The messages or tools with marks around special tokens in their text; as they are where there are none."""
-        return self._marked(messages) if any(map(self._special.search, _strings(messages))) else messages
+        return self._marked(messages) if any(map(self._special.search, strings(messages, keys=True))) else messages
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -155,13 +155,15 @@ def unmark(text: str) -> str:
     return text.replace(OPEN, "").replace(CLOSE, "")
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any, *, keys: bool) -> Iterator[str]:
+    """The texts in a value of objects and lists, those of its objects' keys only where `keys` says so."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
+            if keys:
+                yield from strings(key, keys=keys)
+            yield from strings(item, keys=keys)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _strings(item)
+            yield from strings(item, keys=keys)
