@@ -220,14 +220,15 @@ def check_launch_without_zero3() -> Launch | None:
     return launch
 
 
-def join() -> None:
-    """A process group over gloo, for ranks that compute each for itself and only wait for one another, however long."""
+def join(timeout_s: float = 7 * 24 * 3600) -> None:
+    """A process group over gloo. Without a timeout it is for ranks that compute each for itself and only wait for one
+    another, however long."""
     if world_size() > 1:
         import datetime
 
         import torch.distributed
 
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def gather(value: Any) -> list[Any]:

@@ -9,6 +9,8 @@ from typing import Any
 from carelm.errors import UserError
 from carelm.files import OWN_CACHE, cache, locate
 
+PRECISION_NOTE = "precision.json"  # in the output folder: what `precision: auto` has measured on a CPU, and chosen
+
 
 def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     metadata = {"help": help, "choices": choices}
@@ -25,7 +27,8 @@ class Recipe:
     method: str = _key("lora", "What is trained.", ("lora", "full", "prompt_tuning"))
     precision: str = _key(
         "auto",
-        "auto: bf16 on GPUs of compute capability 8.0 and newer, fp16 on older ones, fp32 on a CPU.",
+        "auto: bf16 on GPUs of compute capability 8.0 and newer, fp16 on older ones; on a CPU bf16 where its products are at "
+        "least twice as fast as fp32's, else fp32: measured at the run's first start and kept in output_dir.",
         ("auto", "bf16", "fp16", "fp32"),
     )
     global_batch_size: int = _key(

@@ -40,15 +40,21 @@ def main() -> None:
     ranks.use_cpu(launch)
     from carelm import quiet
     from carelm.evaluation import answers, report, results
+    from carelm.models.precision import choose_precision
     from carelm.training import stops
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank())
+    ranks.join()
+    if recipe.precision == "auto" and not torch.cuda.is_available():
+        precision = choose_precision(recipe.precision, recipe.output_dir, training=False)
+        precision.keep(recipe.output_dir)
+        ranks.say(f"all models answer in {precision.name} ({precision.reason})")
+        models = [model.computing_in(precision.name) for model in models]
     folder = recipe.output_dir / "eval"
     asked = [answers.prepare(recipe, model, questions, folder) for model in models]
     watch = stops.HangWatch(recipe.stall_timeout)
-    ranks.join()
     folder.mkdir(parents=True, exist_ok=True)
     lines, measured = {}, {}
     for one in asked:

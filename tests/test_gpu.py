@@ -71,7 +71,7 @@ def test_fp16_trains_as_on_a_t4_with_fp32_trainable_weights_and_no_bf16_tensor(t
 
 
 def test_auto_precision_is_bf16_from_compute_capability_8_and_fp16_below(tmp_path):
-    _, _, metrics = launch(tmp_path, "gpu")
+    _, _, metrics = launch(tmp_path, "gpu", "--precision", "auto")
     assert metrics["precision"] == ("bf16" if has_bf16() else "fp16")
 
 

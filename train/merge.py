@@ -72,14 +72,18 @@ def main() -> None:
     from carelm.evaluation import candidates, certificate
     from carelm.evaluation.questions import make_questions
     from carelm.models import merge
+    from carelm.models.precision import choose_precision
     from carelm.training import checkpoints
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     adapter = candidates.find(recipe, str(options.adapter), is_own=True)
     adapter.check_base()
     adapter.check_finite()
-    trained_in = files.read_json(options.adapter / "train_metrics.json").get("precision")
-    precision = trained_in or adapter.precision().name
+    saved = find_recipe(options.adapter)
+    run = saved.parent if saved else options.adapter
+    here = choose_precision(recipe.precision, run, training=False).name
+    adapter = adapter.computing_in(here)
+    precision = files.read_json(options.adapter / "train_metrics.json").get("precision") or here
     held = dataclasses.replace(adapter.recipe, precision=precision)
     onto = options.onto or ("quantized" if held.bits else "base")
     if onto == "quantized" and not held.bits:

@@ -62,7 +62,9 @@ def main() -> None:
     from carelm.training.optional import check_optional
     from carelm.training.trainer import Trainer
 
-    precision = choose_precision(recipe.precision)
+    if not torch.cuda.is_available():
+        ranks.join(recipe.training.get("ddp_timeout", 1800))
+    precision = choose_precision(recipe.precision, recipe.output_dir, anew=runs.restarts(recipe))
     base.check_vocabulary(chat, base.load_config(recipe))
     shape = adapters.check_base(recipe)
     arguments = make_training_args(recipe, prepared, precision)
@@ -70,6 +72,7 @@ def main() -> None:
     zero_stage = runs.check_zero(recipe, launch, arguments)
     check_nodes_agree(prepared)
     checkpoint = runs.open_output(recipe, arguments)
+    precision.keep(recipe.output_dir)
     stop_requests = stops.StopRequests(recipe, launch)
 
     model = adapters.load_model(recipe, chat, precision, zero_stage)

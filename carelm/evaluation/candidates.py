@@ -75,7 +75,13 @@ class Candidate:
         """What it computes in on this machine; raises UserError where that is not possible."""
         from carelm.models.precision import choose_precision
 
-        return choose_precision(self.recipe.precision, training=False)
+        return choose_precision(self.recipe.precision, self.recipe.output_dir, training=False)
+
+    def computing_in(self, name: str) -> "Candidate":
+        """The same in this precision, where it is left open (`auto`)."""
+        if self.recipe.precision != "auto":
+            return self
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, precision=name))
 
     def check_base(self) -> None:
         """Raises UserError where the base that an adapter was trained on has changed since."""

@@ -2,6 +2,7 @@
 
 outputs/NAME/
     recipe.yaml           the recipe as resolved, from the start
+    precision.json        what `precision: auto` has measured on a CPU at the first start, and chosen
     data_report.json      what became of the rows
     checkpoint-N/         see carelm.training.checkpoints
     runs/                 TensorBoard
@@ -22,7 +23,7 @@ from carelm.errors import UserError
 from carelm.files import write_whole
 from carelm.provenance import git_commit, versions
 from carelm.ranks import Launch, rank, say, share
-from carelm.recipe import Recipe
+from carelm.recipe import PRECISION_NOTE, Recipe
 from carelm.recipe_file import check_identity, save_recipe
 from carelm.training import finished, hub
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"  # held by the first rank of the run that writes there
 RESTARTED = ".restarted_by_job"
-MADE_BESIDE = {"eval", "merged"}  # by eval/run.py and train/merge.py
+MADE_BESIDE = {"eval", "merged", PRECISION_NOTE}  # by eval/run.py and train/merge.py, maybe before there is a run
 LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 
 
@@ -44,7 +45,7 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
     saved = recipe.output_dir / "recipe.yaml"
     if not saved.exists():
         _check_unclaimed(recipe.output_dir)
-    if not saved.exists() or _restarts(recipe):
+    if not saved.exists() or restarts(recipe):
         return None
     if _names(recipe.output_dir) <= {"recipe.yaml", "runs", *MADE_BESIDE}:
         say(f"{recipe.output_dir} holds a run that ended before its first checkpoint; it begins anew")
@@ -75,7 +76,7 @@ def _budget(recipe: Recipe) -> dict[str, Any]:
     return {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")}
 
 
-def _restarts(recipe: Recipe) -> bool:
+def restarts(recipe: Recipe) -> bool:
     """Whether to begin anew: a job that SLURM starts again goes on with what its first start began."""
     if not recipe.restart or os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         return recipe.restart
@@ -151,7 +152,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
     folder, problem, newest = recipe.output_dir, None, None
     if rank() == 0:
         try:
-            anew = _restarts(recipe)
+            anew = restarts(recipe)
             if folder.exists() and not anew:
                 newest = checkpoints.newest_whole(folder)
             if folder.exists() and _lock(folder) and not anew:

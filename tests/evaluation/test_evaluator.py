@@ -349,6 +349,17 @@ def test_evaluating_the_base_first_does_not_claim_the_folder(tmp_path, monkeypat
     assert runs.find_finished(load_recipe(["--output_dir", str(tmp_path / "run")], usage="")) is None
 
 
+def test_all_models_answer_in_the_precision_that_the_run_has_kept(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    make_adapter(run)
+    (run / "precision.json").write_text('{"precision": "bf16", "matmul_flops": {"fp32": 2e11, "bf16": 8e11}}')
+    monkeypatch.setattr("carelm.models.precision.matmul_ceiling", lambda *_, **__: pytest.fail("it was measured again"))
+    few = ("--output_dir", str(run), "--max_eval_samples", "2", "--precision", "auto", *KEYS[2:])
+    run_here(monkeypatch, capsys, *few, "--models", "base", "adapter", "base@fp32")
+    models = json.loads((run / "eval/results.json").read_text())["models"]
+    assert [model["precision"] for model in models.values()] == ["bf16", "bf16", "fp32"]
+
+
 def test_a_killed_comparison_goes_on_with_what_is_left(compared, tmp_path, monkeypatch, capsys):
     folder, last = compared
     torn = tmp_path / "run"
