@@ -95,7 +95,9 @@ def main() -> None:
         "adapter": candidates.adapter_fingerprint(options.adapter),
         "bits": held.bits,
     }
-    tolerance = options.tolerance if options.tolerance is not None else certificate.tolerance(onto, held.bits, dtype)
+    tolerance = (
+        options.tolerance if options.tolerance is not None else certificate.tolerance(onto, held.bits, dtype, here)
+    )
     there = files.read_json(options.output_dir / "merge.json")
     if all(there.get(key) == value for key, value in about.items()):
         if options.num_prompts and not (there["mean_kl"] is not None and there["mean_kl"] <= tolerance):

@@ -36,10 +36,17 @@ class Certificate:
     same_text_share: float
 
 
-def tolerance(onto: str, bits: int | None, dtype: str) -> float:
-    """The largest mean KL divergence of such a merge, in nats; `bits` is how the adapter's base was held."""
+def tolerance(onto: str, bits: int | None, dtype: str, computed_in: str = "fp32") -> float:
+    """The largest mean KL divergence of such a merge, in nats.
+
+    Args:
+        bits: how the adapter's base was held.
+        dtype: of the merge.
+        computed_in: the precision of the adapter's own answers here, which are rounded too.
+    """
+    rounding = max(ROUNDING[dtype], ROUNDING[computed_in])
     same_weights = bits is None or (onto == "quantized" and bits == 4)
-    return ROUNDING[dtype] if same_weights else OTHER_FUNCTION[bits] + ROUNDING[dtype]
+    return rounding if same_weights else OTHER_FUNCTION[bits] + rounding
 
 
 def certify(adapter: Candidate, merged: Candidate, questions: list[Question], max_new_tokens: int) -> Certificate:
