@@ -79,17 +79,24 @@ def run(command: list[str], environment: dict[str, str], timeout_s: float) -> Ou
         errors="replace",
         start_new_session=True,
     )
+    status = None
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
         status = process.returncode
     except subprocess.TimeoutExpired:
-        # torch's launcher gives each rank a session of its own, so the process group does not hold them.
+        end(process)
+        stdout, stderr = process.communicate()
+    finally:
+        end(process)  # where this script is stopped itself
+    return Outcome(status, time.perf_counter() - clock, stdout, stderr, started)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kills a process with all that it started; torch's launcher gives each rank a session of its own, so no group has them."""
+    if process.poll() is None:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-        stdout, stderr = process.communicate()
-        status = None
-    return Outcome(status, time.perf_counter() - clock, stdout, stderr, started)
 
 
 def threads(ranks: int) -> str:

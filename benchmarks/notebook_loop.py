@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from timed import peak_memory
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -71,7 +72,8 @@ def main() -> None:
             optimizer.zero_grad()
             step += 1
             with open(options.times, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "time": time.time(), "world_size": 1}) + "\n")
+                line = {"step": step, "time": time.time(), "world_size": 1} | peak_memory()
+                file.write(json.dumps(line) + "\n")
                 file.write(json.dumps({"step": step, "loss": loss.item()}) + "\n")
 
 

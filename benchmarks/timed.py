@@ -4,8 +4,8 @@
     accelerate launch benchmarks/timed.py --times FILE .../trl/scripts/sft.py --model_name_or_path demo/base ...
 
 The script is not changed: a callback is added to those that every Trainer has. Rank 0 writes JSON lines: one per step
-(`step`, `time`, `world_size`, `peak_memory_bytes`), one per logged loss (`step`, `loss`), and a last one with the
-dtypes that were there at the end of training.
+(`step`, `time`, `world_size`, `code`: where carelm came from, `peak_memory_bytes`), one per logged loss (`step`, `loss`),
+and a last one with the dtypes that were there at the end of training.
 """
 
 import argparse
@@ -37,6 +37,7 @@ class StepTimes(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         line = {"step": state.global_step, "time": time.time(), "world_size": args.world_size}
+        line["code"] = getattr(sys.modules.get("carelm"), "__file__", None)
         self.write(state, line | peak_memory())
         if state.global_step == self.stop_after and state.is_world_process_zero:
             Path(args.output_dir, "stop_request").write_text("benchmarks/timed.py --stop_after\n")
