@@ -1,5 +1,7 @@
 """Runs train/sft.py and, from inside its ranks, writes down what only they can see.
 
+The loss is taken in chunks of 16 tokens, so that the ranks of a step have unlike numbers of them.
+
 Into $PROBE: rank-R.json with the bytes of the 4-bit base that rank R holds under ZeRO-3, and logits.safetensors with
 the final logits on fixed tokens.
 """
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 import transformers.trainer
 from safetensors.torch import save_file
+
+from carelm.models import loss
 
 TOKENS = torch.arange(40, 72).reshape(2, 16)
 
@@ -38,6 +42,7 @@ class Probe(transformers.TrainerCallback):
 
 if __name__ == "__main__":
     transformers.trainer.DEFAULT_CALLBACKS.append(Probe)
+    loss.CHUNK_BYTES = 16 * 4 * 2048
     sys.argv[0] = "train/sft.py"
     sys.path.insert(0, "train")
     runpy.run_path("train/sft.py", run_name="__main__")

@@ -21,6 +21,7 @@ from trl import ModelConfig
 from carelm.chat.chat import Chat
 from carelm.errors import UserError, first_line
 from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config, no_language_model
+from carelm.models.loss import use_chunked_loss
 from carelm.models.precision import Precision
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -162,7 +163,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def load_model(recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0) -> PreTrainedModel | PeftModel:
-    """What is trained: the base alone (`full`) or with a new adapter, and told where an answer ends."""
-    model = load_base(recipe, precision)
-    align_special_tokens(model, chat)
-    return model if recipe.method == "full" else add_adapter(model, recipe, zero_stage)
+    """What is trained: the base alone (`full`) or with a new adapter, told where an answer ends, its loss taken in chunks."""
+    base = load_base(recipe, precision)
+    align_special_tokens(base, chat)
+    model = base if recipe.method == "full" else add_adapter(base, recipe, zero_stage)
+    use_chunked_loss(base, recipe.training.get("label_smoothing_factor") or 0.0, zero_stage=zero_stage)
+    return model

@@ -79,6 +79,7 @@ class Trainer(transformers.Trainer):
             processing_class=chat.tokenizer,
             callbacks=callbacks,
         )
+        self.label_smoother = None  # the model's forward does it (carelm.models.loss)
         self.remove_callback(transformers.PrinterCallback)
         multiple = args.pad_to_multiple_of
         if not isinstance(multiple, int):
@@ -123,15 +124,6 @@ class Trainer(transformers.Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             worker_init_fn=ignore_signals,
         )
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss as in transformers; logits are only made from the first trained token of the batch on."""
-        if self.recipe.method != "prompt_tuning":  # PEFT lengthens the labels by the virtual tokens itself
-            trained = (inputs["labels"] != -100).any(dim=0).nonzero()
-            first = int(trained[0]) if len(trained) else inputs["labels"].shape[1] - 1
-            keep = inputs["labels"].shape[1] - max(first - 1, 0)  # the position before it predicts it
-            inputs = {**inputs, "labels": inputs["labels"][:, -keep:], "logits_to_keep": keep}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The mean loss over all trained tokens of the validation split: the same on any number of ranks.

@@ -1,0 +1,173 @@
+"""The loss of a causal language model over its trained tokens alone, in chunks: no [batch, length, vocabulary] is made.
+
+The hidden states that predict a trained token are gathered over the micro-batch, [tokens, hidden]; head and cross-entropy run
+over them a chunk at a time. It all lies below PEFT, DDP and DeepSpeed: the forward of the causal model itself is replaced, and
+the chunks are within one call of its head, so that ZeRO-3 gathers the head once, however many chunks a rank has.
+
+What a model does to its logits besides (a cap, a scale, a loss of its own) is found by computing the start of the first
+micro-batch both ways.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from carelm.ranks import any_rank, say
+
+CHUNK_BYTES = 64 * 2**20  # of fp32 logits
+COMPARED_TOKENS = 64
+TOLERANCE = 1e-5  # relative; both ways make the compared logits by the same product, so that 16 bits round alike
+IGNORED = -100
+
+
+def use_chunked_loss(model: PreTrainedModel, label_smoothing: float = 0.0, *, zero_stage: int = 0) -> None:
+    """Replaces the forward of a causal model for calls with labels; called once the adapter is on it.
+
+    The loss is the fp32 cross-entropy summed over the trained tokens and divided by `num_items_in_batch` (by their number where
+    that is not given), as in transformers' ForCausalLMLoss; there are no logits in the output. Without labels the model's own
+    forward runs.
+    """
+    plain, body, head = model.forward, model.base_model, model.get_output_embeddings()
+    is_chunked = None  # decided at the first micro-batch
+    if body is model or head is None:
+        is_chunked = False
+        _say_whole(model, "its body and head are not told apart")
+    else:
+        _let_sum_loss(head, max(1, CHUNK_BYTES // (4 * model.config.get_text_config().vocab_size)), label_smoothing)
+        if zero_stage == 3:
+            from deepspeed.utils import set_z3_leaf_module
+
+            set_z3_leaf_module(head, True)  # an adapter on the head is gathered with it, once
+
+    @functools.wraps(plain)
+    def forward(*args, labels=None, num_items_in_batch=None, **kwargs):
+        nonlocal is_chunked
+        if labels is None:
+            return plain(*args, **kwargs)
+        if is_chunked is None:
+            is_chunked = not any_rank(_differ(plain, body, head, labels, kwargs), labels.device)
+            if not is_chunked:
+                _say_whole(model, "its loss is not that of its head alone")
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORED).sum()
+        if is_chunked:
+            hidden, targets = body(*args, **kwargs)[0], _next(labels)
+            trained = (targets != IGNORED).flatten().nonzero()[:, 0]
+            if not len(trained):  # the head takes part all the same: other ranks wait for it
+                trained = trained.new_zeros(1)
+            loss = head(hidden.flatten(0, 1)[trained], targets.flatten()[trained]) / num_items_in_batch
+        else:
+            loss = _whole_loss(plain, labels, num_items_in_batch, label_smoothing, *args, **kwargs)
+        return CausalLMOutputWithPast(loss=loss)
+
+    model.forward = forward
+
+
+def _say_whole(model: PreTrainedModel, reason: str) -> None:
+    say(
+        f"{type(model).__name__}: {reason}, so that the logits of whole rows are made, which takes more memory and time"
+    )
+
+
+def _next(labels: torch.Tensor) -> torch.Tensor:
+    """For each position the token that it predicts, [batch, length]."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _keep(labels: torch.Tensor) -> int:
+    """How many positions at the end of the rows predict all trained tokens."""
+    trained = (labels != IGNORED).any(dim=0).nonzero()
+    return labels.shape[1] - max(int(trained[0]) - 1, 0) if len(trained) else 1
+
+
+def _whole_loss(plain, labels, num_items_in_batch, label_smoothing, *args, **kwargs) -> torch.Tensor:
+    """The loss as the model computes it, with logits from the first trained token of the batch on."""
+    keep = _keep(labels)
+    labels = labels[:, -keep:]
+    if not label_smoothing:
+        kwargs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
+        return plain(*args, logits_to_keep=keep, **kwargs)[0]
+    logits = plain(*args, logits_to_keep=keep, **kwargs)[0].float()
+    targets = _next(labels)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", label_smoothing=label_smoothing)
+    return loss / num_items_in_batch
+
+
+def _differ(plain, body, head, labels, inputs) -> bool:
+    """Whether the model's own loss is another than its head's, on the first trained tokens of the first row.
+
+    Few of them, so that this takes neither memory nor time; in the same random state, so that dropout drops the same.
+    """
+    trained = (labels[0] != IGNORED).nonzero()
+    length = min(int(trained[0]) + COMPARED_TOKENS, labels.shape[1]) if len(trained) else 1
+    is_by_token = {name: torch.is_tensor(v) and v.shape[:2] == labels.shape for name, v in inputs.items()}
+    inputs = {name: v[:1, :length] if is_by_token[name] else v for name, v in inputs.items()}
+    labels = labels[:1, :length]
+    gpus = [labels.device] if labels.device.type == "cuda" else []
+    with torch.no_grad():
+        with torch.random.fork_rng(gpus):
+            own = _whole_loss(plain, labels, 1, 0.0, **inputs)
+        with torch.random.fork_rng(gpus):
+            hidden, keep = body(**inputs)[0], _keep(labels)
+            ours = head(hidden[0, -keep:], _next(labels)[0, -keep:], 0.0)
+    torch.clear_autocast_cache()  # it holds the weights without their gradients
+    return not torch.allclose(ours, own.float(), rtol=TOLERANCE, atol=0)
+
+
+def _let_sum_loss(head: torch.nn.Module, chunk: int, label_smoothing: float) -> None:
+    """Lets a head that is given targets return the loss summed over them.
+
+    Args:
+        chunk: tokens whose logits are made at a time.
+    """
+    project = head.forward
+
+    @functools.wraps(project)
+    def forward(hidden, targets=None, label_smoothing=label_smoothing):
+        if targets is None:
+            return project(hidden)
+
+        def loss(hidden, targets):
+            logits = project(hidden).float()
+            return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+
+        if torch.is_grad_enabled() and not any(p.requires_grad for p in head.parameters()):
+            return _GradientsInForward.apply(hidden, targets, loss, chunk)
+        chunks = zip(hidden.split(chunk), targets.split(chunk))
+        if not torch.is_grad_enabled():
+            return sum(loss(*pair) for pair in chunks)
+        return sum(checkpoint(loss, *pair, use_reentrant=False) for pair in chunks)
+
+    head.forward = forward
+
+
+class _GradientsInForward(torch.autograd.Function):
+    """The loss under a frozen head: the gradient of each chunk is taken at once, so that its logits are made only once.
+
+    Any loss scaling comes later, in the backward. fp16 would round small gradients of logits to 0 until then, hence SCALE.
+    """
+
+    SCALE = 2.0**8
+
+    @staticmethod
+    def forward(ctx, hidden, targets, loss, chunk):
+        gradients, total = torch.empty_like(hidden), 0
+        for part, target, gradient in zip(hidden.split(chunk), targets.split(chunk), gradients.split(chunk)):
+            part = part.detach().requires_grad_()
+            with torch.enable_grad():
+                value = loss(part, target)
+                gradient.copy_(*torch.autograd.grad(value * _GradientsInForward.SCALE, part))
+            total += value.detach()
+        ctx.save_for_backward(gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        (gradients,) = ctx.saved_tensors
+        scaled = gradients.float() * (grad_output / _GradientsInForward.SCALE)
+        return scaled.to(gradients.dtype), None, None, None
