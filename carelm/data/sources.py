@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,18 @@ def hash_files(recipe: Recipe) -> dict[str, str] | None:
     for files in find_files(recipe).by_split.values():
         for name, file in files.items():
             try:
-                with open(file, "rb") as content:
-                    hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+                status = os.stat(file)
+                hashes[name] = _hash(file, status.st_size, status.st_mtime_ns)
             except OSError as error:
                 raise UserError(f"dataset_name: {file} cannot be read ({error.strerror})") from None
     return hashes
+
+
+@lru_cache
+def _hash(file: str | Path, size: int, changed_ns: int) -> str:
+    """Of a file in this state: one that several models of a comparison were trained on is read once."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
 def changed_files(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:

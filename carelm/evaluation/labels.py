@@ -48,6 +48,8 @@ def parse_label(text: str, labels: Sequence[str]) -> str | None:
 def _fold(text: str) -> str:
     """One form of all that a label may look like. Turkish dots go (its capital i has one, and one of its small i has none), and
     Greek accents, which capitals lack."""
+    if text.isascii():
+        return text.lower()
     folded = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text).casefold())
     folded = unicodedata.normalize("NFKC", regex.sub(r"(?<=\p{Greek})\u0301", "", folded))
     folded = regex.sub(r"\p{Nd}", lambda digit: str(unicodedata.digit(digit[0])), folded)

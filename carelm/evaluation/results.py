@@ -34,23 +34,23 @@ def make_results(
     tokenizer = scripts.bleu_tokenizer(references)
     deciding = _deciding(recipe, references)
     drawn = scores.draws(len(set(conversations)), recipe.num_resamples, recipe.split_seed)
-    models, tables, ranked = {}, {}, {}
+    models, scored, ranked = {}, {}, {}
     for name, predicted in lines.items():
         answers = scores.Answers(conversations, [p["prediction"] for p in predicted], references)
-        turns = scores.per_turn(answers)
-        tables[name] = scores.statistics(answers, recipe.labels, turns, tokenizer)
+        turns = scores.per_turn(answers, recipe.labels, tokenizer)
+        scored[name] = scores.resample(scores.by_conversation(turns, conversations), drawn)
         models[name] = {
-            **{score: scores.interval(table, drawn) for score, table in tables[name].items()},
+            **{score: scores.interval(found) for score, found in scored[name].items()},
             "empty_predictions": sum(not p["prediction"].strip() for p in predicted),
             "cut_predictions": sum(p["finish_reason"] == "length" for p in predicted),
             "mean_new_tokens": round(float(np.mean([p["new_tokens"] for p in predicted])), 1),
             **measured[name],
-            "categories": _by_category(recipe, questions, answers, turns, tokenizer),
+            "categories": _by_category(recipe, questions, turns),
         }
-        ranked[name] = scores.chrf_per_turn(answers) if deciding == "chrf" else turns[deciding]
+        ranked[name] = turns[deciding].score(turns[deciding].table)
         if recipe.labels:
-            models[name]["confusion"] = scores.confusion(answers, recipe.labels)
-    pairs = scores.compare(tables, drawn)
+            models[name]["confusion"] = scores.confusion(turns, recipe.labels)
+    pairs = scores.compare(scored)
     for pair in pairs:
         a, b = pair["models"]
         pair["changed_by"] = deciding
@@ -91,18 +91,17 @@ def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
     return f"{b} is {word} than {a} in {called} ({figures}, {p_value})."
 
 
-def _by_category(
-    recipe: Recipe, questions: list[Question], answers: scores.Answers, turns: dict, tokenizer: str
-) -> dict[str, Any]:
+def _by_category(recipe: Recipe, questions: list[Question], turns: dict[str, scores.Statistics]) -> dict[str, Any]:
+    rows: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        rows.setdefault(question.category, []).append(i)
     found = {}
-    for category in sorted({q.category for q in questions}):
-        rows = [i for i, q in enumerate(questions) if q.category == category]
-        part = scores.Answers(
-            *([side[i] for i in rows] for side in (answers.conversations, answers.predictions, answers.references))
-        )
-        tables = scores.statistics(part, recipe.labels, {k: values[rows] for k, values in turns.items()}, tokenizer)
-        drawn = scores.draws(len(set(part.conversations)), recipe.num_resamples, recipe.split_seed)
-        found[category] = {"questions": len(rows), **{score: scores.interval(t, drawn) for score, t in tables.items()}}
+    for category, own in sorted(rows.items()):
+        conversations = [questions[i].conversation for i in own]
+        part = {name: scores.Statistics(turn.table[own], turn.score) for name, turn in turns.items()}
+        drawn = scores.draws(len(set(conversations)), recipe.num_resamples, recipe.split_seed)
+        resampled = scores.resample(scores.by_conversation(part, conversations), drawn)
+        found[category] = {"questions": len(own), **{score: scores.interval(s) for score, s in resampled.items()}}
     return found
 
 

@@ -2,10 +2,11 @@
 
 The figures are those of `rouge_score.rouge_scorer.RougeScorer(..., use_stemmer=False)` (Google's reference in Python of
 Lin 2004, https://aclanthology.org/W04-1013): its tokenizer, its choice among equally long common subsequences, F-measures.
-ROUGE-L takes the length of the longest common subsequence from rapidfuzz; ROUGE-Lsum needs its members too, which are
-found for all pairs of sentences of all texts at once. `evaluate.load("carelm/evaluation/rouge.py")` works offline.
+ROUGE-L takes the length of the longest common subsequence from rapidfuzz; ROUGE-Lsum needs its members too where a text has
+several lines. `evaluate.load("carelm/evaluation/rouge.py")` works offline.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,8 +14,10 @@ import datasets
 import evaluate
 import numpy as np
 from rapidfuzz.distance import LCSseq
-from rouge_score.tokenize import tokenize
 
+from carelm.evaluation.ngrams import in_parts, lengths, matches, spell
+
+WORD = re.compile("[a-z0-9]+")  # of the text in lower case: rouge_score.tokenize, without its detours
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -46,75 +49,61 @@ def rouge(
         predictions: the texts to score.
         references: for each its references; the one with the best F-measure counts, for each type by itself.
     """
-    pairs = [(i, reference) for i, several in enumerate(references) for reference in several]
-    lines = {
-        text: [tokenize(line, None) for line in text.split("\n")] for text in {*predictions, *(r for _, r in pairs)}
-    }
-    words = {text: [word for line in lines[text] for word in line] for text in lines}
-    measures = {name: np.zeros(len(pairs)) for name in types}
-    for n, name in enumerate(("rouge1", "rouge2")):
-        if name in types:
-            grams = {text: Counter(zip(*(words[text][k:] for k in range(n + 1)))) for text in words}
-            for k, (i, reference) in enumerate(pairs):
-                a, b = sorted((grams[predictions[i]], grams[reference]), key=len)
-                hits = sum(min(count, b[gram]) for gram, count in a.items() if gram in b)
-                measures[name][k] = _f_measure(hits, len(words[predictions[i]]) - n, len(words[reference]) - n)
-    if "rougeL" in types:
-        for k, (i, reference) in enumerate(pairs):
-            have, want = words[predictions[i]], words[reference]
-            measures["rougeL"][k] = _f_measure(LCSseq.similarity(have, want), len(have), len(want))
-    if "rougeLsum" in types:
-        for k, hits in enumerate(_union_hits([(lines[predictions[i]], lines[r]) for i, r in pairs])):
-            i, reference = pairs[k]
-            measures["rougeLsum"][k] = _f_measure(hits, len(words[predictions[i]]), len(words[reference]))
     best = {name: np.zeros(len(predictions)) for name in types}
-    owner = np.array([i for i, _ in pairs], int)
-    for name in types:
-        np.maximum.at(best[name], owner, measures[name])
+    for part in in_parts([(i, reference) for i, several in enumerate(references) for reference in several]):
+        texts = list(dict.fromkeys([*(predictions[i] for i, _ in part), *(reference for _, reference in part)]))
+        words = [[WORD.findall(line) for line in text.lower().split("\n")] for text in texts]
+        spelled = iter(spell(line for lines in words for line in lines))
+        lines = {text: [next(spelled) for _ in own] for text, own in zip(texts, words)}
+        have, want = [lines[predictions[i]] for i, _ in part], [lines[reference] for _, reference in part]
+        owner = np.array([i for i, _ in part])
+        for name, measures in _f_measures(have, want, types).items():
+            np.maximum.at(best[name], owner, measures)
     return best
 
 
-def _f_measure(hits: int, predicted: int, wanted: int) -> float:
-    precision, recall = hits / max(predicted, 1), hits / max(wanted, 1)
-    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+def _f_measures(have: list[list[str]], want: list[list[str]], types: Sequence[str]) -> dict[str, np.ndarray]:
+    """Of pairs of a predicted and a wanted text, each given as its lines with one character a word."""
+    predicted, wanted = ["".join(lines) for lines in have], ["".join(lines) for lines in want]
+    sizes = [lengths(texts, 2) for texts in (predicted, wanted)]
+    hits = {}
+    if "rouge1" in types or "rouge2" in types:
+        hits["rouge1"], hits["rouge2"] = matches(predicted, [[text] for text in wanted], 2).T
+    if "rougeL" in types:
+        hits["rougeL"] = np.array([LCSseq.similarity(p, w) for p, w in zip(predicted, wanted)])
+    if "rougeLsum" in types:
+        members: dict[tuple[str, str], list[int]] = {}
+        hits["rougeLsum"] = np.array([_union_hits(p, w, members) for p, w in zip(have, want)])
+    measures = {}
+    for name in types:
+        precision, recall = (hits[name] / np.maximum(size[:, int(name == "rouge2")], 1) for size in sizes)
+        both = precision + recall
+        measures[name] = np.divide(2 * precision * recall, both, out=np.zeros(len(both)), where=both > 0)
+    return measures
 
 
-def _union_hits(pairs: list[tuple[list[list[str]], list[list[str]]]]) -> list[int]:
-    """For each (lines of a prediction, lines of a reference): the words of all lines' union LCS, each counted once."""
-    vocabulary: dict[str, int] = {}
-    sentences: dict[tuple[int, ...], int] = {}
-
-    def number(line: list[str]) -> int:
-        ids = tuple(vocabulary.setdefault(word, len(vocabulary)) for word in line)
-        return sentences.setdefault(ids, len(sentences))
-
-    wanted: dict[tuple[int, int], None] = {}  # the (reference line, predicted line) whose LCS is needed
-    numbered = []
-    for prediction, reference in pairs:
-        have, want = ([number(line) for line in lines if line] for lines in (prediction, reference))
-        numbered.append((have, want))
-        wanted.update(dict.fromkeys((r, p) for r in set(want) for p in set(have)))
-    texts = list(sentences)
-    sets = [frozenset(ids) for ids in texts]
-    members = {(r, p): _lcs_places(texts[r], texts[p]) for r, p in wanted if not sets[r].isdisjoint(sets[p])}
-    hits = []
-    for have, want in numbered:
-        left_have = Counter(word for s in have for word in texts[s])
-        left_want = Counter(word for s in want for word in texts[s])
-        total = 0
-        for r in want:
-            union = set().union(*(members[r, p] for p in set(have) if (r, p) in members))
-            for place in sorted(union):
-                word = texts[r][place]
-                if left_have[word] > 0 and left_want[word] > 0:
-                    total += 1
-                    left_have[word] -= 1
-                    left_want[word] -= 1
-        hits.append(total)
-    return hits
+def _union_hits(have: list[str], want: list[str], members: dict[tuple[str, str], list[int]]) -> int:
+    """The words of the union of each wanted line's LCS with all predicted lines, each counted once; `members` keeps what is
+    found, because texts share lines."""
+    have, want = [line for line in have if line], [line for line in want if line]
+    if len(have) <= 1 and len(want) <= 1:
+        return LCSseq.similarity("".join(have), "".join(want))
+    left = Counter("".join(have)) & Counter("".join(want))
+    total = 0
+    for line in want:
+        union = set()
+        for other in set(have):
+            if (line, other) not in members:
+                members[line, other] = _lcs_places(line, other) if not set(line).isdisjoint(other) else []
+            union.update(members[line, other])
+        for place in sorted(union):
+            if left[line[place]] > 0:
+                total += 1
+                left[line[place]] -= 1
+    return total
 
 
-def _lcs_places(want: tuple[int, ...], have: tuple[int, ...]) -> list[int]:
+def _lcs_places(want: str, have: str) -> list[int]:
     """The places in `want` of the longest common subsequence that rouge_score would read out.
 
     The table t[i][j] of lengths is kept by rows as bits (Hyyro 2004, "Bit-parallel LCS-length computation revisited"): a

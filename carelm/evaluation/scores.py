@@ -11,13 +11,15 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 from carelm.evaluation.labels import parse_label
-from carelm.evaluation.rouge import ROUGE_TYPES, Rouge
+from carelm.evaluation.ngrams import in_parts, lengths, matches, spell
+from carelm.evaluation.rouge import ROUGE_TYPES, rouge
 from carelm.evaluation.scripts import bleu_tokenizer, unify
 
 TEXT_SCORES = (*ROUGE_TYPES, "bleu", "chrf", "exact_match")
@@ -25,6 +27,7 @@ LABEL_SCORES = ("accuracy", "macro_f1")
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
          "chrf": "chrF", "exact_match": "exact match", "accuracy": "accuracy", "macro_f1": "macro F1"}  # fmt: skip
 UNPARSABLE = "unparsable"
+AT_A_TIME_BYTES = 2**26  # of draws as float64
 COMPLAINT = re.compile(
     r"\b(complain\w*|angry|furious|upset|unacceptable|terrible|awful|horrible|disappointed|rude|worst|broken|damaged|"
     r"faulty|defective|missing|refund|ridiculous|unhappy|scam|not (working|good enough|happy|satisfied)|"
@@ -60,10 +63,18 @@ class Answers:
 
 @dataclass(frozen=True)
 class Statistics:
-    """A score as sums: `table` float64 [conversations, k], and `score` from sums [..., k] to values [...]."""
+    """A score as sums: `table` float64 [questions or conversations, k], and `score` from sums [..., k] to values [...]."""
 
     table: np.ndarray
     score: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score of the whole test set, and of each of its resamples, float64 [resamples]."""
+
+    value: float
+    resampled: np.ndarray
 
 
 def kind_of_request(text: str) -> str:
@@ -71,81 +82,103 @@ def kind_of_request(text: str) -> str:
     return "complaint" if COMPLAINT.search(text) else "question" if QUESTION.search(text) else "other"
 
 
-def per_turn(answers: Answers) -> dict[str, np.ndarray]:
-    """ROUGE F-measures and exact match of each answer, float64 [questions] by score."""
-    rouge = Rouge(keep_in_memory=True).compute(
-        predictions=answers.predictions, references=answers.references, use_aggregator=False
-    )
-    exact = [p.strip() in {r.strip() for r in several} for p, several in zip(answers.predictions, answers.references)]
-    return {**{name: np.array(rouge[name]) for name in ROUGE_TYPES}, "exact_match": np.array(exact, float)}
-
-
-def statistics(
-    answers: Answers, labels: Sequence[str] = (), turns: dict | None = None, tokenizer: str | None = None
-) -> dict[str, Statistics]:
-    """The table of every score.
+def per_turn(answers: Answers, labels: Sequence[str] = (), tokenizer: str | None = None) -> dict[str, Statistics]:
+    """Every score with a row for each question, in the order of the questions.
 
     Args:
         labels: what answers are read as, for accuracy and macro F1.
-        turns: `per_turn(answers)` where it is at hand.
-        tokenizer: BLEU's, which parts of a comparison have from the whole; by the script of the references where not given.
+        tokenizer: BLEU's; by the script of the references where not given.
     """
-    _, owner = np.unique(np.array(answers.conversations, object).astype(str), return_inverse=True)
-    turns = per_turn(answers) if turns is None else turns
-    found = {name: Statistics(_sum_by(owner, np.stack([v, np.ones(len(v))], 1)), _mean) for name, v in turns.items()}
-    for name, metric in _sacrebleu(tokenizer or bleu_tokenizer(answers.references)).items():
-        rows = np.array(metric._extract_corpus_statistics(answers.predictions, _streams(answers.references)), float)
-        found[name] = Statistics(_sum_by(owner, rows), _corpus_score(metric))
+    predictions, references = answers.predictions, answers.references
+    means = rouge(predictions, references)
+    exact = [p.strip() in {r.strip() for r in several} for p, several in zip(predictions, references)]
+    means["exact_match"] = np.array(exact, float)
+    found = {name: Statistics(np.stack([values, np.ones(len(values))], 1), _mean) for name, values in means.items()}
+    words = _bleu_words(tokenizer or bleu_tokenizer(references))
+    found["bleu"] = Statistics(_in_parts(answers, lambda p, r: _bleu_rows(words, p, r)), _bleu)
+    found["chrf"] = Statistics(_in_parts(answers, _chrf_rows), _chrf)
     if labels:
-        predicted = [parse_label(text, labels) for text in answers.predictions]
-        true = [parse_label(several[0], labels) for several in answers.references]
-        right = np.array([[p == t, 1] for p, t in zip(predicted, true)], float)
-        found["accuracy"] = Statistics(_sum_by(owner, right), _mean)
-        counts = [[(p == t == x, p == x != t, t == x != p) for x in labels] for p, t in zip(predicted, true)]
-        found["macro_f1"] = Statistics(_sum_by(owner, np.array(counts, float).reshape(len(true), -1)), _macro_f1)
+        columns = np.array(labels, object)
+        given, true = (
+            np.array([parse_label(text, labels) for text in texts], object)[:, None] == columns
+            for texts in (predictions, [several[0] for several in references])
+        )
+        right = (given & true).any(1)
+        found["accuracy"] = Statistics(np.stack([right, np.ones(len(right))], 1), _mean)
+        counts = np.stack([given & true, given & ~true, true & ~given], 2).astype(float)
+        found["macro_f1"] = Statistics(counts.reshape(len(right), -1), _macro_f1)
     return found
 
 
-def chrf_per_turn(answers: Answers) -> np.ndarray:
-    """chrF of each answer by itself, float64 [questions]: to rank answers in scripts that ROUGE cannot read."""
-    return np.array([CHRF().sentence_score(p, r).score for p, r in zip(answers.predictions, answers.references)])
+def by_conversation(turns: dict[str, Statistics], conversations: Sequence[str]) -> dict[str, Statistics]:
+    """The sums over each conversation's questions, in the order of the conversations' names."""
+    place = {name: k for k, name in enumerate(sorted(set(conversations)))}
+    owner = np.array([place[name] for name in conversations])
+    return {
+        name: Statistics(np.stack([np.bincount(owner, column) for column in turn.table.T], 1), turn.score)
+        for name, turn in turns.items()
+    }
+
+
+def statistics(answers: Answers, labels: Sequence[str] = (), tokenizer: str | None = None) -> dict[str, Statistics]:
+    """Every score with a row for each conversation."""
+    return by_conversation(per_turn(answers, labels, tokenizer), answers.conversations)
 
 
 def signatures(answers: Answers) -> dict[str, str]:
-    """sacrebleu's own description of how its scores were made, by score."""
+    """sacrebleu's own description of how its scores are made, by score."""
+    of_each_number = list({len(several): several for several in answers.references}.values())
     described = {}
-    for name, metric in _sacrebleu(bleu_tokenizer(answers.references)).items():
-        metric.corpus_score(answers.predictions, _streams(answers.references))
+    for name, metric in (("bleu", BLEU(tokenize=bleu_tokenizer(answers.references))), ("chrf", CHRF())):
+        metric.corpus_score([""] * len(of_each_number), list(itertools.zip_longest(*of_each_number)))
         described[name] = str(metric.get_signature())
     return described
 
 
 def draws(number: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each conversation is in each resample, float64 [resamples, number]; every row sums to `number`."""
+    """How often each conversation is in each resample, uint8 [resamples, number]; every row sums to `number`.
+
+    A byte is enough: none of up to 255 conversations is drawn more often, and of more the chance is below 1e-500.
+    """
     random = np.random.default_rng(seed)
-    return np.stack([np.bincount(random.integers(0, number, number), minlength=number) for _ in range(resamples)]) * 1.0
+    drawn = np.empty((resamples, number), np.uint8)
+    for row in drawn:
+        row[:] = np.bincount(random.integers(0, number, number), minlength=number)
+    return drawn
 
 
-def interval(statistics: Statistics, drawn: np.ndarray) -> dict[str, float]:
+def resample(tables: dict[str, Statistics], drawn: np.ndarray) -> dict[str, Scored]:
+    """Each score of all conversations and of each resample: the sums of all scores are one product of matrices."""
+    stacked = np.concatenate([t.table for t in tables.values()], 1)
+    at_a_time = max(1, AT_A_TIME_BYTES // stacked[:, 0].nbytes)
+    sums = np.concatenate([drawn[k : k + at_a_time].astype(float) @ stacked for k in range(0, len(drawn), at_a_time)])
+    ends = np.cumsum([t.table.shape[1] for t in tables.values()])[:-1]
+    return {
+        name: Scored(float(t.score(t.table.sum(0))), t.score(own))
+        for (name, t), own in zip(tables.items(), np.split(sums, ends, axis=1))
+    }
+
+
+def interval(scored: Scored) -> dict[str, float]:
     """The score and its 95 % percentile interval over the resamples."""
-    low, high = np.percentile(statistics.score(drawn @ statistics.table), (2.5, 97.5))
-    return {"value": float(statistics.score(statistics.table.sum(0))), "low": float(low), "high": float(high)}
+    low, high = np.percentile(scored.resampled, (2.5, 97.5))
+    return {"value": scored.value, "low": float(low), "high": float(high)}
 
 
-def difference(a: Statistics, b: Statistics, drawn: np.ndarray) -> dict[str, float]:
+def difference(a: Scored, b: Scored) -> dict[str, float]:
     """Score of b less score of a on the same draws: difference, 95 % percentile interval, two-sided p-value.
 
     The p-value is twice the share of resamples on the far side of zero, with one added to both counts so that it is
     never zero (Davison & Hinkley, Bootstrap Methods and their Application, 1997, sec. 4.2).
     """
-    resampled = b.score(drawn @ b.table) - a.score(drawn @ a.table)
+    resampled = b.resampled - a.resampled
     low, high = np.percentile(resampled, (2.5, 97.5))
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
     return {
-        "difference": float(b.score(b.table.sum(0)) - a.score(a.table.sum(0))),
+        "difference": b.value - a.value,
         "low": float(low),
         "high": float(high),
-        "p_value": float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1))),
+        "p_value": float(min(1.0, 2 * (tail + 1) / (len(resampled) + 1))),
     }
 
 
@@ -158,31 +191,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def compare(tables: dict[str, dict[str, Statistics]], drawn: np.ndarray) -> list[dict[str, Any]]:
+def compare(models: dict[str, dict[str, Scored]]) -> list[dict[str, Any]]:
     """Every two models: for each score the paired difference (second less first), Holm-adjusted over the pairs."""
-    pairs = [{"models": [a, b], "scores": {}} for a, b in itertools.combinations(tables, 2)]
-    for name in next(iter(tables.values())) if pairs else ():
+    pairs = [{"models": [a, b], "scores": {}} for a, b in itertools.combinations(models, 2)]
+    for name in next(iter(models.values())) if pairs else ():
         for pair in pairs:
             a, b = pair["models"]
-            pair["scores"][name] = difference(tables[a][name], tables[b][name], drawn)
+            pair["scores"][name] = difference(models[a][name], models[b][name])
         adjusted = holm([pair["scores"][name]["p_value"] for pair in pairs])
         for pair, p_value in zip(pairs, adjusted):
             pair["scores"][name]["p_value_holm"] = p_value
     return pairs
 
 
-def confusion(answers: Answers, labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How often each true label was answered with each label, or with nothing that is one."""
-    table = {true: dict.fromkeys((*labels, UNPARSABLE), 0) for true in labels}
-    for prediction, several in zip(answers.predictions, answers.references):
-        table[parse_label(several[0], labels)][parse_label(prediction, labels) or UNPARSABLE] += 1
-    return table
-
-
-def _sum_by(owner: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    table = np.zeros((owner.max() + 1, rows.shape[1]))
-    np.add.at(table, owner, rows)
-    return table
+def confusion(turns: dict[str, Statistics], labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How often each true label was answered with each label, or with nothing that is one; from `per_turn(...)`."""
+    hit, wrong, missed = np.moveaxis(turns["macro_f1"].table.reshape(-1, len(labels), 3), -1, 0)
+    given, true = hit + wrong, hit + missed
+    table = true.T @ np.column_stack([given, 1 - given.sum(1)])
+    return {label: dict(zip((*labels, UNPARSABLE), map(int, row))) for label, row in zip(labels, table)}
 
 
 def _mean(sums: np.ndarray) -> np.ndarray:
@@ -196,18 +223,62 @@ def _macro_f1(sums: np.ndarray) -> np.ndarray:
     return (2 * tp / np.maximum(weight, 1)).sum(-1) / np.maximum((weight > 0).sum(-1), 1)
 
 
-def _sacrebleu(tokenizer: str) -> dict[str, BLEU | CHRF]:
-    return {"bleu": BLEU(tokenize=tokenizer), "chrf": CHRF()}
+def _in_parts(answers: Answers, rows: Callable[[Sequence[str], Sequence[list[str]]], np.ndarray]) -> np.ndarray:
+    return np.concatenate([rows(*zip(*part)) for part in in_parts(list(zip(answers.predictions, answers.references)))])
 
 
-def _streams(references: list[list[str]]) -> list[list[str | None]]:
-    """sacrebleu's shape: the first references of all, then the second ones ..., None where there is none."""
-    return [list(stream) for stream in itertools.zip_longest(*references)]
+def _bleu_words(tokenizer: str) -> Callable[[str], list[str]]:
+    """What parts a text into words as sacrebleu does."""
+    whole = BLEU(tokenize=tokenizer)._preprocess_segment
+    one = lru_cache(2**17)(lambda word: whole(word).split())
+
+    def words(text: str) -> list[str]:
+        # 13a looks no further than a character's neighbours: what stands between spaces is parted once, however often it comes.
+        if tokenizer != "13a" or "-\n" in text or "<skipped>" in text:
+            return whole(text).split()
+        return [token for word in text.split() for token in one(word)]
+
+    return words
 
 
-def _corpus_score(metric: BLEU | CHRF) -> Callable[[np.ndarray], np.ndarray]:
-    def score(sums: np.ndarray) -> np.ndarray:
-        flat = sums.reshape(-1, sums.shape[-1]).astype(int)
-        return np.array([metric._compute_score_from_stats(row.tolist()).score for row in flat]).reshape(sums.shape[:-1])
+def _bleu_rows(
+    parted: Callable[[str], list[str]], predictions: Sequence[str], references: Sequence[list[str]]
+) -> np.ndarray:
+    """sacrebleu's counts, float64 [predictions, 10]: words, words of the reference nearest in length, then for n from 1 to 4
+    the n-grams that the references have, and all."""
+    words = iter(spell(parted(text) for p, several in zip(predictions, references) for text in (p, *several)))
+    spelled = [(next(words), [next(words) for _ in several]) for several in references]
+    have, want = zip(*spelled)
+    nearest = [min(map(len, several), key=lambda n: (abs(n - len(p)), n)) for p, several in spelled]
+    sizes = lengths(have, 4)
+    return np.column_stack([sizes[:, 0], nearest, matches(have, want, 4), sizes]).astype(float)
 
-    return score
+
+def _bleu(sums: np.ndarray) -> np.ndarray:
+    """sacrebleu's BLEU with its exponential smoothing: the k-th order without any match counts as 1 / 2^k of a match."""
+    have, want, right, total = np.split(sums, (1, 2, 6), axis=-1)
+    smoothed = np.where(right > 0, right, 0.5 ** np.cumsum(right == 0, axis=-1)) / np.maximum(total, 1)
+    brevity = np.exp(np.minimum(0, 1 - want / np.maximum(have, 1)))[..., 0]
+    return np.where((right > 0).any(-1) & (total > 0).all(-1), 100 * brevity * np.exp(np.log(smoothed).mean(-1)), 0)
+
+
+def _chrf_rows(predictions: Sequence[str], references: Sequence[list[str]]) -> np.ndarray:
+    """sacrebleu's counts, float64 [predictions, 18]: for n from 1 to 6 the prediction's n-grams of characters, the reference's
+    and those in both, of the reference with which chrF is best."""
+    bare = {text: "".join(text.split()) for text in {*predictions, *(r for several in references for r in several)}}
+    owner = np.repeat(np.arange(len(predictions)), [len(several) for several in references])
+    have = [bare[predictions[i]] for i in owner]
+    want = [bare[reference] for several in references for reference in several]
+    wanted = lengths(want, 6)
+    counts = [lengths(have, 6) * (wanted > 0), wanted, matches(have, [[text] for text in want], 6)]
+    rows = np.stack(counts, 2).reshape(len(have), 18).astype(float)
+    best_first = np.lexsort((-_chrf(rows), owner))
+    return rows[best_first[np.unique(owner, return_index=True)[1]]]
+
+
+def _chrf(sums: np.ndarray) -> np.ndarray:
+    """sacrebleu's chrF: F2 of the precision and recall that are means over the orders which both sides have."""
+    have, want, both = np.moveaxis(sums.reshape(*sums.shape[:-1], 6, 3), -1, 0)
+    orders = np.maximum(((have > 0) & (want > 0)).sum(-1), 1)
+    precision, recall = ((both / np.maximum(side, 1)).sum(-1) / orders for side in (have, want))
+    return 100 * (5 * precision * recall / np.maximum(4 * precision + recall, 1e-300))

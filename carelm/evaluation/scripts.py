@@ -1,8 +1,10 @@
 """The scripts that texts are written in: what of them a score can read, and which tokenizer BLEU needs."""
 
+import itertools
 import unicodedata
 from collections.abc import Iterable
 
+import numpy as np
 import regex
 
 # Scripts without spaces between words, as ranges of a `regex` set; U+30FC prolongs a vowel in both Japanese syllabaries.
@@ -12,19 +14,26 @@ NO_SPACES = rf"\p{{Han}}{BY_LETTER}"
 # What each of sacrebleu's tokenizers takes for one word however long it is; those of Japanese and Korean words need packages.
 UNREAD = {"char": None, "zh": BY_LETTER, "intl": NO_SPACES, "13a": NO_SPACES}
 ROUGE_READS = "a-z0-9"  # rouge_score.tokenize
+LINE_END = regex.compile(r"\r\n|[\r\x85\u2028\u2029]")
 FEW = 0.01  # of a corpus' letters: a name, a loan word
 MANY = 0.1
 
 
 def unify(text: str) -> str:
     r"""The text in NFC with \n at its line ends: what looks the same is the same."""
-    return unicodedata.normalize("NFC", regex.sub(r"\r\n|[\r\x85\u2028\u2029]", "\n", text))
+    return unicodedata.normalize("NFC", LINE_END.sub("\n", text))
 
 
 def share(texts: Iterable[str], letters: str) -> float:
     """Which part of the letters, marks and digits of all texts is of this set."""
-    every = "".join(regex.sub(r"[^\p{L}\p{M}\p{N}]+", "", text.lower()) for text in texts)
-    return len(regex.findall(rf"[{letters}]", every, regex.V1)) / max(1, len(every))
+    counts = np.zeros(0x110000, int)
+    texts = iter(texts)
+    while some := list(itertools.islice(texts, 10_000)):
+        counts += np.bincount(np.frombuffer("".join(some).lower().encode("utf-32-le", "surrogatepass"), np.uint32),
+                              minlength=len(counts))  # fmt: skip
+    every = {chr(k): int(counts[k]) for k in np.flatnonzero(counts) if regex.match(r"[\p{L}\p{M}\p{N}]", chr(k))}
+    among = regex.compile(f"[{letters}]", regex.V1)
+    return sum(n for letter, n in every.items() if among.match(letter)) / max(1, sum(every.values()))
 
 
 def bleu_tokenizer(references: list[list[str]]) -> str:

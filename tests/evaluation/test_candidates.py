@@ -1,5 +1,6 @@
 """What the evaluator knows of a model before it is loaded."""
 
+import hashlib
 import json
 
 from carelm.data.sources import hash_files
@@ -20,3 +21,20 @@ def test_data_that_has_changed_since_an_adapter_was_trained_on_it_is_named(tmp_p
     rows.write_text("question,reply\na,b\nc,d\n")
     assert adapter.changed_data(recipe) == ["tickets.csv"]
     assert Candidate(name="base", kind="base", recipe=recipe, adapter=None, home=recipe.base).changed_data(recipe) == []
+
+
+def test_a_data_file_is_read_once_however_many_adapters_were_trained_on_it(tmp_path, monkeypatch):
+    rows = tmp_path / "tickets.csv"
+    rows.write_text("question,reply\na,b\n")
+    keys = ["--dataset_name", str(rows), "--prompt_template", "{question}", "--completion_template", "{reply}"]
+    adapters = []
+    for name in ("one", "two", "three"):
+        recipe = load_recipe([*keys, "--output_dir", str(tmp_path / name)], usage="")
+        (tmp_path / name).mkdir()
+        save_recipe(recipe, tmp_path / name / "recipe.yaml")
+        (tmp_path / name / "train_metrics.json").write_text(json.dumps({"data_files": {"tickets.csv": "another"}}))
+        adapters.append(Candidate(name=name, kind="adapter", recipe=recipe, adapter=tmp_path / name, home=recipe.base))
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    assert [adapter.changed_data(recipe) for adapter in adapters] == [["tickets.csv"]] * 3
+    assert read == [str(rows)]

@@ -85,11 +85,90 @@ def answers(predictions, references, conversations=None) -> scores.Answers:
     return scores.Answers(conversations, predictions, [[r] for r in references])
 
 
+PIECES = st.sampled_from(
+    ["a", "b", "the", "4", "-", ".", ",", "...", "&amp;quot;", "<skipped>", "-\n", "\n", " ", "\u00a0", "急", "诊"]
+)
+TEXTS = st.lists(PIECES, max_size=25).map("".join)
+
+
+@given(st.lists(st.tuples(TEXTS, st.lists(TEXTS, min_size=1, max_size=3)), min_size=1, max_size=4),
+       st.sampled_from(["13a", "zh", "char", "intl"]))  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_the_counts_of_bleu_and_chrf_are_sacrebleus_for_any_text_and_any_number_of_references(pairs, tokenizer):
+    found = scores.per_turn(scores.Answers([""] * len(pairs), *map(list, zip(*pairs))), tokenizer=tokenizer)
+    for name, metric in (("bleu", sacrebleu.BLEU(tokenize=tokenizer)), ("chrf", sacrebleu.CHRF())):
+        for row, value, (prediction, references) in zip(found[name].table, found[name].score(found[name].table), pairs):
+            theirs = metric._extract_corpus_statistics([prediction], [[reference] for reference in references])[0]
+            assert row.tolist() == theirs
+            assert value == pytest.approx(metric._compute_score_from_stats(theirs).score, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [3, 700], ids=["few texts", "more texts than are counted at a time"])
+def test_texts_with_more_characters_than_can_be_packed_are_counted_like_others(count):
+    draw = random.Random(0)
+    texts = ["".join(chr(0x4E00 + draw.randrange(2000)) for _ in range(3000)) for _ in range(3)]
+    texts += ["ab" * draw.randrange(20) for _ in range(count - 3)]
+    turned = [text[len(text) // 3 :] + text[: len(text) // 3] for text in texts]
+    ours = scores.per_turn(answers(turned, texts))["chrf"].table
+    theirs = sacrebleu.CHRF()._extract_corpus_statistics(turned, [texts])
+    assert ours.tolist() == theirs
+
+
+def test_intervals_differences_and_tables_of_a_comparison_are_those_of_their_definitions():
+    """By the formulas written out: every resample's texts scored by the reference implementations."""
+    draw = random.Random(2)
+    references = [[" ".join(draw.choices("abcdefgh", k=9)) + draw.choice([" yes", " no"])] for _ in range(24)]
+    conversations = [f"c{i // 2}" for i in range(24)]
+    drawn = scores.draws(12, 40, seed=1)
+    random_state = np.random.default_rng(1)
+    for row in drawn:
+        assert row.tolist() == np.bincount(random_state.integers(0, 12, 12), minlength=12).tolist()
+    place = {name: k for k, name in enumerate(sorted(set(conversations)))}
+    scored, expected = {}, {}
+    for model in ("a", "b"):
+        said = [" ".join(draw.sample(r.split(), 8)) + draw.choice([" yes", " no", ""]) for (r,) in references]
+        one = scores.Answers(conversations, said, references)
+        scored[model] = scores.resample(scores.statistics(one, ["yes", "no"]), drawn)
+        turns = [by_rouge_score(p, r) for p, r in zip(said, references)]
+        expected[model] = []
+        for row in drawn:
+            chosen = [i for i, name in enumerate(conversations) for _ in range(row[place[name]])]
+            texts, streams = [said[i] for i in chosen], [[references[i][0] for i in chosen]]
+            expected[model].append({
+                **{name: np.mean([turns[i][name] for i in chosen]) for name in ROUGE_TYPES},
+                "bleu": sacrebleu.corpus_bleu(texts, streams).score, "chrf": sacrebleu.corpus_chrf(texts, streams).score,
+            })  # fmt: skip
+        for name in (*ROUGE_TYPES, "bleu", "chrf"):
+            assert scored[model][name].resampled == pytest.approx([e[name] for e in expected[model]], abs=1e-9)
+    (pair,) = scores.compare(scored)
+    for name in (*ROUGE_TYPES, "bleu", "chrf"):
+        change = [b[name] - a[name] for a, b in zip(expected["a"], expected["b"])]
+        low, high = np.percentile(change, (2.5, 97.5))
+        assert (pair["scores"][name]["low"], pair["scores"][name]["high"]) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_a_comparison_of_many_predictions_holds_no_matrix_of_its_draws_in_full_precision():
+    """Five times the conversations may not take five times the memory of float64 draws."""
+    import tracemalloc
+
+    table = scores.Statistics(np.ones((50_000, 2)), scores._mean)
+    tracemalloc.start()
+    found = scores.interval(scores.resample({"x": table}, scores.draws(50_000, 400, seed=0))["x"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == {"value": 1, "low": 1, "high": 1}
+    assert peak < 50_000 * 400 * 8
+
+
+def interval(tables, name: str, drawn) -> dict[str, float]:
+    return scores.interval(scores.resample(tables, drawn)[name])
+
+
 def test_an_empty_prediction_counts_as_zero_and_stays_in_the_mean():
     tables = scores.statistics(answers(["same words", ""], ["same words", "other words"]))
     drawn = scores.draws(2, 100, seed=0)
-    assert scores.interval(tables["rougeL"], drawn)["value"] == pytest.approx(0.5)
-    assert scores.interval(tables["exact_match"], drawn)["value"] == pytest.approx(0.5)
+    assert interval(tables, "rougeL", drawn)["value"] == pytest.approx(0.5)
+    assert interval(tables, "exact_match", drawn)["value"] == pytest.approx(0.5)
 
 
 def test_intervals_are_over_conversations_and_not_over_turns():
@@ -98,11 +177,11 @@ def test_intervals_are_over_conversations_and_not_over_turns():
     predictions, references = zip(*once)
     names = [str(i) for i in range(len(once))]
     drawn = scores.draws(len(once), 1000, seed=3)
-    single = scores.interval(scores.statistics(answers(predictions, references, names))["rouge1"], drawn)
-    triple = scores.interval(scores.statistics(answers(predictions * 3, references * 3, names * 3))["rouge1"], drawn)
+    single = interval(scores.statistics(answers(predictions, references, names)), "rouge1", drawn)
+    triple = interval(scores.statistics(answers(predictions * 3, references * 3, names * 3)), "rouge1", drawn)
     assert triple == pytest.approx(single)
     independent = scores.draws(3 * len(once), 1000, seed=3)
-    narrow = scores.interval(scores.statistics(answers(predictions * 3, references * 3))["rouge1"], independent)
+    narrow = interval(scores.statistics(answers(predictions * 3, references * 3)), "rouge1", independent)
     assert narrow["high"] - narrow["low"] < 0.8 * (single["high"] - single["low"])
 
 
@@ -111,21 +190,21 @@ def test_the_interval_covers_the_true_mean_about_95_times_of_100():
     for trial in range(200):
         values = rng.binomial(1, 0.3, 60)
         table = scores.Statistics(np.stack([values, np.ones(60)], 1).astype(float), scores._mean)
-        found = scores.interval(table, scores.draws(60, 300, seed=trial))
+        found = interval({"mean": table}, "mean", scores.draws(60, 300, seed=trial))
         covered += found["low"] <= 0.3 <= found["high"]
     assert 0.90 <= covered / 200 <= 0.99
 
 
 def test_two_equal_models_do_not_differ_and_a_better_one_does():
     references = [f"word{i} of the answer" for i in range(40)]
-    good = scores.statistics(answers(references, references))
-    poor = scores.statistics(answers(["no"] * 40, references))
     drawn = scores.draws(40, 1000, seed=0)
-    same = scores.difference(good["rougeL"], good["rougeL"], drawn)
+    good = scores.resample(scores.statistics(answers(references, references)), drawn)
+    poor = scores.resample(scores.statistics(answers(["no"] * 40, references)), drawn)
+    same = scores.difference(good["rougeL"], good["rougeL"])
     assert same == {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
-    better = scores.difference(poor["rougeL"], good["rougeL"], drawn)
+    better = scores.difference(poor["rougeL"], good["rougeL"])
     assert better["low"] > 0 and better["p_value"] == pytest.approx(2 / 1001)
-    assert scores.difference(good["rougeL"], poor["rougeL"], drawn)["difference"] == -better["difference"]
+    assert scores.difference(good["rougeL"], poor["rougeL"])["difference"] == -better["difference"]
 
 
 def test_a_paired_difference_is_narrower_than_two_separate_intervals():
@@ -133,10 +212,10 @@ def test_a_paired_difference_is_narrower_than_two_separate_intervals():
     references = [" ".join(rng.choices("abcdefgh", k=8)) for _ in range(60)]
     a = [" ".join(rng.choices(r.split(), k=rng.randrange(1, 8))) for r in references]
     b = [text + " a" for text in a]
-    tables = [scores.statistics(answers(side, references))["rouge1"] for side in (a, b)]
     drawn = scores.draws(60, 1000, seed=0)
-    apart = [scores.interval(table, drawn) for table in tables]
-    paired = scores.difference(*tables, drawn)
+    both = [scores.resample(scores.statistics(answers(side, references)), drawn)["rouge1"] for side in (a, b)]
+    apart = [scores.interval(one) for one in both]
+    paired = scores.difference(*both)
     assert paired["high"] - paired["low"] < 0.5 * sum(i["high"] - i["low"] for i in apart)
 
 
@@ -165,16 +244,17 @@ def test_a_label_is_the_last_whole_word_that_is_one(text, label):
 
 def test_label_scores_by_hand():
     found = answers(["yes", "no", "no", "perhaps"], ["yes", "yes", "no", "no"])
-    tables = scores.statistics(found, ["yes", "no"])
+    turns = scores.per_turn(found, ["yes", "no"])
+    tables = scores.by_conversation(turns, found.conversations)
     drawn = scores.draws(4, 100, seed=0)
-    assert scores.interval(tables["accuracy"], drawn)["value"] == pytest.approx(0.5)
+    assert interval(tables, "accuracy", drawn)["value"] == pytest.approx(0.5)
     # yes: tp 1, fp 0, fn 1 -> 2/3; no: tp 1, fp 1, fn 1 -> 1/2
-    assert scores.interval(tables["macro_f1"], drawn)["value"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert interval(tables, "macro_f1", drawn)["value"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     # a label that neither occurs nor is predicted does not count, in a resample too
     rare = [f"l{i}" for i in range(20)]
-    perfect = scores.statistics(answers(rare, rare), [*rare, "never"])["macro_f1"]
-    assert scores.interval(perfect, scores.draws(20, 200, seed=0)) == {"value": 1, "low": 1, "high": 1}
-    assert scores.confusion(found, ["yes", "no"]) == {
+    perfect = scores.statistics(answers(rare, rare), [*rare, "never"])
+    assert interval(perfect, "macro_f1", scores.draws(20, 200, seed=0)) == {"value": 1, "low": 1, "high": 1}
+    assert scores.confusion(turns, ["yes", "no"]) == {
         "yes": {"yes": 1, "no": 1, "unparsable": 0},
         "no": {"yes": 0, "no": 1, "unparsable": 1},
     }
