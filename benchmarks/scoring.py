@@ -119,7 +119,7 @@ def write_predictions(folder: Path, number: int) -> float:
     lengths = np.clip(
         random.poisson(1.5 + 0.6 * np.log(np.arange(1, VOCABULARY + 1))), 1, 14
     )  # the frequent ones are short
-    vocabulary = ["".join(random.choice(letters, n, p=often / often.sum())) for n in lengths]
+    vocabulary = np.array(["".join(random.choice(letters, n, p=often / often.sum())) for n in lengths], object)
     zipf = 1 / (np.arange(VOCABULARY) + 2.7)  # Zipf and Mandelbrot's law
     cumulated = np.cumsum(zipf / zipf.sum())
 
@@ -127,10 +127,9 @@ def write_predictions(folder: Path, number: int) -> float:
         return np.searchsorted(cumulated, random.random(count))
 
     def text(words: np.ndarray, ends: np.ndarray, label: str) -> str:
-        spoken = [vocabulary[word] for word in words]
-        for place, end in enumerate(ends):  # a sentence has twelve words in the mean, one in twenty ends a line
-            if end < 1 / 12:
-                spoken[place] += "." if end > 1 / 240 else ".\n"
+        spoken = vocabulary[words]
+        spoken[ends < 1 / 12] += "."  # a sentence has twelve words in the mean, and one in twenty ends a line
+        spoken[ends < 1 / 240] += "\n"
         return " ".join(spoken).replace("\n ", "\n") + f" {label}."
 
     total = 0

@@ -227,6 +227,7 @@ def _in_parts(answers: Answers, rows: Callable[[Sequence[str], Sequence[list[str
     return np.concatenate([rows(*zip(*part)) for part in in_parts(list(zip(answers.predictions, answers.references)))])
 
 
+@lru_cache(4)
 def _bleu_words(tokenizer: str) -> Callable[[str], list[str]]:
     """What parts a text into words as sacrebleu does."""
     whole = BLEU(tokenize=tokenizer)._preprocess_segment
