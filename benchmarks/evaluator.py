@@ -13,9 +13,10 @@ them): the demo base in fp32 for 100 steps of 16 rows, SmolLM2-135M-Instruct in 
 ranks: eval/run.py on 192 prompts, the tuned demo base, by one rank with all cores as threads and by two ranks that share
 them.
 
-benchmarks/results/evaluator.json has each cell with its machine, and is written after every one. The text of lm_eval has no
-counts; its new tokens are those of the text read by the tokenizer. `same texts` is the share of answers of the sample that are
-those of (b) in the same precision, and of (a) those of (c).
+benchmarks/results/evaluator.json has each cell with its machine, and is written after every one; --sides measures some of
+a cell's sides and leaves the others as they are. lm_eval gives texts without counts: its new tokens are those of the
+text, read by the tokenizer. `same texts` is CareLM's share of answers that are those of (b), or of (c), in the same
+precision.
 
 lm_eval is no requirement of CareLM. An environment of its own that sees this one's packages:
 
@@ -41,6 +42,8 @@ from pathlib import Path
 from typing import Any
 
 from launches import ONE_PROCESS, PROJECT, RESULTS, accelerate, describe_machine, keys, run, say, threads, write_results
+
+from carelm.provenance import git_commit
 
 MODELS = {
     "demo": {"overlay": "demo_base", "precision": "fp32", "max_steps": 100},
@@ -75,8 +78,7 @@ def main() -> None:
     if options.self_test:
         options.rounds, options.new_tokens, options.sample, options.batch_sizes = 1, 8, 3, ["4"]
     file = RESULTS / "evaluator.json"
-    result = json.loads(file.read_text()) if file.exists() else {}
-    result.setdefault("cells", {})
+    result = {"cells": json.loads(file.read_text()).get("cells", {}) if file.exists() else {}}
     for cell in options.only or (["demo-192-fp32", "ranks"] if options.self_test else ["prepare", *CELLS, "ranks"]):
         if cell == "prepare":
             for name in MODELS:
@@ -84,6 +86,13 @@ def main() -> None:
             continue
         machine = describe_machine()
         measured = time_ranks(options) if cell == "ranks" else time_in_turn(*cell.split("-"), options)
+        before = result["cells"].get(cell, {})
+        for part in (
+            "ways",
+            "same texts",
+        ):  # sides that were measured by an earlier command stay, each with its own commit
+            if part in measured and before.get("most_new_tokens") == options.new_tokens:
+                measured[part] = {**before[part], **measured[part]}
         result["cells"][cell] = {"machine": machine, **measured}
         result["ratios"] = ratios(result["cells"])
         say(f"{cell}: {json.dumps(measured, indent=1)}")
@@ -193,6 +202,7 @@ def time_in_turn(name: str, number: str, precision: str, options: argparse.Names
             say(f"{who}: {measured[who]['seconds'][-1]} s, {measured[who]['new_tokens']} new tokens")
     for figures in measured.values():
         seconds = statistics.median(figures["seconds"])
+        figures["git_commit"] = git_commit()
         figures["examples_per_second"] = round(figures["examples"] / seconds, 3)
         figures["tokens_per_second"] = round(figures["new_tokens"] / seconds, 1)
     same = {f"{a} / {b}": round(statistics.mean(said[a][i].strip() == said[b][i].strip() for i in said[b]), 4)
