@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=["prepare", *CELLS, "ranks"], metavar="CELL", help="default: all")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--new_tokens", type=int, default=128, help="at most, of an answer")
+    parser.add_argument("--new_tokens", type=int, default=192, help="at most, of an answer")
     parser.add_argument("--sample", type=int, default=24, help="of the prompts, answered one at a time")
     parser.add_argument("--batch_sizes", nargs="+", default=["32", "64", "128"], help="of lm_eval; auto is one too")
     parser.add_argument(
