@@ -254,6 +254,18 @@ def any_rank(flag: bool, device: "torch.device") -> bool:
     return bool(flags.item())
 
 
+def total(value: float, device: "torch.device") -> float:
+    """The sum of all ranks' values; every rank calls it."""
+    if world_size() == 1:
+        return value
+    import torch
+    import torch.distributed
+
+    values = torch.tensor(float(value), device=device)
+    torch.distributed.all_reduce(values)
+    return values.item()
+
+
 def check_gpus(launch: Launch | None) -> None:
     """Says that an accelerate file for GPUs computes on the CPU where there are none.
 
@@ -279,17 +291,23 @@ def check_gpus(launch: Launch | None) -> None:
 
 def use_cpu(launch: Launch | None) -> None:
     """Where there is no GPU: shares the machine's cores among its ranks, as accelerate gives every CPU process one thread
-    unless it is told, and imports bitsandbytes, before PEFT does, without torch.compile around functions that a CPU does
-    not call, which takes seconds."""
+    unless it is told; says where more threads are set than there are cores; and imports bitsandbytes, before PEFT does,
+    without torch.compile around functions that a CPU does not call, which takes seconds."""
     import torch
 
     if torch.cuda.is_available():
         return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    usable = psutil.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # a container or a batch job may have been given fewer
+        usable = len(os.sched_getaffinity(0))
     if launch is not None and not launch.threads_were_set:
-        cores = psutil.cpu_count(logical=False) or 1
-        if hasattr(os, "sched_getaffinity"):  # a container or a batch job may have been given fewer
-            cores = min(cores, len(os.sched_getaffinity(0)))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, min(psutil.cpu_count(logical=False) or 1, usable) // here))
+    if here * (threads := torch.get_num_threads()) > usable:
+        better = max(1, usable // here)
+        say(
+            f"{here} x {threads} threads share {usable} cores, which is slow; put OMP_NUM_THREADS={better} before the command"
+        )
     if "TORCHDYNAMO_DISABLE" not in os.environ:  # the recipe's torch_compile is not to be disabled with it
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         import bitsandbytes  # noqa: F401

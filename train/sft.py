@@ -55,7 +55,7 @@ def main() -> None:
     ranks.use_cpu(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     # Libraries that take seconds, after every check without them.
-    from carelm.models import adapters, base, memory
+    from carelm.models import adapters, base, flops, memory
     from carelm.models.precision import choose_precision
     from carelm.training import callbacks
     from carelm.training.arguments import make_training_args
@@ -80,7 +80,8 @@ def main() -> None:
     ranks.say(f"{recipe.method} on {recipe.model['model_name_or_path']} in {precision.name} ({precision.reason}): "
               f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.4%})")  # fmt: skip
 
-    speed = callbacks.Speed()
+    ceiling = flops.matmul_ceiling_of_all(arguments.device, precision.dtype)
+    speed = callbacks.Speed(base.flops_per_token(model), ceiling)
     fingerprint = base.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
     run = Trainer(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
                   callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
@@ -90,8 +91,8 @@ def main() -> None:
     stop_requests.watch.pause()
 
     run.save_result(recipe.output_dir)
-    metrics = run.metrics() | {
-        "tokens_per_second": round(speed.tokens / speed.step_seconds, 1) if speed.step_seconds else None,
+    metrics = run.metrics() | speed.metrics()
+    metrics |= {
         "seconds_to_first_step": round(speed.first_step_at - STARTED, 2) if speed.first_step_at else None,
         "peak_memory_bytes": memory.peak_memory_bytes(),
         "precision": precision.name,

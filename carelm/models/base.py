@@ -245,12 +245,37 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters; a 4-bit weight counts for what it stands for, a ZeRO-3 shard for the whole."""
     trainable = total = 0
     for parameter in model.parameters():
-        number = getattr(parameter, "ds_numel", parameter.numel())
-        if type(parameter).__name__ == "Params4bit" and parameter.bnb_quantized:
-            number *= 2 * parameter.element_size()
-        total += number
+        total += (number := _stands_for(parameter))
         trainable += number if parameter.requires_grad else 0
     return trainable, total
+
+
+def _stands_for(parameter: torch.nn.Parameter) -> int:
+    number = getattr(parameter, "ds_numel", parameter.numel())
+    if type(parameter).__name__ == "Params4bit" and parameter.bnb_quantized:
+        number *= 2 * parameter.element_size()
+    return number
+
+
+def flops_per_token(model: PreTrainedModel) -> int:
+    """Floating-point operations of matrix products that training takes for each token: 4 for a frozen weight, 6 for a trained
+    one (Kaplan et al. 2020, section 2.1: 2 forward, 2 for the gradient of its input, 2 for its own).
+
+    A weight counts for what it stands for; an embedding that is only looked up in does not, and of experts those that a token
+    goes to do. The products of attention, without weights, are left out, and the output layer is counted for every token.
+    """
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    active = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
+    flops = 0
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            looked_up = isinstance(module, torch.nn.Embedding) or parameter is head  # a tied one is counted as the head
+            if len(shape) < 2 or looked_up or "original_module" in name:  # PEFT computes with its copy of that
+                continue
+            share = active / shape[0] if active and len(shape) == 3 else 1
+            flops += int(share * (6 if parameter.requires_grad else 4) * _stands_for(parameter))
+    return flops + (0 if head is None else (6 if head.requires_grad else 4) * _stands_for(head))
 
 
 def base_fingerprint(name_or_path: str, revision: str = "main") -> str:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from carelm import ranks
 from carelm.models.generation import Decoding, generate
+from carelm.training import threads
 
 
 class StepSeed(TrainerCallback):
@@ -39,14 +40,22 @@ class Evaluations(TrainerCallback):
 class Speed(TrainerCallback):
     """Times the optimizer steps of this process (fetching batches, evaluations and saves are not in it) and watches memory.
 
+    Args:
+        flops_per_token: of the model's matrix products.
+        ceiling: FLOP/s of matrix products that all ranks together were measured to reach.
+
     Attributes:
         step_seconds: sum over this process's steps.
         tokens: tokens trained on in them, over all ranks, without padding.
         first_step_at: time.time() at the end of the first step.
+        of_last_step: tokens per second of it.
+        shown: the figures of the newest log.
     """
 
-    def __init__(self):
+    def __init__(self, flops_per_token: int, ceiling: float):
+        self.flops_per_token, self.ceiling = flops_per_token, ceiling
         self.step_seconds, self.tokens, self.first_step_at = 0.0, 0, None
+        self.of_last_step, self.shown = 0.0, dict[str, float]()
         self.reads_utilisation = False
         self.batches = None  # the trainer's GlobalBatches, set once there is a trainer
         self._began = self._tokens_before = 0
@@ -74,14 +83,35 @@ class Speed(TrainerCallback):
             self._plan_epoch, self._plan = epoch, self.batches.plan(epoch)
         tokens = int(self.batches.lengths[self._plan[position]].sum())
         self.tokens += tokens
+        self.of_last_step = tokens / seconds
         self._window = (self._window[0] + seconds, self._window[1] + tokens)
         if self.first_step_at is None:
             self.first_step_at = time.time()
 
-    def read(self) -> dict[str, float]:
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.shown = self._read()
+
+    def metrics(self) -> dict[str, float | None]:
+        """Of all steps of this process."""
+        rate, mfu = self._rate(self.step_seconds, self.tokens).values() if self.step_seconds else (None, None)
+        return {
+            "tokens_per_second": rate and round(rate, 1),
+            "mfu": mfu and round(mfu, 4),
+            "flops_per_token": self.flops_per_token,
+            "matmul_ceiling_flops": round(self.ceiling),
+        }
+
+    def _rate(self, seconds: float, tokens: int) -> dict[str, float]:
+        """With the model FLOPs utilisation (MFU: Chowdhery et al. 2022, PaLM, appendix B), here of the ceiling that was
+        measured and not of a data sheet's."""
+        rate = tokens / seconds
+        return {"tokens_per_second": rate, "mfu": rate * self.flops_per_token / self.ceiling}
+
+    def _read(self) -> dict[str, float]:
         """Speed since the last call, and memory now."""
         (seconds, tokens), self._window = self._window, (0.0, 0)
-        figures = {"tokens_per_second": tokens / seconds} if seconds else {}
+        figures = self._rate(seconds, tokens) if seconds else {}
         figures["host_memory_bytes"] = psutil.Process().memory_info().rss
         if torch.cuda.is_available():
             figures["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -90,11 +120,36 @@ class Speed(TrainerCallback):
         return figures
 
 
-class ProgressBar(TrainerCallback):
-    """One bar over the run's optimizer steps, with the loss and the time left; rank 0 alone."""
+class ThreadWatch(TrainerCallback):
+    """Says once that one thread would be faster than several (rank 0, on a CPU).
 
-    def __init__(self):
-        self.bar = None
+    It is measured after the first step and after steps that are far slower than others were, so that short steps, or a moment
+    in which the machine was busy, are no alarm. The number of threads stays: another one would round sums otherwise.
+    """
+
+    SLOW = 3  # times below the run's best speed
+    PATIENCE = 30  # seconds between two looks
+
+    def __init__(self, speed: Speed):
+        self.speed, self.best, self.next_look, self.is_done = speed, 0.0, 0.0, torch.cuda.is_available()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        rate, now = self.speed.of_last_step, time.monotonic()
+        is_slow, self.best = rate * self.SLOW < self.best or not self.best, max(self.best, rate)
+        if self.is_done or not is_slow or now < self.next_look or (number := torch.get_num_threads()) == 1:
+            return
+        self.next_look = now + self.PATIENCE
+        several, one = threads.measure(number)
+        if line := threads.advice(number, several, one):
+            ranks.say(line)
+            self.is_done = True
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the run's optimizer steps, with the loss, the speed and the time left; rank 0 alone."""
+
+    def __init__(self, speed: Speed):
+        self.speed, self.bar = speed, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -113,7 +168,11 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)  # drawn with the next step
+            figures = {"loss": f"{logs['loss']:.4f}"}
+            if "mfu" in self.speed.shown:
+                figures["tokens/s"] = f"{self.speed.shown['tokens_per_second']:,.0f}"
+                figures["mfu"] = f"{self.speed.shown['mfu']:.0%}"
+            self.bar.set_postfix(figures, refresh=False)  # drawn with the next step
         if self.bar is not None and "eval_loss" in logs:
             self.bar.write(f"carelm: step {state.global_step}: eval loss {logs['eval_loss']:.4f}", file=sys.stderr)
 
@@ -152,7 +211,7 @@ class TensorBoard(TrainerCallback):
             if key in self.NAMES:
                 self.writer.add_scalar(self.NAMES[key], value, state.global_step)
         if "loss" in logs:
-            for key, value in self.speed.read().items():
+            for key, value in self.speed.shown.items():
                 self.writer.add_scalar(f"system/{key}", value, state.global_step)
         self.writer.flush()
 
@@ -200,12 +259,14 @@ def make_callbacks(recipe, prepared, chat, speed: Speed) -> list[TrainerCallback
 
     shown = {"tensorboard", "all"} & set(recipe.training["report_to"])
     tensorboard = TensorBoard(recipe.output_dir / "runs", speed) if shown else None
-    callbacks = [StepSeed(), speed, ProgressBar(), Evaluations(prepared.validation is not None)]
+    callbacks = [StepSeed(), speed, ProgressBar(speed), Evaluations(prepared.validation is not None)]
     if tensorboard is not None:
         callbacks.append(tensorboard)
     callbacks.append(SampleAnswers(chat, prepared.samples, recipe.sample_max_new_tokens, tensorboard))
     if recipe.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
-    if ranks.rank() != 0:
+    if ranks.rank() == 0:
+        callbacks.append(ThreadWatch(speed))
+    else:
         callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
     return callbacks

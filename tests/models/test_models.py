@@ -30,7 +30,14 @@ from transformers import (
 from carelm.chat.chat import make_chat
 from carelm.errors import UserError
 from carelm.models import adapters
-from carelm.models.base import base_fingerprint, check_vocabulary, count_parameters, load_base, load_config
+from carelm.models.base import (
+    base_fingerprint,
+    check_vocabulary,
+    count_parameters,
+    flops_per_token,
+    load_base,
+    load_config,
+)
 from carelm.models.precision import Precision, choose_precision
 from carelm.recipe_file import load_recipe
 from carelm.training.arguments import make_training_args
@@ -65,11 +72,36 @@ def test_parameter_counts_are_the_published_ones(config, keys, trainable, total,
     assert f"{100 * trainable / total:.{digits}f}" == percent
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "keys, flops",
+    # TinyLlama without its embedding is 1,034,420,224 weights in products (and 91 k in norms); LoRA adds 6,307,840.
+    [(("--lora_r", "8"), 4 * 1_034_420_224 + 6 * 6_307_840), (("--method", "prompt_tuning"), 4 * 1_034_420_224),
+     (("--lora_r", "8", "--lora_modules_to_save", "lm_head"), 4 * 1_034_420_224 + 6 * 6_307_840 + 2 * 32_000 * 2048),
+     (("--method", "full", "--load_in_4bit", "false"), 6 * 1_034_420_224)],
+)  # fmt: skip
+def test_a_token_takes_four_operations_for_a_frozen_weight_and_six_for_a_trained_one(keys, flops, tied):
+    recipe = load_recipe(["--config", "recipes/demo.yaml", *keys], usage="")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**TINYLLAMA.to_dict() | {"tie_word_embeddings": tied}))
+        model = model if recipe.method == "full" else adapters.add_adapter(model, recipe)
+    assert flops_per_token(model) == flops
+
+
+def test_a_token_takes_the_experts_that_it_goes_to():
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, tie_word_embeddings=False))
+    attention, router, expert, head = 2 * 4096 * (4096 + 1024), 8 * 4096, 3 * 4096 * 14_336, 32_000 * 4096
+    assert flops_per_token(model) == 6 * (attention + router + 2 * expert + head)
+
+
 def test_a_4bit_base_counts_like_the_whole_one(base):
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
     quantised = load_base(recipe, Precision("fp32", "test"))
     whole = AutoModelForCausalLM.from_pretrained(base)
     assert count_parameters(quantised)[1] == sum(p.numel() for p in whole.parameters())
+    of_quantised, of_whole = (flops_per_token(model.requires_grad_(False)) for model in (quantised, whole))
+    assert of_quantised == of_whole
 
 
 def test_no_4bit_layer_is_repacked_on_a_cpu(base, monkeypatch):

@@ -69,7 +69,7 @@ def test_tensorboard_is_written_by_ours_alone(words, here):
     recipe = load_recipe(["--config", "recipes/demo.yaml", "--report_to", *words.split()], usage="")
     prepared = types.SimpleNamespace(validation=[], samples=[])
     assert "tensorboard" not in make_training_args(recipe, prepared, Precision("fp32", "test")).report_to
-    made = callbacks.make_callbacks(recipe, prepared, None, callbacks.Speed())
+    made = callbacks.make_callbacks(recipe, prepared, None, callbacks.Speed(1, 1.0))
     assert sum(isinstance(callback, callbacks.TensorBoard) for callback in made) == here
 
 

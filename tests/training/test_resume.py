@@ -69,6 +69,7 @@ def check_tensorboard(run):
         "train/learning_rate",
         "train/grad_norm",
         "system/tokens_per_second",
+        "system/mfu",
         "system/host_memory_bytes",
     ):
         assert [e.step for e in events.Scalars(tag)] == list(range(1, 10)), tag
