@@ -75,8 +75,6 @@ def check(recipe: Recipe) -> None:
     smoothing = recipe.training.get("label_smoothing_factor") or 0
     if not 0 <= smoothing < 1:
         raise UserError(f"label_smoothing_factor: {smoothing} is not at least 0 and below 1")
-    if smoothing and recipe.method == "prompt_tuning":  # its logits are longer than the labels, by the virtual tokens
-        raise UserError("label_smoothing_factor: it is not there for method: prompt_tuning; leave one of them out")
     if bool(recipe.prompt_template) != bool(recipe.completion_template):
         there, missing = ("prompt", "completion") if recipe.prompt_template else ("completion", "prompt")
         raise UserError(f"{there}_template is set and {missing}_template is not: they go together")

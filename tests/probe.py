@@ -42,7 +42,7 @@ class Probe(transformers.TrainerCallback):
 
 if __name__ == "__main__":
     transformers.trainer.DEFAULT_CALLBACKS.append(Probe)
-    loss.CHUNK_BYTES = 16 * 4 * 2048
+    loss.CHUNK_BYTES["cpu"] = 16 * 4 * 2048
     sys.argv[0] = "train/sft.py"
     sys.path.insert(0, "train")
     runpy.run_path("train/sft.py", run_name="__main__")

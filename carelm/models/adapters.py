@@ -15,7 +15,6 @@ from peft import (
 )
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig
 
 from carelm.chat.chat import Chat
@@ -48,10 +47,6 @@ def check_base(recipe: Recipe) -> PreTrainedModel:
     except Exception as error:  # each architecture raises its own
         raise no_language_model(recipe, error) from None
     check_architecture(model, recipe.model["model_name_or_path"])
-    # Elsewhere transformers' smoothed loss does not compare with the next token.
-    is_shifted = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if recipe.training.get("label_smoothing_factor") and not is_shifted:
-        raise UserError(f"label_smoothing_factor: it is not there for {type(model).__name__}; leave it out")
     held = getattr(config, "quantization_config", None) or {}
     held = held if isinstance(held, dict) else held.to_dict()
     bits = 4 if held.get("load_in_4bit") else 8 if held.get("load_in_8bit") else None

@@ -43,7 +43,7 @@ LORA = ("--lora_target_modules", "q_proj", "v_proj")
 
 @pytest.fixture(autouse=True)
 def chunks_of_seven_tokens(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 7 * 4 * WORDS)
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 7 * 4 * WORDS)
 
 
 def llama(tied=False, **keys):
@@ -275,7 +275,7 @@ def test_small_gradients_survive_fp16_until_the_loss_is_scaled():
     head.weight[3], head.bias[3] = 0, 18
     for dtype in (torch.float32, torch.float16):
         part, own = hidden.clone().requires_grad_(), copy.deepcopy(head)
-        loss._let_sum_loss(own, 2, 0.0)
+        loss._let_sum_loss(own, WORDS, 0.0)
         with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
             value = own(part, targets)
         (value / 1000 * 65536).backward()

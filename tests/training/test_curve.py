@@ -95,6 +95,14 @@ def test_a_run_of_two_ranks_goes_on_on_one(rungs, tmp_path):
     assert list(run.glob("checkpoint-12.torn-*"))
 
 
+def test_ranks_with_unlike_numbers_of_chunks_have_the_losses_of_one_process():
+    """Without DeepSpeed, under ZeRO-2 and ZeRO-3; a rank with nothing to learn among them."""
+    done = torchrun(2, script="tests/models/uneven_ranks.py")
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    assert len(found) == 15
+    assert [case for case in found if not case[2] < 1e-5] == []
+
+
 @pytest.mark.long
 def test_a_run_of_one_process_goes_on_on_two_ranks_under_zero3(rungs, tmp_path):
     one = rungs / "one"

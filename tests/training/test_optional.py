@@ -83,7 +83,6 @@ def test_tensorboard_is_written_by_ours_alone(words, here):
         (("--lr_scheduler_kwargs", '{"nonsense": 1}'), "lr_scheduler_type, lr_scheduler_kwargs: cosine .*nonsense"),
         (("--lr_scheduler_type", "greedy", "--eval_strategy", "no"), "greedy requires an eval strategy"),
         (("--use_liger_kernel", "true"), "use_liger_kernel: .* leave it out"),
-        (("--method", "prompt_tuning", "--label_smoothing_factor", "0.1"), "label_smoothing_factor: .* prompt_tuning"),
         (("--torch_compile", "true", "--torch_compile_backend", "none_such"), "torch_compile: backend none_such"),
         (("--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", '{"none_such": 1}'),
          "gradient_checkpointing_kwargs: .*none_such"),
