@@ -17,6 +17,9 @@ LOG_LINES = {
     # Another micro batch is expected on other ranks, the global batch is what stays:
     # https://github.com/huggingface/transformers/blob/main/src/transformers/trainer_utils.py
     "transformers.trainer_utils": "Warning: The following arguments do not match",
+    # What carelm.models.base has said in its own line:
+    # https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/bitsandbytes.py
+    "transformers.integrations.bitsandbytes": "The modules are dequantized in",
 }
 
 

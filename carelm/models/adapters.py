@@ -13,12 +13,14 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from trl import ModelConfig
 
 from carelm.chat.chat import Chat
 from carelm.errors import UserError, first_line
+from carelm.models.attention import use_recomputed_attention
 from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config, no_language_model
 from carelm.models.loss import use_chunked_loss
 from carelm.models.precision import Precision
@@ -159,8 +161,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 def load_model(recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0) -> PreTrainedModel | PeftModel:
     """What is trained: the base alone (`full`) or with a new adapter, told where an answer ends, its loss taken in chunks."""
-    base = load_base(recipe, precision)
+    # ZeRO-3 shares out the 4-bit weights as they are, on a CPU as on a GPU.
+    base = load_base(recipe, precision, may_dequantize=zero_stage != 3)
     align_special_tokens(base, chat)
+    if precision.name == "bf16" and base.device.type == "cpu":
+        use_recomputed_attention(base)
     model = base if recipe.method == "full" else add_adapter(base, recipe, zero_stage)
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and precision.name != "fp32" and zero_stage == 0:
+            module.cast_input_dtype_enabled = False  # autocast would take back the cast to the adapter's fp32
     use_chunked_loss(base, recipe.training.get("label_smoothing_factor") or 0.0, zero_stage=zero_stage)
     return model

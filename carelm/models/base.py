@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -26,6 +27,8 @@ from carelm.files import read_json
 from carelm.models.precision import Precision
 from carelm.ranks import say
 from carelm.recipe import Recipe
+
+SHARE_OF_MEMORY = 0.5  # of what is free now, that a dequantised base may take
 
 
 def load_config(recipe: Recipe) -> PreTrainedConfig:
@@ -76,10 +79,11 @@ def check_vocabulary(chat: Chat, config: PreTrainedConfig) -> None:
         )
 
 
-def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
+def load_base(recipe: Recipe, precision: Precision, may_dequantize: bool = True) -> PreTrainedModel:
     """The base model as the recipe wants it held: in the precision's dtype, or in 8 or 4 bits.
 
-    A full fine-tune without DeepSpeed's own masters needs fp32 weights under autocast, so it is loaded in fp32.
+    A full fine-tune without DeepSpeed's own masters needs fp32 weights under autocast, so it is loaded in fp32. On a CPU a
+    4-bit base is dequantised once, where that is allowed and memory suffices (`keep_cpu_weights_plain`).
 
     Raises:
         UserError: where the folder or Hub repository holds no such model, or pickled weights only.
@@ -106,7 +110,7 @@ def load_base(recipe: Recipe, precision: Precision) -> PreTrainedModel:
             f"{missing[0]}, which would be drawn at random; get the base again, or take another one"
         )
     if recipe.bits == 4:
-        keep_cpu_weights_plain(model)
+        model = keep_cpu_weights_plain(model, precision.dtype, may_dequantize)
     leave_out_added_losses(model)
     if generation is None:  # made of what older bases have in config.json
         model.generation_config = repaired(model.generation_config.to_diff_dict())
@@ -215,16 +219,31 @@ def quantization_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBy
     return BitsAndBytesConfig(load_in_8bit=True) if recipe.bits == 8 else None
 
 
-def keep_cpu_weights_plain(model: torch.nn.Module) -> None:
-    """Stops bitsandbytes from repacking 4-bit weights at the first forward without gradients.
+def keep_cpu_weights_plain(model: PreTrainedModel, dtype: torch.dtype, may_dequantize: bool) -> PreTrainedModel:
+    """On a CPU, a 4-bit base with its weights as bitsandbytes would compute with them, dequantised once for all steps.
 
-    On CPUs with AVX512-BF16 it does so for good, and gradients after it are wrong (off by 91 % where it was measured).
+    The values are the same; each forward and backward would else make them again. Where they must stay in 4 bits, bitsandbytes
+    is kept from repacking them at the first forward without gradients: on CPUs with AVX512-BF16 it does so for good, and
+    gradients after it are wrong (off by 91 % where it was measured).
     """
     from bitsandbytes.nn import Linear4bit
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    held = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if not held or held[0].weight.device.type != "cpu":
+        return model
+    needed = sum(module.in_features * module.out_features for module in held) * dtype.itemsize
+    available = psutil.virtual_memory().available
+    if may_dequantize and needed < SHARE_OF_MEMORY * available:
+        say(f"the 4-bit base is dequantised once: {needed / 2**20:,.0f} MiB on this CPU")
+        return model.dequantize(dtype)
+    if may_dequantize:
+        say(
+            f"the base stays in 4 bits, which is slower on a CPU: dequantised it takes {needed / 2**20:,.0f} MiB of the "
+            f"{available / 2**20:,.0f} MiB that are free"
+        )
+    for module in held:
+        module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def align_special_tokens(model: PreTrainedModel, chat: Chat) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import types
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -97,7 +98,7 @@ def test_a_token_takes_the_experts_that_it_goes_to():
 
 def test_a_4bit_base_counts_like_the_whole_one(base):
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
-    quantised = load_base(recipe, Precision("fp32", "test"))
+    quantised = load_base(recipe, Precision("fp32", "test"), may_dequantize=False)
     whole = AutoModelForCausalLM.from_pretrained(base)
     assert count_parameters(quantised)[1] == sum(p.numel() for p in whole.parameters())
     of_quantised, of_whole = (flops_per_token(model.requires_grad_(False)) for model in (quantised, whole))
@@ -112,9 +113,27 @@ def test_no_4bit_layer_is_repacked_on_a_cpu(base, monkeypatch):
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     assert Linear4bit(8, 8).support_avx512bf16_for_cpu
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
-    model = load_base(recipe, Precision("fp32", "test"))
+    model = load_base(recipe, Precision("fp32", "test"), may_dequantize=False)
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     assert layers and not any(m.support_avx512bf16_for_cpu for m in layers)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_4bit_base_is_dequantised_once_on_a_cpu_and_computes_the_same(base, capsys, precision):
+    recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
+    held, whole = (load_base(recipe, Precision(precision, "test"), may) for may in (False, True))
+    assert "the 4-bit base is dequantised once: 12 MiB" in capsys.readouterr().err or precision == "bf16"
+    kinds = {type(module).__name__ for module in whole.modules()}
+    assert "Linear" in kinds and "Linear4bit" not in kinds
+    assert torch.equal(held(torch.arange(60)[None]).logits, whole(torch.arange(60)[None]).logits)
+
+
+def test_a_4bit_base_stays_so_where_memory_does_not_suffice(base, capsys, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10 * 2**20))
+    recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
+    model = load_base(recipe, Precision("fp32", "test"))
+    assert "Linear4bit" in {type(module).__name__ for module in model.modules()}
+    assert "the base stays in 4 bits, which is slower on a CPU" in capsys.readouterr().err
 
 
 def change_config(base, folder, **changes):
