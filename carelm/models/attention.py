@@ -48,7 +48,10 @@ def attend(
     is_causal = attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
     is_plain = attention_mask.dtype == torch.bool if attention_mask is not None else is_causal and length == seen
     odd = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
-    if not (torch.is_grad_enabled() and query.dtype == torch.bfloat16 and query.device.type == "cpu" and is_plain) or odd:
+    if (
+        not (torch.is_grad_enabled() and query.dtype == torch.bfloat16 and query.device.type == "cpu" and is_plain)
+        or odd
+    ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is None:
         attention_mask = torch.ones(1, 1, length, seen, dtype=torch.bool).tril_()

@@ -122,7 +122,7 @@ def test_no_4bit_layer_is_repacked_on_a_cpu(base, monkeypatch):
 def test_a_4bit_base_is_dequantised_once_on_a_cpu_and_computes_the_same(base, capsys, precision):
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
     held, whole = (load_base(recipe, Precision(precision, "test"), may) for may in (False, True))
-    assert "the 4-bit base is dequantised once: 12 MiB" in capsys.readouterr().err or precision == "bf16"
+    assert "the 4-bit base is dequantised once" in capsys.readouterr().err
     kinds = {type(module).__name__ for module in whole.modules()}
     assert "Linear" in kinds and "Linear4bit" not in kinds
     assert torch.equal(held(torch.arange(60)[None]).logits, whole(torch.arange(60)[None]).logits)
