@@ -15,7 +15,7 @@ BLOCK = 2**22  # scores at a time, so that they stay near the cores
 
 
 def use_recomputed_attention(model: PreTrainedModel) -> None:
-    """Trains with it where the model would take torch's attention (`sdpa`): one that was asked for, or that the model needs, stays."""
+    """Trains with it where the model would take torch's own (`sdpa`); what was asked for, or what the model needs, stays."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -61,7 +61,7 @@ def attend(
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale q k' + mask) v; its backward is that of Dao et al. 2022, FlashAttention, appendix B.2, in plain products."""
+    """softmax(scale q k' + mask) v; its backward is that of Dao et al. 2022, FlashAttention, appendix B.2."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask, scale):
