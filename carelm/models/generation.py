@@ -1,6 +1,5 @@
-"""Answers of a model to prompts: in batches of like length, left-padded, greedy unless told, timed."""
+"""Answers of a model to prompts: through the continuous batcher, or `generate` of transformers where it cannot serve; timed."""
 
-import gc
 import json
 import sys
 import time
@@ -12,31 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from carelm.chat.chat import Chat
+from carelm.models.batcher import Batcher, halve, is_out_of_memory, stop_ids, why_not
+from carelm.models.decoding import Decoding, Draws
 from carelm.ranks import rank
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PERCENTILES = (50, 95, 99)
 WARM_UP_PROMPTS = 2
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are drawn: `temperature` 0 takes the likeliest token, above it tokens are drawn by `seed`."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 42
-
-    def arguments(self) -> dict:
-        """As `generate` of transformers takes them."""
-        draws = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature > 0 else {}
-        plain = {"num_beams": 1, "return_dict_in_generate": False, "use_cache": True}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0, **plain, **draws}
 
 
 @dataclass(frozen=True)
@@ -80,14 +65,19 @@ def generate(
         attention_mask[row, longest - len(ids) :] = 1
     was_training = model.training
     model.eval()
+    how = {"max_new_tokens": decoding.max_new_tokens, "do_sample": False, "num_beams": 1, "use_cache": True,
+           "return_dict_in_generate": False}  # fmt: skip
+    if decoding.temperature > 0:
+        how["logits_processor"] = LogitsProcessorList([Draws(decoding, prompts)])
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     answering, start = model, longest
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         inputs, answering, start = _with_virtual_tokens(model, **inputs), model.get_base_model(), 0
     with _token_ids_alone(model):
-        output = answering.generate(**inputs, synced_gpus=synced_gpus, streamer=streamer, **decoding.arguments())
+        output = answering.generate(**inputs, synced_gpus=synced_gpus, streamer=streamer, **how)
     model.train(was_training)
-    return [_to_answer(chat, model.generation_config.eos_token_id, row) for row in output[:, start:].tolist()]
+    stops = stop_ids(model)
+    return [_to_answer(chat, stops, row) for row in output[:, start:].tolist()]
 
 
 @contextmanager
@@ -128,8 +118,7 @@ def _with_virtual_tokens(
     return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.stack(masks)}
 
 
-def _to_answer(chat: Chat, stops: int | list[int], ids: list[int]) -> Answer:
-    stops = {stops} if isinstance(stops, int) else set(stops)
+def _to_answer(chat: Chat, stops: set[int], ids: list[int]) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     ids = ids if end is None else ids[: end + 1]
     return Answer(chat.spoken(ids), len(ids), "length" if end is None else "stop")
@@ -148,10 +137,11 @@ def generate_all(
 ) -> dict[str, float]:
     """Answers every prompt, longest first, and hands each answer to `done(index, answer)` as soon as it is there.
 
-    Where memory ends, the budget is halved, said, and the batch is taken again.
+    A model that the batcher cannot serve is answered in batches by `generate`, which is said.
 
     Args:
-        max_batch_tokens: prompts with padding and the longest answers of one batch stay under it.
+        max_batch_tokens: prompts in flight with their longest answers, padded to the longest of them, stay under it; halved,
+            and said, where memory ends.
         show: the text of a progress bar, or None for no bar.
 
     Returns:
@@ -160,45 +150,64 @@ def generate_all(
     Raises:
         torch.OutOfMemoryError: where a batch of one does not fit.
     """
-    left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    reason = why_not(model)
+    if reason:
+        print(f"carelm: rank {rank()}: {reason}: answers come in batches by transformers' generate, which is slower",
+              file=sys.stderr, flush=True)  # fmt: skip
+    answering = (_by_generate if reason else _by_batcher)(
+        model, chat, prompts, order, decoding, device, max_batch_tokens
+    )
     seconds, new_tokens, batch_size = 0.0, 0, 0
-    bar = tqdm(total=len(prompts), desc=show, unit="example", dynamic_ncols=True, disable=show is None)
+    started = time.perf_counter()
+    with tqdm(total=len(prompts), desc=show, unit="example", dynamic_ncols=True, disable=show is None) as bar:
+        for in_flight, answers in answering:
+            seconds += time.perf_counter() - started
+            for i, answer in answers:
+                done(i, answer)
+                new_tokens += answer.new_tokens
+            batch_size = max(batch_size, in_flight)
+            bar.update(len(answers))
+            started = time.perf_counter()
+    return {"seconds": seconds, "new_tokens": new_tokens, "batch_size": batch_size}
+
+
+# How many were answered together, and the indices and answers of those that are over.
+Answering = Iterator[tuple[int, list[tuple[int, Answer]]]]
+
+
+def _by_batcher(
+    model: torch.nn.Module, chat: Chat, prompts: list[list[int]], order: list[int], decoding: Decoding,
+    device: torch.device, max_batch_tokens: int,
+) -> Answering:  # fmt: skip
+    was_training = model.training
+    model.eval()
+    batcher = Batcher(model, device=device, max_batch_tokens=max_batch_tokens)
+    index = {batcher.submit(prompts[i], decoding): i for i in order}
+    while batcher.busy:
+        over = batcher.step()
+        yield batcher.largest, [(index[request], _to_answer(chat, batcher.stops, request.tokens)) for request in over]
+    model.train(was_training)
+
+
+def _by_generate(
+    model: torch.nn.Module, chat: Chat, prompts: list[list[int]], left: list[int], decoding: Decoding,
+    device: torch.device, max_batch_tokens: int,
+) -> Answering:  # fmt: skip
     while left:
-        batch = left[: batch_length(len(prompts[left[0]]) + decoding.max_new_tokens, max_batch_tokens)]
-        torch.manual_seed(decoding.seed * 1_000_003 + batch[0])
-        started = time.perf_counter()
+        longest = len(prompts[left[0]]) + decoding.max_new_tokens
+        batch = left[: max(1, max_batch_tokens // longest)]
         answers = None
         try:
             answers = generate(model, chat, [prompts[i] for i in batch], decoding, device=device)
         except RuntimeError as error:
-            if len(batch) == 1 or not _is_out_of_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         if answers is None:  # here the exception no longer holds the batch's memory
-            gc.collect()
-            torch.cuda.empty_cache()
-            max_batch_tokens = (len(prompts[left[0]]) + decoding.max_new_tokens) * (len(batch) // 2)
-            print(f"carelm: rank {rank()}: out of memory with a batch of {len(batch)}; goes on with {len(batch) // 2}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            max_batch_tokens = longest * halve(len(batch))
             continue
-        seconds += time.perf_counter() - started
         left = left[len(batch) :]
-        for i, answer in zip(batch, answers):
-            done(i, answer)
-        new_tokens += sum(answer.new_tokens for answer in answers)
-        batch_size = max(batch_size, len(batch))
-        bar.update(len(batch))
-    bar.close()
-    return {"seconds": seconds, "new_tokens": new_tokens, "batch_size": batch_size}
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def batch_length(tokens: int, max_batch_tokens: int) -> int:
-    """How many rows of so many tokens one batch takes: at least one."""
-    return max(1, max_batch_tokens // tokens)
+        yield len(batch), list(zip(batch, answers))
 
 
 class _Clock(BaseStreamer):
@@ -216,6 +225,23 @@ class _Clock(BaseStreamer):
         pass
 
 
+def _time_one(
+    model: torch.nn.Module, chat: Chat, ids: list[int], decoding: Decoding, device: torch.device
+) -> list[float]:
+    """When the prompt came and when each token did, in seconds."""
+    clock = _Clock(device)
+    clock.put(ids)
+    if why_not(model):
+        generate(model, chat, [ids], decoding, device=device, streamer=clock)
+        del clock.times[1]  # the first thing that a streamer is given is the prompt
+        return clock.times
+    batcher = Batcher(model, device=device, max_batch_tokens=1)
+    batcher.submit(ids, decoding, on_token=lambda request, token: clock.put(token))
+    while batcher.busy:
+        batcher.step()
+    return clock.times
+
+
 def latency(
     model: torch.nn.Module,
     chat: Chat,
@@ -230,19 +256,19 @@ def latency(
     The first prompts are answered once before, unmeasured; the device is synchronised at every token. `done` is called after
     each prompt.
     """
+    was_training = model.training
+    model.eval()
     for ids in prompts[:WARM_UP_PROMPTS]:
-        generate(model, chat, [ids], decoding, device=device)
+        _time_one(model, chat, ids, decoding, device)
     first, further, whole = [], [], []
     for ids in tqdm(prompts, desc="latency", unit="example", dynamic_ncols=True):
-        clock = _Clock(device)
-        started = time.perf_counter()
-        generate(model, chat, [ids], decoding, device=device, streamer=clock)
-        times = clock.times[1:]  # the first thing that comes is the prompt
+        started, *times = _time_one(model, chat, ids, decoding, device)
         first.append(1e3 * (times[0] - started))
         whole.append(1e3 * (times[-1] - started))
         if len(times) > 1:
             further.append(1e3 * (times[-1] - times[0]) / (len(times) - 1))
         done()
+    model.train(was_training)
     measured = {"ttft_ms": first, "tpot_ms": further, "e2e_ms": whole}
     return {name: {f"p{p}": round(float(np.percentile(values, p)), 3) for p in PERCENTILES} if values else {}
             for name, values in measured.items()}  # fmt: skip

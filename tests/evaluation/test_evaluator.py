@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -71,40 +72,54 @@ def base_model(base):
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12), budget=st.integers(1, 600))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_prompt_is_answered_once_and_no_batch_is_over_the_budget(base_model, monkeypatch, lengths, budget):
+@pytest.mark.parametrize("through", ["the batcher", "generate"])
+def test_every_prompt_is_answered_once_and_no_batch_is_over_the_budget(
+    base_model, monkeypatch, through, lengths, budget
+):
     model, chat = base_model
-    batches = []
-    real = generation.generate
-
-    def watched(model, chat, prompts, *args, **kwargs):
-        batches.append([len(p) for p in prompts])
-        return real(model, chat, prompts, *args, **kwargs)
-
-    done = []
-    with monkeypatch.context() as patch:
-        patch.setattr(generation, "generate", watched)
-        generation.generate_all(
-            model, chat, [[5] * n for n in lengths], Decoding(2), device=CPU, max_batch_tokens=budget,
+    done, prompts = [], [[5] * n for n in lengths]
+    with monkeypatch.context() as patch, watched(model) as forwards:
+        if through == "generate":
+            patch.setattr(generation, "why_not", lambda model: "a test")
+        spent = generation.generate_all(
+            model, chat, prompts, Decoding(3), device=CPU, max_batch_tokens=budget,
             done=lambda i, answer: done.append(i),
         )  # fmt: skip
     assert sorted(done) == list(range(len(lengths)))
-    assert all(len(batch) == 1 or (max(batch) + 2) * len(batch) <= budget for batch in batches)
-    assert sorted((n for batch in batches for n in batch), reverse=True) == [n for batch in batches for n in batch]
+    for rows, columns in forwards:
+        assert rows == 1 or rows * columns <= budget
+    assert spent["batch_size"] == max(rows for rows, columns in forwards) or through == "the batcher"
 
 
-def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(base_model, prompts, monkeypatch, capsys):
+@contextmanager
+def watched(model, most_rows=10**6):
+    """The rows and the columns, with those that were there before, of every forward; as if more rows than `most_rows` did not
+    fit in memory."""
+    forwards = []
+
+    def look(module, args, inputs):
+        rows, new = inputs["input_ids"].shape
+        if rows > most_rows:
+            raise torch.OutOfMemoryError
+        forwards.append((rows, inputs["past_key_values"].get_seq_length() + new))
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield forwards
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("through", ["the batcher", "generate"])
+def test_out_of_memory_halves_the_batch_says_so_and_loses_nothing(base_model, prompts, monkeypatch, capsys, through):
     """The real model under a limit of three rows, as a GPU would have it."""
     model, chat = base_model
+    if through == "generate":
+        monkeypatch.setattr(generation, "why_not", lambda model: "a test")
     whole = answer_all(model, chat, prompts, 10**6, Decoding(8))
-    real = generation.generate
-
-    def small(model, chat, prompts, *args, **kwargs):
-        if len(prompts) > 3:
-            raise torch.OutOfMemoryError
-        return real(model, chat, prompts, *args, **kwargs)
-
-    monkeypatch.setattr(generation, "generate", small)
-    assert answer_all(model, chat, prompts, 10**6, Decoding(8)) == whole
+    with watched(model, most_rows=3) as forwards:
+        assert answer_all(model, chat, prompts, 10**6, Decoding(8)) == whole
+    assert max(rows for rows, columns in forwards) == 3
     assert f"out of memory with a batch of {len(prompts)}; goes on with {len(prompts) // 2}" in capsys.readouterr().err
 
 

@@ -1,0 +1,366 @@
+"""A continuous batcher: every step gives each request in flight one token, and a request that ends makes room for the next.
+
+    batcher = Batcher(model, device=device, max_batch_tokens=16384)
+    request = batcher.submit(prompt_ids, Decoding(max_new_tokens=256), on_token=print)
+    while batcher.busy:
+        batcher.step()
+
+Keys and values lie in tensors made once, [places, heads, capacity, head_dim] a layer. Row r belongs to the r-th request in
+flight; its tokens lie from column 0 on, and a step writes each row's new key at the row's own length. A forward sees the rows
+in use and the columns in use, as views: nothing is copied per step, and no row stands empty.
+"""
+
+import gc
+import inspect
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from carelm.models.decoding import Decoding, choose
+from carelm.ranks import rank
+
+PREFILL_TOKENS = 2048  # of the prompts that are read in one forward: bounds its memory and how long the others wait
+LIKE_LENGTH = 0.75  # prompts shorter than this share of the longest are read in a forward of their own
+FREE_SHARE = 0.125  # of the places: so many are free before waiting prompts are read, and read together
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and its answer so far.
+
+    Attributes:
+        tokens: ids of the answer so far; the end of turn is one.
+        finish_reason: None while it is not over, then "stop", "length" or "cancelled".
+    """
+
+    prompt: list[int]
+    decoding: Decoding
+    on_token: Callable[["Request", int], None] | None
+    draws: Random
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def longest(self) -> int:
+        """Columns that it may come to need."""
+        return len(self.prompt) + self.decoding.max_new_tokens
+
+    @property
+    def known(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def read(self) -> int:
+        """Tokens whose keys and values are there once it is in flight: all but the newest."""
+        return self.known - 1
+
+
+@dataclass
+class _Window:
+    """Where the forward at hand writes, told once for all layers: newcomers from row `first` on, or, where `columns` is given,
+    one token into each row."""
+
+    places: int = 0
+    capacity: int = 0
+    first: int = 0
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+    width: int = 0  # columns in use
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of one layer: [places, heads, capacity, head_dim] each, zeros where nothing was written (what is masked
+    is still multiplied by 0)."""
+
+    def __init__(self, window: _Window):
+        super().__init__()
+        self.window = window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (self._room(states) for states in (key_states, value_states))
+        self.is_initialized = True
+
+    def _room(self, states: torch.Tensor) -> torch.Tensor:
+        return states.new_zeros(self.window.places, states.shape[1], self.window.capacity, states.shape[3])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        at = self.window
+        if at.columns is None:
+            rows = slice(at.first, at.first + len(key_states))
+            self.keys[rows, :, : at.width] = key_states
+            self.values[rows, :, : at.width] = value_states
+            return key_states, value_states
+        self.keys[at.rows, :, at.columns] = key_states[:, :, 0]
+        self.values[at.rows, :, at.columns] = value_states[:, :, 0]
+        return self.keys[: len(key_states), :, : at.width], self.values[: len(key_states), :, : at.width]
+
+    def get_seq_length(self) -> int:
+        return 0 if self.window.columns is None else self.window.width - 1
+
+    def move(self, sources: list[int], targets: list[int], width: int) -> None:
+        for states in (self.keys, self.values):
+            states[targets, :, :width] = states[sources, :, :width]
+
+    def lay_out_anew(self, rows: int, width: int) -> None:
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = self._room(old)
+            new[:rows, :, :width] = old[:rows, :, :width]
+            setattr(self, name, new)
+
+
+def why_not(model: torch.nn.Module) -> str | None:
+    """Why the batcher cannot serve this model, or None where it can.
+
+    It can where every layer keeps all keys and values of plain attention, and where positions can be told by `position_ids`.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "it has virtual tokens"
+    inner = _causal_model(model)
+    for name in ("past_key_values", "position_ids"):
+        if name not in inspect.signature(inner.forward).parameters:
+            return f"its forward takes no {name}"
+    if getattr(inner, "_is_stateful", False):
+        return "it keeps a recurrent state"
+    for layer in DynamicCache(config=inner.config).layers:
+        if type(layer) is not DynamicLayer:
+            return f"it caches by {type(layer).__name__}"
+    return None
+
+
+def _causal_model(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """On a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def halve(batch: int) -> int:
+    """Half of a batch that memory had no room for, which is said; what it held is let go."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    print(f"carelm: rank {rank()}: out of memory with a batch of {batch}; goes on with {batch // 2}",
+          file=sys.stderr, flush=True)  # fmt: skip
+    return batch // 2
+
+
+def stop_ids(model: torch.nn.Module) -> set[int]:
+    """The tokens that end an answer."""
+    ids = model.generation_config.eos_token_id
+    return {ids} if isinstance(ids, int) else set(ids or ())
+
+
+class Batcher:
+    """Requests come at any time; `submit` and `cancel` may be called by any thread and by callbacks, `step` by one thread.
+
+    Args:
+        model: a causal language model in evaluation mode, with or without adapter, of which `why_not` says None.
+        device: where it computes.
+        max_batch_tokens: places times capacity stay under it (a single request always has its place). Halved, and said, where
+            memory ends: what was in flight is then read again and goes on.
+
+    Attributes:
+        running: the requests in flight.
+        waiting: those that have no place yet, first come first served.
+        largest: the most requests that were in flight together.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, device: torch.device, max_batch_tokens: int):
+        self.model, self.device, self.max_batch_tokens = model, device, max_batch_tokens
+        self.stops = stop_ids(model)
+        takes = inspect.signature(_causal_model(model).forward).parameters
+        self._keeps_logits = "logits_to_keep" in takes
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.largest = 0
+        self._window = _Window()
+        self._forget()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def submit(
+        self, prompt: list[int], decoding: Decoding, on_token: Callable[[Request, int], None] | None = None
+    ) -> Request:
+        """A new request; `on_token(request, token)` is called for each of its tokens, in order, by the thread that steps."""
+        request = Request(prompt, decoding, on_token, decoding.draws_for(prompt))
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request: it gets no further token, and its place is free at the next step."""
+        request.finish_reason = request.finish_reason or "cancelled"
+
+    @torch.no_grad()
+    def step(self) -> list[Request]:
+        """Reads waiting prompts into free places and gives every request in flight one more token.
+
+        Returns:
+            the requests that are over since the last step.
+
+        Raises:
+            torch.OutOfMemoryError: where a single request does not fit.
+        """
+        over = self._drop_ended() + self._drop_cancelled()
+        try:
+            for first, group in self._newcomers():
+                self._read(first, group)
+            self.largest = max(self.largest, len(self.running))
+            over += self._drop_ended()
+            if self.running:
+                self._advance()
+            return over + self._drop_ended()
+        except RuntimeError as error:
+            if len(self.running) == 1 or not is_out_of_memory(error):
+                raise
+        # Here the exception no longer holds the memory of the forward.
+        longest = max(request.longest for request in self.running)
+        self.waiting.extendleft(reversed(self.running))
+        tried = len(self.running)
+        self.running.clear()
+        self._window.places = self._window.capacity = 0
+        self._forget()
+        self.max_batch_tokens = longest * halve(tried)
+        return over
+
+    def _drop_cancelled(self) -> list[Request]:
+        """Those at the head of the queue; the others when they come to stand there."""
+        over = []
+        while self.waiting and self.waiting[0].finish_reason:
+            over.append(self.waiting.popleft())
+        return over
+
+    def _drop_ended(self) -> list[Request]:
+        """Takes out what is over; the last rows move into the places that are left."""
+        ended = [row for row, request in enumerate(self.running) if request.finish_reason]
+        if not ended:
+            return []
+        over, stay = [self.running[row] for row in ended], len(self.running) - len(ended)
+        sources = [row for row in range(stay, len(self.running)) if not self.running[row].finish_reason]
+        targets = [row for row in ended if row < stay]
+        if sources:
+            width = max(self.running[row].read for row in sources)
+            for layer in self._cache.layers:
+                layer.move(sources, targets, width)
+            for source, target in zip(sources, targets):
+                self.running[target] = self.running[source]
+        del self.running[stay:]
+        self._last = None
+        return over
+
+    def _newcomers(self) -> Iterator[tuple[int, list[Request]]]:
+        """Takes waiting requests into flight: groups of like length, with the row of the first one of each."""
+        count, longest = len(self.running), max((request.longest for request in self.running), default=0)
+        new = []
+        for request in list(self.waiting):
+            longest = max(longest, request.longest)
+            if len(self.running) + len(new) >= max(1, self.max_batch_tokens // longest):
+                break
+            new.append(request)
+        if not new or len(new) < min(len(self.waiting), FREE_SHARE * (count + len(new))):
+            return
+        self._make_room(count + len(new), max(request.longest for request in (*self.running, *new)))
+        for _ in new:
+            self.waiting.popleft()
+        new.sort(key=lambda request: -request.known)
+        self.running += new
+        while new:
+            longest = new[0].known
+            most = max(1, PREFILL_TOKENS // longest)
+            group = [request for request in new[:most] if request.known >= LIKE_LENGTH * longest]
+            yield count, group
+            count, new = count + len(group), new[len(group) :]
+
+    def _make_room(self, places: int, capacity: int) -> None:
+        window, in_flight = self._window, len(self.running)
+        if places <= window.places and capacity <= window.capacity:
+            return
+        if places > window.places:  # twice as many where the budget has them, so that room is not made for each one
+            places = max(places, min(2 * window.places, self.max_batch_tokens // capacity))
+        else:
+            places = max(places, min(window.places, self.max_batch_tokens // capacity))
+        window.places, window.capacity = places, capacity
+        if not in_flight:
+            self._forget()
+            return
+        width = max(request.read for request in self.running)
+        for layer in self._cache.layers:
+            layer.lay_out_anew(in_flight, width)
+
+    def _forget(self) -> None:
+        """Lets go of all keys and values."""
+        self._cache = Cache(
+            layers=[_Layer(self._window) for _ in DynamicCache(config=_causal_model(self.model).config).layers]
+        )
+        self._last = None
+
+    def _read(self, first: int, group: list[Request]) -> None:
+        """Reads prompts [rows, longest], padded at their end: what is causal never sees that, and later keys are written over
+        it. Each gets its first token."""
+        prompts = [request.prompt + request.tokens for request in group]
+        lengths = [len(prompt) for prompt in prompts]
+        width = max(lengths)
+        ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self.device)
+        self._window.first, self._window.columns, self._window.width = first, None, width
+        ends = sorted(set(lengths))
+        kept = 1 if len(ends) == 1 else torch.tensor(ends, device=self.device) - 1
+        logits = self._forward(ids, torch.arange(width, device=self.device).expand_as(ids), None, kept)
+        if logits.shape[1] == len(ends):
+            at = [ends.index(length) for length in lengths]
+        else:  # it keeps all logits
+            at = [length - 1 for length in lengths]
+        self._give(group, logits[range(len(group)), at])
+        self._last = None
+
+    def _advance(self) -> None:
+        """One token for each row."""
+        if self._last is None:  # rows have come or gone
+            read = [request.read for request in self.running]
+            self._last = torch.tensor([request.tokens[-1] for request in self.running], device=self.device)
+            self._read_each = torch.tensor(read, device=self.device)
+            self._width, self._ragged = max(read), min(read) < max(read)
+            self._window.rows = torch.arange(len(read), device=self.device)
+        self._width += 1
+        self._window.columns, self._window.width = self._read_each, self._width
+        mask = None
+        if self._ragged:
+            mask = (torch.arange(self._width, device=self.device) <= self._read_each[:, None]).long()
+        logits = self._forward(self._last[:, None], self._read_each[:, None], mask, 1)
+        self._last = self._give(self.running, logits[:, -1])
+        self._read_each = self._read_each + 1
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, kept: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [rows, kept or all, vocabulary]."""
+        more = {"logits_to_keep": kept} if self._keeps_logits else {}
+        return self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
+            return_dict=True, **more,
+        ).logits  # fmt: skip
+
+    def _give(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each request, [rows]; tells those who asked."""
+        chosen = choose(logits, [request.decoding for request in requests], [request.draws for request in requests])
+        told = list(zip(requests, chosen.tolist()))
+        for request, token in told:
+            request.tokens.append(token)
+            if token in self.stops:
+                request.finish_reason = request.finish_reason or "stop"
+            elif len(request.tokens) == request.decoding.max_new_tokens:
+                request.finish_reason = request.finish_reason or "length"
+        for request, token in told:
+            if request.on_token:
+                request.on_token(request, token)
+        return chosen

@@ -1,0 +1,191 @@
+"""The continuous batcher gives the tokens of one-at-a-time `generate`, whatever is beside a request and whenever it comes."""
+
+import random
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GemmaConfig,
+    GenerationConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen3Config,
+)
+
+from carelm.models.batcher import Batcher, why_not
+from carelm.models.decoding import Decoding
+
+CPU = torch.device("cpu")
+VOCABULARY = 96
+STOPS = list(range(3, 9))
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODERN = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+FAMILIES = {
+    "Llama": LlamaConfig(**MODERN),
+    "Qwen3": Qwen3Config(**MODERN, head_dim=8),
+    "Mistral": MistralConfig(**MODERN, sliding_window=None),
+    "Mixtral": MixtralConfig(**MODERN, sliding_window=None, num_local_experts=4),
+    "Gemma": GemmaConfig(**MODERN, head_dim=8),
+    "Phi": PhiConfig(**MODERN),
+    "GPT-NeoX": GPTNeoXConfig(**SIZES, intermediate_size=48, max_position_embeddings=128),
+    "GPT-2": GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4),
+    "OPT": OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128, pad_token_id=0),
+    "Falcon with ALiBi": FalconConfig(**SIZES, alibi=True, new_decoder_architecture=False),
+}
+LENGTHS = (5, 17, 9, 30, 2, 12, 23, 9, 1, 28)
+
+
+def draw_model(config):
+    """Weights large enough that its answers vary."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    model.generation_config = GenerationConfig(eos_token_id=STOPS, pad_token_id=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return draw_model(FAMILIES["Llama"])
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    numbers = random.Random(1)
+    return [[numbers.randrange(10, VOCABULARY) for _ in range(length)] for length in LENGTHS]
+
+
+def alone(model, prompt, new_tokens):
+    inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
+    return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0, len(prompt) :].tolist()
+
+
+def run(batcher):
+    over = []
+    while batcher.busy:
+        over += batcher.step()
+    return over
+
+
+def answers(model, prompts, decoding, max_batch_tokens):
+    batcher = Batcher(model, device=CPU, max_batch_tokens=max_batch_tokens)
+    requests = [batcher.submit(prompt, decoding) for prompt in prompts]
+    assert set(run(batcher)) == set(requests)
+    return [request.tokens for request in requests]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_answers_as_one_at_a_time(family, prompts):
+    model = draw_model(FAMILIES[family])
+    assert why_not(model) is None
+    expected = [alone(model, prompt, 20) for prompt in prompts]
+    assert len({len(tokens) for tokens in expected}) > 2  # they end at unlike steps
+    for max_batch_tokens in (170, 10**4):  # three places, a place for each
+        assert answers(model, prompts, Decoding(20), max_batch_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (MistralConfig(**MODERN, sliding_window=16), "caches by DynamicSlidingWindowLayer"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_keeps_less_than_all_keys_is_refused_with_its_reason(config, reason):
+    assert reason in why_not(draw_model(config))
+
+
+def test_drawn_answers_follow_from_the_seed_and_not_from_the_batch(llama, prompts):
+    decoding = Decoding(20, temperature=1.3, top_p=0.9, seed=7)
+    drawn = answers(llama, prompts, decoding, 1)
+    assert answers(llama, prompts[::-1], decoding, 10**4)[::-1] == drawn
+    assert answers(llama, prompts, decoding, 170) == drawn
+    assert answers(llama, prompts, Decoding(20), 170) != drawn
+    assert answers(llama, prompts, Decoding(20, temperature=1.3, top_p=0.9, seed=8), 170) != drawn
+
+
+def test_requests_of_one_batch_are_decoded_each_in_its_own_way(llama, prompts):
+    ways = [Decoding(20), Decoding(7), Decoding(20, temperature=0.8), Decoding(12, temperature=2.0, top_p=0.5)]
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=10**4)
+    requests = [batcher.submit(prompts[1], way) for way in ways]
+    run(batcher)
+    for request, way in zip(requests, ways):
+        assert [request.tokens] == answers(llama, [prompts[1]], way, 1)
+
+
+def test_every_token_is_told_in_order_and_none_after_a_cancel(llama, prompts):
+    told = {}
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=170)
+
+    def on_token(request, token):
+        told.setdefault(request, []).append(token)
+        assert told[request] == request.tokens
+        if request is requests[3] and len(request.tokens) == 2:
+            batcher.cancel(request)
+
+    llama_stops, batcher.stops = batcher.stops, set()
+    requests = [batcher.submit(prompt, Decoding(9), on_token) for prompt in prompts]
+    batcher.cancel(requests[-1])  # while it waits
+    assert set(run(batcher)) == set(requests)
+    assert [len(request.tokens) for request in requests] == [9, 9, 9, 2, 9, 9, 9, 9, 9, 0]
+    assert [request.finish_reason for request in requests].count("cancelled") == 2
+    assert requests[0].finish_reason == "length" and llama_stops
+
+
+def test_a_request_that_comes_late_is_answered_beside_the_others(llama, prompts):
+    """Longer ones too: room is made while others are in flight."""
+    expected = [alone(llama, prompt, 20) for prompt in prompts]
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=300)
+    requests = []
+    for prompt in sorted(prompts, key=len):
+        requests.append(batcher.submit(prompt, Decoding(20)))
+        batcher.step()
+    run(batcher)
+    assert {tuple(request.prompt): request.tokens for request in requests} == {
+        tuple(prompt): tokens for prompt, tokens in zip(prompts, expected)
+    }
+    assert batcher.largest > 2
+
+
+def test_out_of_memory_reads_again_and_tells_no_token_twice(llama, prompts, capsys):
+    expected, told, forwards = answers(llama, prompts, Decoding(20), 10**4), [], []
+
+    def refuse(module, args, inputs):
+        forwards.append(len(inputs["input_ids"]))
+        if len(forwards) == 6 or len(inputs["input_ids"]) > 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=10**4)
+    requests = [batcher.submit(p, Decoding(20), lambda request, token: told.append(request)) for p in prompts]
+    hook = llama.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        run(batcher)
+    finally:
+        hook.remove()
+    assert [request.tokens for request in requests] == expected
+    assert [told.count(request) for request in requests] == [len(tokens) for tokens in expected]
+    assert "out of memory with a batch of 10; goes on with 5" in capsys.readouterr().err
+
+
+def test_the_bound_on_tokens_holds_and_empty_places_cost_nothing(llama, prompts):
+    forwards = []
+    hook = llama.register_forward_pre_hook(
+        lambda module, args, inputs: forwards.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        expected = answers(llama, prompts, Decoding(20), 150)
+    finally:
+        hook.remove()
+    decoded = [rows for rows, new in forwards if new == 1]
+    assert max(decoded) <= 150 // (1 + 20)
+    # every row of a decoding forward is a token of an answer; the first token comes of the reading
+    assert sum(decoded) <= sum(map(len, expected))
