@@ -116,8 +116,6 @@ def _deciding(recipe: Recipe, references: list[list[str]]) -> str:
 def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -> list[str]:
     """What is unlike between the models and may stand behind a difference, and what hides one."""
     cautions = []
-    if recipe.temperature > 0:
-        cautions.append("Answers were drawn (temperature above 0): they depend on the batches and the number of ranks.")
     unused = {key: None for m in measured.values() for key in m["unused_generation_config"] if key not in SILENT}
     if unused:
         whose = ", ".join(name for name, m in measured.items() if unused.keys() & m["unused_generation_config"].keys())

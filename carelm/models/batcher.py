@@ -7,7 +7,8 @@
 
 Keys and values lie in tensors made once, [places, heads, capacity, head_dim] a layer. Row r belongs to the r-th request in
 flight; its tokens lie from column 0 on, and a step writes each row's new key at the row's own length. A forward sees the rows
-in use and the columns in use, as views: nothing is copied per step, and no row stands empty.
+in use and the columns in use, as views: nothing is copied per step, and no row stands empty. The longer half of the requests
+lies in front, so that attention over the other half ends where its longest one does.
 """
 
 import gc
@@ -15,17 +16,25 @@ import inspect
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from carelm.models.decoding import Decoding, choose
 from carelm.ranks import rank
 
 PREFILL_TOKENS = 2048  # of the prompts that are read in one forward: bounds its memory and how long the others wait
 LIKE_LENGTH = 0.75  # prompts shorter than this share of the longest are read in a forward of their own
+EXCEPT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+LESS = 0.8  # of the columns: from here on it pays to attend over the shorter half of the rows by itself
 FREE_SHARE = 0.125  # of the places: so many are free before waiting prompts are read, and read together
 
 
@@ -71,6 +80,7 @@ class _Window:
     rows: torch.Tensor | None = None
     columns: torch.Tensor | None = None
     width: int = 0  # columns in use
+    parts: list[tuple[slice, int]] | None = None  # rows with the columns that they use, where that differs much
 
 
 class _Layer(DynamicLayer):
@@ -100,7 +110,9 @@ class _Layer(DynamicLayer):
             return key_states, value_states
         self.keys[at.rows, :, at.columns] = key_states[:, :, 0]
         self.values[at.rows, :, at.columns] = value_states[:, :, 0]
-        return self.keys[: len(key_states), :, : at.width], self.values[: len(key_states), :, : at.width]
+        keys, values = (states[: len(key_states), :, : at.width] for states in (self.keys, self.values))
+        keys.parts = at.parts
+        return keys, values
 
     def get_seq_length(self) -> int:
         return 0 if self.window.columns is None else self.window.width - 1
@@ -115,6 +127,44 @@ class _Layer(DynamicLayer):
             new = self._room(old)
             new[:rows, :, :width] = old[:rows, :, :width]
             setattr(self, name, new)
+
+
+def attend_in_parts(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' `sdpa`, for each part of the rows over its own columns."""
+    parts = getattr(key, "parts", None)
+    if parts is None or attention_mask is None or more.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    attended = [
+        sdpa_attention_forward(
+            module, query[rows], key[rows, :, :width], value[rows, :, :width], attention_mask[rows, :, :, :width], **more
+        )[0]
+        for rows, width in parts
+    ]  # fmt: skip
+    return torch.cat(attended), None
+
+
+IN_PARTS = "sdpa_in_parts"
+AttentionInterface.register(IN_PARTS, attend_in_parts)
+AttentionMaskInterface.register(IN_PARTS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+@contextmanager
+def _attention_in_parts(model: torch.nn.Module) -> Iterator[None]:
+    config = _causal_model(model).config.get_text_config()
+    before = config._attn_implementation
+    if before == "sdpa":
+        config._attn_implementation = IN_PARTS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def why_not(model: torch.nn.Module) -> str | None:
@@ -242,21 +292,24 @@ class Batcher:
         return over
 
     def _drop_ended(self) -> list[Request]:
-        """Takes out what is over; the last rows move into the places that are left."""
-        ended = [row for row, request in enumerate(self.running) if request.finish_reason]
-        if not ended:
+        """Takes out what is over; rows move into the places that are left, so that the longer half lies in front."""
+        over = [request for request in self.running if request.finish_reason]
+        if not over:
             return []
-        over, stay = [self.running[row] for row in ended], len(self.running) - len(ended)
-        sources = [row for row in range(stay, len(self.running)) if not self.running[row].finish_reason]
-        targets = [row for row in ended if row < stay]
+        rows = [row for row, request in enumerate(self.running) if not request.finish_reason]
+        rows.sort(key=lambda row: -self.running[row].read)
+        half, sources, targets = len(rows) // 2, [], []
+        for part, places in ((rows[:half], range(half)), (rows[half:], range(half, len(rows)))):
+            sources += [row for row in part if row not in places]
+            targets += sorted(set(places) - set(part))
         if sources:
             width = max(self.running[row].read for row in sources)
             for layer in self._cache.layers:
                 layer.move(sources, targets, width)
-            for source, target in zip(sources, targets):
-                self.running[target] = self.running[source]
-        del self.running[stay:]
-        self._last = None
+        running = dict(zip(rows, (self.running[row] for row in rows)))
+        running |= dict(zip(targets, (self.running[row] for row in sources)))
+        self.running = [running[row] for row in range(len(rows))]
+        self._last, self._half = None, half
         return over
 
     def _newcomers(self) -> Iterator[tuple[int, list[Request]]]:
@@ -303,7 +356,7 @@ class Batcher:
         self._cache = Cache(
             layers=[_Layer(self._window) for _ in DynamicCache(config=_causal_model(self.model).config).layers]
         )
-        self._last = None
+        self._last, self._half = None, 0
 
     def _read(self, first: int, group: list[Request]) -> None:
         """Reads prompts [rows, longest], padded at their end: what is causal never sees that, and later keys are written over
@@ -331,7 +384,12 @@ class Batcher:
             self._read_each = torch.tensor(read, device=self.device)
             self._width, self._ragged = max(read), min(read) < max(read)
             self._window.rows = torch.arange(len(read), device=self.device)
+            self._shorter = max(read[self._half :])
         self._width += 1
+        self._shorter += 1
+        self._window.parts = None
+        if self._shorter < LESS * self._width:
+            self._window.parts = [(slice(0, self._half), self._width), (slice(self._half, None), self._shorter)]
         self._window.columns, self._window.width = self._read_each, self._width
         mask = None
         if self._ragged:
@@ -345,10 +403,13 @@ class Batcher:
     ) -> torch.Tensor:
         """Logits [rows, kept or all, vocabulary]."""
         more = {"logits_to_keep": kept} if self._keeps_logits else {}
-        return self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
-            return_dict=True, **more,
-        ).logits  # fmt: skip
+        # cuDNN's attention, which torch prefers on Hopper and later, plans anew for each shape, and here each step is another
+        # (pytorch/pytorch#155958).
+        with _attention_in_parts(self.model), sdpa_kernel(EXCEPT_CUDNN):
+            return self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
+                return_dict=True, **more,
+            ).logits  # fmt: skip
 
     def _give(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
         """The next token of each request, [rows]; tells those who asked."""
