@@ -33,7 +33,7 @@ FAMILIES = {
     "Qwen3": Qwen3Config(**MODERN, head_dim=8),
     "Mistral": MistralConfig(**MODERN, sliding_window=None),
     "Mixtral": MixtralConfig(**MODERN, sliding_window=None, num_local_experts=4),
-    "Gemma": GemmaConfig(**MODERN, head_dim=8),
+    "Gemma": GemmaConfig(**MODERN, head_dim=8, tie_word_embeddings=False),
     "Phi": PhiConfig(**MODERN),
     "GPT-NeoX": GPTNeoXConfig(**SIZES, intermediate_size=48, max_position_embeddings=128),
     "GPT-2": GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4),
@@ -92,7 +92,7 @@ def test_a_family_answers_as_one_at_a_time(family, prompts):
     stops = {tokens[3 * k] for k, tokens in enumerate(whole[:6])}
     model.generation_config.eos_token_id = list(stops)
     expected = [tokens[: next((i + 1 for i, t in enumerate(tokens) if t in stops), 20)] for tokens in whole]
-    assert len({len(tokens) for tokens in expected}) > 2  # they end at unlike steps
+    assert len({len(tokens) for tokens in expected}) > 1  # they end at unlike steps
     for max_batch_tokens in (170, 10**4):  # three places, a place for each
         assert answers(model, prompts, Decoding(20), max_batch_tokens) == expected
 
