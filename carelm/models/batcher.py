@@ -157,9 +157,10 @@ AttentionMaskInterface.register(IN_PARTS, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 @contextmanager
 def _attention_in_parts(model: torch.nn.Module) -> Iterator[None]:
-    config = _causal_model(model).config.get_text_config()
+    inner = _causal_model(model)
+    config = inner.config.get_text_config()
     before = config._attn_implementation
-    if before == "sdpa":
+    if before == "sdpa" and inner._supports_attention_backend:  # others ask for it by name
         config._attn_implementation = IN_PARTS
     try:
         yield
