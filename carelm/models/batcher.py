@@ -181,6 +181,8 @@ def why_not(model: torch.nn.Module) -> str | None:
             return f"its forward takes no {name}"
     if getattr(inner, "_is_stateful", False):
         return "it keeps a recurrent state"
+    if "local" in getattr(inner.config, "attention_layers", ()):
+        return "it has layers of local attention"
     for layer in DynamicCache(config=inner.config).layers:
         if type(layer) is not DynamicLayer:
             return f"it caches by {type(layer).__name__}"

@@ -11,6 +11,7 @@ from transformers import (
     GemmaConfig,
     GenerationConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
@@ -26,7 +27,8 @@ from carelm.models.decoding import Decoding
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32}
+SIZES = {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODERN = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
 FAMILIES = {
     "Llama": LlamaConfig(**MODERN),
@@ -102,10 +104,14 @@ def test_a_family_answers_as_one_at_a_time(family, prompts):
     [
         (MistralConfig(**MODERN, sliding_window=16), "it caches by DynamicSlidingWindowLayer"),
         (
-            MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
+            MambaConfig(**SMALL, num_hidden_layers=2),
             "its forward takes no past_key_values",
         ),
-        (BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4), "its forward takes no position_ids"),
+        (
+            GPTNeoConfig(**SMALL, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]),
+            "it has layers of local attention",
+        ),
+        (BloomConfig(**SMALL, n_layer=2, n_head=4), "its forward takes no position_ids"),
     ],
     ids=lambda value: type(value).__name__,
 )
