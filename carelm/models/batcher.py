@@ -288,18 +288,18 @@ class Batcher:
         return over
 
     def _drop_cancelled(self) -> list[Request]:
-        """Those at the head of the queue; the others when they come to stand there."""
-        over = []
-        while self.waiting and self.waiting[0].finish_reason:
-            over.append(self.waiting.popleft())
+        over = [request for request in list(self.waiting) if request.finish_reason]
+        for request in over:
+            self.waiting.remove(request)
         return over
 
     def _drop_ended(self) -> list[Request]:
         """Takes out what is over; rows move into the places that are left, so that the longer half lies in front."""
-        over = [request for request in self.running if request.finish_reason]
-        if not over:
+        ended = {row for row, request in enumerate(self.running) if request.finish_reason}
+        if not ended:
             return []
-        rows = [row for row, request in enumerate(self.running) if not request.finish_reason]
+        over = [self.running[row] for row in sorted(ended)]
+        rows = [row for row in range(len(self.running)) if row not in ended]
         rows.sort(key=lambda row: -self.running[row].read)
         half, sources, targets = len(rows) // 2, [], []
         for part, places in ((rows[:half], range(half)), (rows[half:], range(half, len(rows)))):
@@ -419,12 +419,14 @@ class Batcher:
         chosen = choose(logits, [request.decoding for request in requests], [request.draws for request in requests])
         told = list(zip(requests, chosen.tolist()))
         for request, token in told:
+            if request.finish_reason:  # cancelled meanwhile
+                continue
             request.tokens.append(token)
             if token in self.stops:
                 request.finish_reason = request.finish_reason or "stop"
             elif len(request.tokens) == request.decoding.max_new_tokens:
                 request.finish_reason = request.finish_reason or "length"
         for request, token in told:
-            if request.on_token:
+            if request.on_token and request.finish_reason != "cancelled":
                 request.on_token(request, token)
         return chosen

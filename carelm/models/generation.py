@@ -226,16 +226,20 @@ class _Clock(BaseStreamer):
 
 
 def _time_one(
-    model: torch.nn.Module, chat: Chat, ids: list[int], decoding: Decoding, device: torch.device
+    model: torch.nn.Module,
+    chat: Chat,
+    ids: list[int],
+    decoding: Decoding,
+    device: torch.device,
+    batcher: Batcher | None,
 ) -> list[float]:
     """When the prompt came and when each token did, in seconds."""
     clock = _Clock(device)
     clock.put(ids)
-    if why_not(model):
+    if batcher is None:
         generate(model, chat, [ids], decoding, device=device, streamer=clock)
         del clock.times[1]  # the first thing that a streamer is given is the prompt
         return clock.times
-    batcher = Batcher(model, device=device, max_batch_tokens=1)
     batcher.submit(ids, decoding, on_token=lambda request, token: clock.put(token))
     while batcher.busy:
         batcher.step()
@@ -258,11 +262,12 @@ def latency(
     """
     was_training = model.training
     model.eval()
+    batcher = None if why_not(model) else Batcher(model, device=device, max_batch_tokens=1)
     for ids in prompts[:WARM_UP_PROMPTS]:
-        _time_one(model, chat, ids, decoding, device)
+        _time_one(model, chat, ids, decoding, device, batcher)
     first, further, whole = [], [], []
     for ids in tqdm(prompts, desc="latency", unit="example", dynamic_ncols=True):
-        started, *times = _time_one(model, chat, ids, decoding, device)
+        started, *times = _time_one(model, chat, ids, decoding, device, batcher)
         first.append(1e3 * (times[0] - started))
         whole.append(1e3 * (times[-1] - started))
         if len(times) > 1:
