@@ -138,6 +138,15 @@ def test_generation_stops_at_every_end_token_and_says_why(base_model, prompts):
     assert stopped.finish_reason == "stop" and stopped.new_tokens <= 3
 
 
+def test_drawn_answers_are_the_same_in_any_batch_and_through_generate(base_model, prompts):
+    model, chat = base_model
+    decoding = Decoding(12, temperature=1.0, top_p=0.95, seed=3)
+    drawn = answer_all(model, chat, prompts, 400, decoding)
+    assert answer_all(model, chat, prompts[3:], 10**6, decoding) == drawn[3:]
+    assert generation.generate(model, chat, prompts, decoding, device=CPU) == drawn
+    assert answer_all(model, chat, prompts, 400, Decoding(12)) != drawn
+
+
 def test_latency_has_its_percentiles(base_model, prompts):
     model, chat = base_model
     found = generation.latency(model, chat, prompts[:5], Decoding(4), device=CPU, done=lambda: None)
