@@ -97,6 +97,7 @@ def end(process: subprocess.Popen) -> None:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
+        process.wait()
 
 
 def threads(ranks: int) -> str:
