@@ -8,10 +8,14 @@ a   the T4 rule: QLoRA in fp16 has fp32 trained weights, no bf16 tensor anywhere
 b   QLoRA in bf16 in one process, under ZeRO-2 and under ZeRO-3, each unbroken, and stopped at half and gone on
 c   QLoRA of Llama-3-8B's shape in fp16, length 1,024, with at most 14.5 GiB of device memory, as much as a T4 has
 d   QLoRA of TinyLlama's shape beside TRL's own script: the same rows, settings and precision
-e   the evaluator's generation on TinyLlama's shape: prompts per second by batch, and one prompt at a time
+e   generation on TinyLlama's shape, by the evaluator's batcher and by transformers' generate: prompts per second by batch,
+    and one prompt at a time, with the share of memory bandwidth; there by generate with a static cache as well, which
+    transformers compiles into CUDA graphs
 f   the same greedy answers in other batches: how far scores differ where nothing does
 g   as c, in bf16
+h   LoRA of Llama-3-8B's shape on 16 bits, in bf16 without gradient checkpointing, beside TRL's own script
 
+c, d, g and h train with the logits of trained tokens in chunks (carelm/models/loss.py) and with those of whole rows beside it.
 Shapes have random weights, made on the GPU (benchmarks/random_base.py): 20 GB in memory (/dev/shm) or on disk. The JSON is
 written after every finding. What no longer fits into --budget is "not reached", what is under way at its end is "cut off",
 and the script ends in time. Llama shapes train at rows of exactly --max_length tokens with gradient checkpointing and sdpa
@@ -33,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -98,39 +103,52 @@ def rungs_and_resumes(lab: Lab) -> Findings:
             yield {"steps": steps, "tolerance": TOLERANCE, "rungs": found, "checks": checks}
 
 
-def llama3_8b(precision: str) -> Callable[[Lab], Findings]:
+def in_14_gib(precision: str) -> Callable[[Lab], Findings]:
     def cell(lab: Lab) -> Findings:
-        options = {"batch": 4, "micro": 1, "memory_gib": T4_GIB}
-        figures = lab.shape(f"llama3_8b_{precision}", "carelm", "llama3_8b", precision, **options)
-        reserved = figures["peak_reserved_gib"]
-        yield {
-            "memory_limit_gib": T4_GIB if lab.has_gpu else None,
-            "runs": [figures],
-            "checks": {
-                "losses are finite": all(map(math.isfinite, figures["losses"])),
-                "trained weights are fp32": figures["dtypes"]["trainable"] == ["float32"],
-                "within the limit": reserved is None or reserved <= T4_GIB,
-            },
-        }
+        runs, checks = [], {}
+        for logits in ("chunks", "whole rows"):
+            options = {"batch": 4, "micro": 1, "memory_gib": T4_GIB, "whole_logits": logits == "whole rows"}
+            try:
+                run = lab.shape(f"llama3_8b_{precision}_{logits[0]}", "carelm", "llama3_8b", precision, **options)
+            except RunFailed as error:
+                if logits == "chunks":
+                    raise
+                runs.append({"who": "carelm", "precision": precision, "whole_logits": True, "error": str(error)})
+            else:
+                runs.append(run)
+                reserved = run["peak_reserved_gib"]
+                checks |= {
+                    f"{logits}: losses are finite": all(map(math.isfinite, run["losses"])),
+                    f"{logits}: trained weights are fp32": run["dtypes"]["trainable"] == ["float32"],
+                    f"{logits}: within the limit": reserved is None or reserved <= T4_GIB,
+                }
+            yield {"memory_limit_gib": T4_GIB if lab.has_gpu else None, "runs": runs, "checks": checks}
 
     return cell
 
 
-def beside_trl(lab: Lab) -> Findings:
-    runs = []
-    for who in ("carelm", "trl"):
-        try:
-            options = {"batch": 8, "micro": 8}
-            runs.append(lab.shape(f"tinyllama-{who}", who, "tinyllama_1b", lab.fast_precision, **options))
-        except RunFailed as error:
-            runs.append({"who": who, "precision": lab.fast_precision, "error": str(error)})
-        yield {"runs": runs, "checks": {run["who"]: "error" not in run for run in runs}}
+def beside_trl(shape: str, precision: str | None = None, **options: Any) -> Callable[[Lab], Findings]:
+    """CareLM with logits in chunks and of whole rows, and TRL; without `precision` in the card's faster one."""
+
+    def cell(lab: Lab) -> Findings:
+        runs = []
+        for name, who, whole_logits in (("chunks", "carelm", False), ("whole", "carelm", True), ("trl", "trl", False)):
+            chosen = precision or lab.fast_precision
+            try:
+                name = f"{shape}-{options.get('bits', 4)}-{name}"
+                runs.append(lab.shape(name, who, shape, chosen, whole_logits=whole_logits, **options))
+            except RunFailed as error:
+                runs.append({"who": who, "precision": chosen, "whole_logits": whole_logits, "error": str(error)})
+            yield {"runs": runs, "checks": {"carelm, logits in chunks": "error" not in runs[0]}}
+
+    return cell
 
 
 def evaluator(lab: Lab) -> Findings:
     """Prompts of 128 tokens of corpus text and 64 new ones: no token ends an answer."""
     from carelm.evaluation import candidates
     from carelm.models import generation
+    from carelm.models.decoding import Decoding
     from carelm.recipe_file import load_recipe
 
     base = lab.base("tinyllama_1b")
@@ -143,7 +161,7 @@ def evaluator(lab: Lab) -> Findings:
     model.generation_config.eos_token_id = [model.config.vocab_size]  # which is never drawn
     text = (PROJECT / "demo/data/corpus.txt").read_text(encoding="utf-8")[:200_000]
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-    decoding, by_batch = generation.Decoding(new_tokens), []
+    decoding = Decoding(new_tokens)
 
     def prompts(number: int) -> list[list[int]]:
         starts = [k * 37 % (len(ids) - prompt_tokens) for k in range(number)]
@@ -155,25 +173,50 @@ def evaluator(lab: Lab) -> Findings:
             max_batch_tokens=batch * (prompt_tokens + new_tokens),
         )  # fmt: skip
 
-    yield {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "precision": about["precision"]}
-    answer(1, 1)  # warms up
-    timed = generation.latency(model, chat, prompts(4), decoding, device=device, done=lambda: None)
-    yield {
-        "first_token_ms": timed["ttft_ms"]["p50"],
-        "tokens_per_second_at_batch_1": round(1e3 / timed["tpot_ms"]["p50"], 1),
-    }
-    for batch in (1, 4) if lab.small else (1, 8, 64, 256):
-        number = max(4, 2 * batch)
-        spent = answer(number, batch)
-        if (spent["new_tokens"], spent["batch_size"]) != (number * new_tokens, min(batch, number)):
-            raise RunFailed(f"batches of {batch}: {spent}, not {number * new_tokens} tokens")
-        by_batch.append({
-            "batch_size": batch,
-            "max_batch_tokens": batch * (prompt_tokens + new_tokens),
-            "prompts_per_second": round(number / spent["seconds"], 2),
-            "tokens_per_second": round(spent["new_tokens"] / spent["seconds"], 1),
-        })  # fmt: skip
-        yield {"by_batch": by_batch}
+    def with_static_cache(tokens: int) -> float:
+        began = time.perf_counter()
+        model.generate(torch.tensor(prompts(1), device=device), max_new_tokens=tokens, do_sample=False,
+                       cache_implementation="static")  # fmt: skip
+        return time.perf_counter() - began
+
+    if reason := generation.why_not(model):
+        raise RunFailed(f"the batcher cannot serve it: {reason}")
+    read_per_token = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    bandwidth, at_1, by_batch = lab.bandwidth(), {}, []
+
+    def one_at_a_time(way: str, seconds_per_token: float, first_token_ms: float | None = None) -> None:
+        at_1[way] = {
+            "first_token_ms": first_token_ms,
+            "tokens_per_second": round(1 / seconds_per_token, 1),
+            "share_of_bandwidth": round(read_per_token / seconds_per_token / bandwidth, 4),
+        }
+
+    yield {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "precision": about["precision"],
+           "bytes_read_per_token": read_per_token, "copy_bandwidth_gb_per_second": round(bandwidth / 1e9, 1)}  # fmt: skip
+    for way in ("batcher", "generate"):
+        with patch.object(generation, "why_not", lambda model, way=way: way == "generate" and "for comparison"):
+            answer(1, 1)  # warms up
+            timed = generation.latency(model, chat, prompts(4), decoding, device=device, done=lambda: None)
+            one_at_a_time(way, timed["tpot_ms"]["p50"] / 1e3, timed["ttft_ms"]["p50"])
+            yield {"one_at_a_time": at_1}
+            for batch in (1, 4) if lab.small else (1, 8, 64, 256):
+                number = max(4, 2 * batch)
+                spent = answer(number, batch)
+                if (spent["new_tokens"], spent["batch_size"]) != (number * new_tokens, min(batch, number)):
+                    raise RunFailed(f"batches of {batch}: {spent}, not {number * new_tokens} tokens")
+                by_batch.append({
+                    "way": way,
+                    "batch_size": batch,
+                    "max_batch_tokens": batch * (prompt_tokens + new_tokens),
+                    "prompts_per_second": round(number / spent["seconds"], 2),
+                    "tokens_per_second": round(spent["new_tokens"] / spent["seconds"], 1),
+                })  # fmt: skip
+                yield {"by_batch": by_batch}
+    with_static_cache(new_tokens)  # compiles
+    with_static_cache(new_tokens)
+    first = with_static_cache(1)
+    one_at_a_time("generate, static cache", (with_static_cache(new_tokens) - first) / (new_tokens - 1), 1e3 * first)
+    yield {"one_at_a_time": at_1}
 
 
 def noise_floor(lab: Lab) -> Findings:
@@ -234,11 +277,16 @@ class Cell:
 CELLS = {
     "a": Cell("the T4 rule", 25, t4_rule),
     "b": Cell("bf16 on three rungs, resumed", 50, rungs_and_resumes),
-    "c": Cell("Llama-3-8B's shape in fp16, in 14.5 GiB", 90, llama3_8b("fp16")),
-    "d": Cell("TinyLlama's shape beside TRL", 60, beside_trl),
-    "e": Cell("the evaluator", 30, evaluator),
+    "c": Cell("Llama-3-8B's shape in fp16, in 14.5 GiB", 150, in_14_gib("fp16")),
+    "d": Cell("TinyLlama's shape beside TRL", 90, beside_trl("tinyllama_1b", batch=8, micro=8)),
+    "e": Cell("the evaluator", 60, evaluator),
     "f": Cell("the noise floor of greedy answers", 35, noise_floor),
-    "g": Cell("Llama-3-8B's shape in bf16, in 14.5 GiB", 60, llama3_8b("bf16")),
+    "g": Cell("Llama-3-8B's shape in bf16, in 14.5 GiB", 120, in_14_gib("bf16")),
+    "h": Cell(
+        "Llama-3-8B's shape on 16 bits in bf16, beside TRL",
+        150,
+        beside_trl("llama3_8b", "bf16", batch=8, micro=4, bits=16, checkpointing=False),
+    ),
 }
 
 
@@ -277,11 +325,14 @@ def table(cells: list[dict[str, Any]]) -> str:
     """The results as markdown."""
     lines = ["| cell | what | result | s |", "|---|---|---|---|"]
     lines += [f"| {c['cell']} | {c['what']} | {c['result']} | {c.get('seconds', '')} |" for c in cells]
-    lines += ["", "| run | tokens/s | model TFLOP/s | share of peak | peak GiB, reserved |", "|---|---|---|---|---|"]
+    lines += ["", "| run | tokens/s | model TFLOP/s | MFU: of the ceiling measured here | share of the data sheet's peak | "
+              "peak GiB, reserved |", "|---|---|---|---|---|---|"]  # fmt: skip
     for r in (r for c in cells for r in c.get("runs", ()) if "error" not in r):
         share = "unknown" if r["share_of_peak"] is None else f"{r['share_of_peak']:.1%}"
-        lines.append(f"| {r['shape']}, {r['precision']}, {r['who']} | {r['tokens_per_second']:.0f} | {r['model_tflops']} | "
-                     f"{share} | {r['peak_memory_gib']}, {r['peak_reserved_gib']} |")  # fmt: skip
+        who = r["who"] + (", logits of whole rows" if r["whole_logits"] else "")
+        lines.append(f"| {r['shape']} on {r['bits']} bits, {r['precision']}, {who} | {r['tokens_per_second']:.0f} | "
+                     f"{r['model_tflops']} | {r['model_flops_utilisation']:.1%} | {share} | {r['peak_memory_gib']}, "
+                     f"{r['peak_reserved_gib']} |")  # fmt: skip
     return "\n".join(lines + ["", *(c["caution"] for c in cells if "caution" in c)])
 
 
@@ -311,7 +362,7 @@ def main() -> None:
         "machine": describe_machine(),
         "settings": {"budget_s": options.budget, "warm_up_steps": WARM_UP_STEPS, "self_test": options.self_test},
         "flops": "4N a token with a frozen base (6N where all is trained), N: parameters without the embedding; "
-        "recomputation is not counted; share of the data sheet's dense 16-bit peak",
+        "recomputation is not counted; utilisation of the ceiling measured here, share of the data sheet's dense 16-bit peak",
         "cells": cells,
     }
 

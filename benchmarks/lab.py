@@ -15,6 +15,8 @@ from launches import ONE_PROCESS, PROJECT, accelerate, keys, run, say, threads, 
 from random_base import write_random_base
 from timed import read_times
 
+from carelm.models.flops import matmul_ceiling
+
 TIMED = PROJECT / "benchmarks/timed.py"
 OURS = PROJECT / "train/sft.py"
 TRL_SFT = Path(trl.__file__).parent / "scripts/sft.py"
@@ -111,6 +113,7 @@ class Lab:
         rung: str = "plain",
         memory_gib: float | None = None,
         stop_after: int | None = None,
+        whole_logits: bool = False,
     ) -> Run:
         """Trains through benchmarks/timed.py on one GPU, or in small on what a CPU has, and reads what that wrote down.
 
@@ -125,6 +128,7 @@ class Lab:
         driver = ["--times", aside / f"times-{time.monotonic_ns()}.jsonl"]
         driver += ["--memory_gib", memory_gib] if memory_gib and self.has_gpu else []
         driver += ["--stop_after", stop_after] if stop_after else []
+        driver += ["--whole_logits"] if whole_logits else []
         command = accelerate(
             ONE_PROCESS if rung == "plain" else on, TIMED, *driver, script, *words, num_processes=ranks
         )
@@ -154,32 +158,58 @@ class Lab:
         )  # fmt: skip
         return self.launch(name, OURS, words, **options)
 
-    def shape(self, name: str, who: str, shape: str, precision: str, *, batch: int, micro: int, **options: Any) -> dict:
-        """QLoRA of a shape by `who` (carelm or trl): settings, speed, memory, and what share of the card's peak that is."""
+    def ceiling(self, precision: str) -> float:
+        """FLOP/s of matrix products that this device was measured to make."""
+        device = torch.device("cuda" if self.has_gpu else "cpu")
+        return matmul_ceiling(device, getattr(torch, DTYPES[precision]))
+
+    def bandwidth(self) -> float:
+        """Bytes per second that a copy within this device's memory reads and writes."""
+        source = torch.ones(2**24 if self.small else 2**30, dtype=torch.uint8, device="cuda" if self.has_gpu else "cpu")
+        target, seconds = torch.empty_like(source), []
+        for _ in range(10):
+            began = time.perf_counter()
+            target.copy_(source)
+            if self.has_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return 2 * len(source) / min(seconds)
+
+    def shape(self, name: str, who: str, shape: str, precision: str, *, batch: int, micro: int, bits: int = 4,
+              checkpointing: bool = True, **options: Any) -> dict[str, Any]:  # fmt: skip
+        """LoRA of a shape on 4 or 16 bits by `who` (carelm or trl): settings, speed, memory, model FLOPs utilisation."""
         base, max_length = self.base(shape), 128 if self.small else 1024
         steps = WARM_UP_STEPS + (4 if self.small else 12)
         precision, rows = self.precision(precision), self.folder / name / "rows"
         write_rows(rows, batch * steps, max_length)
-        words = shape_words(who, base, rows, steps, max_length, precision, batch, micro)
+        words = shape_words(who, base, rows, steps, max_length, precision, batch, micro, bits, checkpointing)
+        ceiling = self.ceiling(precision)
+        self.free()
         trained = self.launch(name, OURS if who == "carelm" else TRL_SFT, words, **options)
         last = trained.steps[steps]
         seconds = last["time"] - trained.steps[WARM_UP_STEPS]["time"]
         tokens_per_second = batch * max_length * (steps - WARM_UP_STEPS) / seconds
         parameters = matrix_parameters(base)
+        flops = 4 * parameters * tokens_per_second
         peak = DENSE_PEAK.get(torch.cuda.get_device_name()) if self.has_gpu and precision != "fp32" else None
         return {
             "who": who,
             "shape": base.name,
             "precision": precision,
+            "bits": bits,
+            "whole_logits": options.get("whole_logits", False) if who == "carelm" else None,
+            "gradient_checkpointing": checkpointing,
             "max_length": max_length,
             "global_batch_size": batch,
             "per_device_train_batch_size": micro,
             "steps": steps,
             "tokens_per_second": round(tokens_per_second, 1),
             "flops_per_token": 4 * parameters,
-            "model_tflops": round(4e-12 * parameters * tokens_per_second, 2),
+            "model_tflops": round(1e-12 * flops, 2),
+            "matmul_ceiling_tflops": round(1e-12 * ceiling, 2),
+            "model_flops_utilisation": round(flops / ceiling, 4),
             "dense_peak_tflops": peak,
-            "share_of_peak": round(4e-12 * parameters * tokens_per_second / peak, 4) if peak else None,
+            "share_of_peak": round(1e-12 * flops / peak, 4) if peak else None,
             "peak_memory_gib": round(last["peak_memory_bytes"] / 2**30, 2),
             "peak_reserved_gib": round(last["peak_reserved_bytes"] / 2**30, 2) if self.has_gpu else None,
             "seconds": round(trained.seconds, 1),
@@ -216,8 +246,9 @@ def write_rows(folder: Path, number: int, max_length: int) -> None:
 
 
 def shape_words(
-    who: str, base: Path, rows: Path, steps: int, max_length: int, precision: str, batch: int, micro: int
-) -> list[Any]:
+    who: str, base: Path, rows: Path, steps: int, max_length: int, precision: str, batch: int, micro: int, bits: int,
+    checkpointing: bool,
+) -> list[Any]:  # fmt: skip
     """The arguments of one run: for both scripts the same settings, each in its own words."""
     same = {
         "model_name_or_path": base,
@@ -226,14 +257,14 @@ def shape_words(
         "max_length": max_length,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
-        "load_in_4bit": True,
+        "load_in_4bit": bits == 4,
         "use_bnb_nested_quant": True,
         "lora_r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.0,
         "lora_target_modules": "all-linear",
         "attn_implementation": "sdpa",
-        "gradient_checkpointing": True,
+        "gradient_checkpointing": checkpointing,
         "logging_steps": 1,
         "report_to": "none",
         "eval_strategy": "no",

@@ -95,12 +95,19 @@ def main() -> None:
     parser.add_argument(
         "--stop_after", type=int, help="write a stop request into CareLM's output folder after this step"
     )
+    parser.add_argument(
+        "--whole_logits", action="store_true", help="CareLM makes the logits of whole rows, as without models/loss.py"
+    )
     parser.add_argument("script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     if options.memory_gib is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gib * 2**30 / total))
+    if options.whole_logits:
+        from carelm.models import loss
+
+        loss._differ = lambda *_: True  # as where a model's loss is another than its head's
     StepTimes.file, StepTimes.stop_after = options.times, options.stop_after
     transformers.trainer.DEFAULT_CALLBACKS.append(StepTimes)
     sys.argv = [options.script, *options.arguments]

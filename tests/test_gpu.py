@@ -120,7 +120,7 @@ def test_an_8b_shape_trains_at_length_1024_in_fp16_within_14_5_gib(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     [cell] = json.loads((tmp_path / "gpu.json").read_text())["cells"]
     assert cell["result"] == "works", cell
-    [result] = cell["runs"]
+    result, *_ = cell["runs"]
     assert result["peak_reserved_gib"] <= 14.5
     assert result["dtypes"]["trainable"] == ["float32"]
     assert all(math.isfinite(loss) for loss in result["losses"])
