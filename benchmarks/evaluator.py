@@ -14,9 +14,9 @@ ranks: eval/run.py on 192 prompts, the tuned demo base, by one rank with all cor
 them.
 
 benchmarks/results/evaluator.json has each cell with its machine, and is written after every one; --sides measures some of
-a cell's sides and leaves the others as they are. lm_eval gives texts without counts: its new tokens are those of the
-text, read by the tokenizer. `same texts` is CareLM's share of answers that are those of (b), or of (c), in the same
-precision.
+a cell's sides and leaves the others as they are. lm_eval gives texts without counts: a text that is CareLM's has CareLM's
+count, another one that of the text, read by the tokenizer. `same texts` is CareLM's share of answers that are those of
+(b), or of (c), in the same precision.
 
 lm_eval is no requirement of CareLM. An environment of its own that sees this one's packages:
 
@@ -160,6 +160,7 @@ def time_in_turn(name: str, number: str, precision: str, options: argparse.Names
     texts = [chat.text(q.messages, tools=q.tools, for_answer=True) for q in questions]
     sample = list(range(0, len(prompts), max(1, len(prompts) // options.sample)))[: options.sample]
     said: dict[str, dict[int, str]] = {}
+    counts: dict[int, int] = {}  # CareLM's new tokens
     largest = 0
 
     def carelm() -> int:
@@ -170,6 +171,7 @@ def time_in_turn(name: str, number: str, precision: str, options: argparse.Names
                                         max_batch_tokens=recipe.max_batch_tokens)  # fmt: skip
         largest = spent["batch_size"]
         said["carelm"] = {i: answer.text for i, answer in answers.items()}
+        counts.update({i: answer.new_tokens for i, answer in answers.items()})
         stopped.append(sum(answer.finish_reason == "stop" for answer in answers.values()) / len(answers))
         return spent["new_tokens"]
 
@@ -190,7 +192,7 @@ def time_in_turn(name: str, number: str, precision: str, options: argparse.Names
         ways["one at a time"] = len(sample), one_at_a_time
     if "lm_eval" in options.sides:
         ways |= {f"lm_eval, batch {size}": (len(prompts), way)
-                 for size, way in harness(model, chat, texts, prompts, said, options).items()}  # fmt: skip
+                 for size, way in harness(model, chat, texts, prompts, said, counts, options).items()}  # fmt: skip
     generation.generate_all(model, chat, prompts[:2], generation.Decoding(2), device=torch.device("cpu"),
                             max_batch_tokens=recipe.max_batch_tokens, done=lambda *_: None)  # fmt: skip
     measured = {who: {"examples": count, "seconds": [], "new_tokens": 0} for who, (count, _) in ways.items()}
@@ -217,8 +219,8 @@ def time_in_turn(name: str, number: str, precision: str, options: argparse.Names
 
 
 def harness(model, chat, texts: list[str], prompts: list[list[int]], said: dict[str, dict[int, str]],
-            options: argparse.Namespace) -> dict[str, Callable[[], int]]:  # fmt: skip
-    """lm_eval's way at each batch size; what it says goes into `said`."""
+            counts: dict[int, int], options: argparse.Namespace) -> dict[str, Callable[[], int]]:  # fmt: skip
+    """lm_eval's way at each batch size; what it says goes into `said`, `counts` are CareLM's new tokens."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -239,8 +241,10 @@ def harness(model, chat, texts: list[str], prompts: list[list[int]], said: dict[
             ]  # fmt: skip
             found = reader.generate_until(asked, disable_tqdm=True)
             said[f"lm_eval, batch {size}"] = dict(enumerate(found))
-            lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in found]
-            return sum(min(length + 1, options.new_tokens) for length in lengths)  # the end of turn is a token
+            # The same text is counted alike; another one has its own tokens and the end of turn.
+            lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in found]
+            return sum(counts[i] if i in counts and said["carelm"][i].strip() == text.strip() else
+                       min(lengths[i], options.new_tokens) for i, text in enumerate(found))  # fmt: skip
 
         return answer
 
