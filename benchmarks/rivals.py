@@ -5,7 +5,7 @@ COMMIT         train/sft.py of an older commit of this repository, unpacked, wit
 trl            trl/scripts/sft.py, what `trl sft` launches, as it comes
 trl_grouped    the same with train_sampling_strategy group_by_length, which is off where nobody asks for it
 notebook_loop  benchmarks/notebook_loop.py, every row padded to 512
-llamafactory   LLaMA-Factory 0.9.5 in an environment of its own; the base is not quantised, which is faster there
+llamafactory   LLaMA-Factory 0.9.5 in an environment of its own; the base is not quantised
 
 All through benchmarks/timed.py, which writes step ends down from the outside.
 """

@@ -94,19 +94,21 @@ class Speed(TrainerCallback):
 
     def metrics(self) -> dict[str, float | None]:
         """Of all steps of this process."""
-        rate, mfu = self._rate(self.step_seconds, self.tokens).values() if self.step_seconds else (None, None)
+        figures = self._rate(self.step_seconds, self.tokens) if self.step_seconds else {}
         return {
-            "tokens_per_second": rate and round(rate, 1),
-            "mfu": mfu and round(mfu, 4),
+            "tokens_per_second": round(figures["tokens_per_second"], 1) if figures else None,
+            "mfu": round(figures["mfu"], 4) if "mfu" in figures else None,
             "flops_per_token": self.flops_per_token,
             "matmul_ceiling_flops": round(self.ceiling),
         }
 
     def _rate(self, seconds: float, tokens: int) -> dict[str, float]:
         """With the model FLOPs utilisation (MFU: Chowdhery et al. 2022, PaLM, appendix B), here of the ceiling that was
-        measured and not of a data sheet's."""
+        measured and not of a data sheet's. Where the run passes it, other work held the machine up when it was measured, and
+        there is none."""
         rate = tokens / seconds
-        return {"tokens_per_second": rate, "mfu": rate * self.flops_per_token / self.ceiling}
+        mfu = rate * self.flops_per_token / self.ceiling
+        return {"tokens_per_second": rate} | ({"mfu": mfu} if mfu <= 1 else {})
 
     def _read(self) -> dict[str, float]:
         """Speed since the last call, and memory now."""

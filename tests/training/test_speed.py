@@ -51,6 +51,12 @@ def test_utilisation_is_what_the_tokens_take_of_what_the_machine_makes(speed, mo
     assert speed.shown["mfu"] == 0.5 and speed.metrics()["mfu"] == 0.4
 
 
+def test_where_the_ceiling_was_measured_too_low_no_utilisation_is_given(speed, monkeypatch):
+    train([speed], monkeypatch, 0.5)
+    assert speed.shown["tokens_per_second"] == 2000 and "mfu" not in speed.shown
+    assert speed.metrics()["mfu"] is None
+
+
 def test_a_start_with_no_step_left_has_no_speed(speed):
     assert (speed.metrics()["tokens_per_second"], speed.metrics()["mfu"]) == (None, None)
 
