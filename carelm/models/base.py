@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from carelm.chat.chat import Chat
 from carelm.errors import UserError, first_line
 from carelm.files import read_json
 from carelm.models.precision import Precision
-from carelm.ranks import say
+from carelm.ranks import any_rank, say
 from carelm.recipe import Recipe
 
 SHARE_OF_MEMORY = 0.5  # of what is free now, that a dequantised base may take
@@ -232,8 +233,9 @@ def keep_cpu_weights_plain(model: PreTrainedModel, dtype: torch.dtype, may_dequa
     if not held or held[0].weight.device.type != "cpu":
         return model
     needed = sum(module.in_features * module.out_features for module in held) * dtype.itemsize
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # by all ranks of this machine, and all ranks do the same
     available = psutil.virtual_memory().available
-    if may_dequantize and needed < SHARE_OF_MEMORY * available:
+    if may_dequantize and not any_rank(needed > SHARE_OF_MEMORY * available, held[0].weight.device):
         say(f"the 4-bit base is dequantised once: {needed / 2**20:,.0f} MiB on this CPU")
         return model.dequantize(dtype)
     if may_dequantize:

@@ -41,6 +41,7 @@ class Request:
     Attributes:
         tokens: ids of the answer so far; the end of turn is one.
         finish_reason: None while it is not over, then "stop", "length" or "cancelled".
+        error: what its `on_token` raised, which cancelled it; the others go on.
     """
 
     prompt: list[int]
@@ -49,6 +50,7 @@ class Request:
     draws: Random
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    error: Exception | None = None
 
     @property
     def longest(self) -> int:
@@ -139,7 +141,18 @@ class Batcher:
     def submit(
         self, prompt: list[int], decoding: Decoding, on_token: Callable[[Request, int], None] | None = None
     ) -> Request:
-        """A new request; `on_token(request, token)` is called for each of its tokens, in order, by the thread that steps."""
+        """A new request; `on_token(request, token)` is called for each of its tokens, in order, by the thread that steps.
+
+        Raises:
+            ValueError: where there is no prompt, no token is asked for, or the model has too few positions for both.
+        """
+        positions = getattr(causal_model(self.model).config.get_text_config(), "max_position_embeddings", None)
+        if not prompt or decoding.max_new_tokens < 1:
+            raise ValueError("a request needs a prompt and at least one new token")
+        if positions is not None and len(prompt) + decoding.max_new_tokens > positions:
+            raise ValueError(
+                f"{len(prompt)} tokens of prompt and {decoding.max_new_tokens} new ones are more than {positions} positions"
+            )
         request = Request(prompt, decoding, on_token, decoding.draws_for(prompt))
         self.waiting.append(request)
         return request
@@ -269,8 +282,9 @@ class Batcher:
             at = [ends.index(length) for length in lengths]
         else:  # it keeps all logits
             at = [length - 1 for length in lengths]
-        self._give(group, logits[range(len(group)), at])
         self._last = None
+        self._give(group, logits[range(len(group)), at])
+        self._tell(group)
 
     def _advance(self) -> None:
         """One token for each row."""
@@ -293,6 +307,7 @@ class Batcher:
         logits = self._forward(self._last[:, None], self._read_each[:, None], mask, 1)
         self._last = self._give(self.running, logits[:, -1])
         self._read_each = self._read_each + 1
+        self._tell(self.running)
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, kept: int | torch.Tensor
@@ -308,10 +323,9 @@ class Batcher:
             ).logits  # fmt: skip
 
     def _give(self, requests: list[Request], logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each request, [rows]; tells those who asked."""
+        """The next token of each request, [rows]."""
         chosen = choose(logits, [request.decoding for request in requests], [request.draws for request in requests])
-        told = list(zip(requests, chosen.tolist()))
-        for request, token in told:
+        for request, token in zip(requests, chosen.tolist()):
             if request.finish_reason:  # cancelled meanwhile
                 continue
             request.tokens.append(token)
@@ -319,7 +333,13 @@ class Batcher:
                 request.finish_reason = request.finish_reason or "stop"
             elif len(request.tokens) == request.decoding.max_new_tokens:
                 request.finish_reason = request.finish_reason or "length"
-        for request, token in told:
-            if request.on_token and request.finish_reason != "cancelled":
-                request.on_token(request, token)
         return chosen
+
+    def _tell(self, requests: list[Request]) -> None:
+        """Calls those who asked for each token, once all that the next step builds on is in place."""
+        for request in requests:
+            if request.on_token and request.finish_reason != "cancelled":
+                try:
+                    request.on_token(request, request.tokens[-1])
+                except Exception as error:  # its owner's, whatever it is; it is kept for him
+                    request.finish_reason, request.error = "cancelled", error

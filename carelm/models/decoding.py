@@ -45,6 +45,7 @@ def choose(logits: torch.Tensor, decodings: Sequence[Decoding], draws: Sequence[
         return tokens
     asked = [(decodings[row].temperature, decodings[row].top_p, draws[row].random()) for row in drawn]
     temperature, top_p, number = torch.tensor(asked, device=logits.device).split(1, dim=1)
+    number = number.clamp(max=1 - 2**-24)  # as float32 it may have been rounded to 1, where nothing lies
     rows = torch.tensor(drawn, device=logits.device)
     probabilities, order = (logits[rows].float() / temperature).softmax(-1).sort(-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities  # what the likelier ones make up

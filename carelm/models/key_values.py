@@ -48,8 +48,11 @@ class Layer(DynamicLayer):
         at = self.window
         if at.columns is None:
             rows = slice(at.first, at.first + len(key_states))
-            self.keys[rows, :, : at.width] = key_states
-            self.values[rows, :, : at.width] = value_states
+            for kept, states in ((self.keys, key_states), (self.values, value_states)):
+                kept[rows, :, : at.width] = states
+                kept[rows, :, at.width :] = (
+                    0  # what is masked is multiplied by 0, and 0 times an earlier row's NaN is NaN
+                )
             return key_states, value_states
         self.keys[at.rows, :, at.columns] = key_states[:, :, 0]
         self.values[at.rows, :, at.columns] = value_states[:, :, 0]
@@ -63,6 +66,7 @@ class Layer(DynamicLayer):
     def move(self, sources: list[int], targets: list[int], width: int) -> None:
         for states in (self.keys, self.values):
             states[targets, :, :width] = states[sources, :, :width]
+            states[targets, :, width:] = 0
 
     def lay_out_anew(self, rows: int, width: int) -> None:
         for name in ("keys", "values"):

@@ -90,9 +90,13 @@ def _kept(run: Path) -> Precision | None:
     """What an earlier start has chosen; None where there was none."""
     file = run / PRECISION_NOTE
     if note := read_json(file):
-        if note.get("precision") not in ("fp32", "bf16"):
+        try:
+            choice = Precision(note["precision"], _reason(note, file))
+        except (KeyError, TypeError, ZeroDivisionError):
+            choice = None
+        if choice is None or choice.name not in ("fp32", "bf16"):
             raise UserError(f"{file} names no precision; remove it, and set precision: fp32 or bf16")
-        return Precision(note["precision"], _reason(note, file))
+        return choice
     if any(run.glob("checkpoint-*")) or any(run.glob("*.safetensors")):
         return Precision("fp32", f"the run in {run} was begun without a {PRECISION_NOTE}")
     return None

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from carelm.models.batcher import Batcher, why_not
-from carelm.models.decoding import Decoding
+from carelm.models.decoding import Decoding, choose
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
@@ -203,3 +203,50 @@ def test_the_bound_on_tokens_holds_and_empty_places_cost_nothing(llama, prompts)
     assert max(decoded) <= 150 // (1 + 20)
     # every row of a decoding forward is a token of an answer; the first token comes of the reading
     assert sum(decoded) <= sum(map(len, expected))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_callback_that_raises_ends_its_own_request_alone(llama, prompts, at):
+    def breaks(request, token):
+        if len(request.tokens) == at:
+            raise ConnectionError("gone")
+
+    batcher, told = Batcher(llama, device=CPU, max_batch_tokens=4096), []
+    first = batcher.submit(prompts[0], Decoding(8))
+    broken = batcher.submit(prompts[1], Decoding(8), breaks)
+    last = batcher.submit(prompts[2], Decoding(8), lambda request, token: told.append(token))
+    run(batcher)
+    assert (broken.finish_reason, len(broken.tokens), type(broken.error)) == ("cancelled", at, ConnectionError)
+    assert first.tokens == alone(llama, prompts[0], 8)
+    assert last.tokens == told == alone(llama, prompts[2], 8)
+
+
+def test_nan_of_one_request_does_not_reach_the_next_in_its_place(llama, prompts):
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=4096)
+    long, short = batcher.submit(prompts[3], Decoding(20)), batcher.submit(prompts[1], Decoding(2))
+    batcher.step()
+    for layer in batcher._cache.layers:
+        layer.keys[1], layer.values[1] = torch.nan, torch.nan
+    while not short.finish_reason:
+        batcher.step()
+    later = batcher.submit(prompts[0], Decoding(6))
+    while batcher.busy:
+        batcher.step()
+    assert later.tokens == alone(llama, prompts[0], 6)
+    assert long.tokens == alone(llama, prompts[3], 20)
+
+
+@pytest.mark.parametrize("prompt, new_tokens", [([], 3), ([5, 6], 0), ([5] * 120, 9)])
+def test_a_request_that_cannot_be_served_is_refused_to_its_sender(llama, prompt, new_tokens):
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=4096)
+    with pytest.raises(ValueError, match="new"):
+        batcher.submit(prompt, Decoding(new_tokens))
+    assert not batcher.busy
+
+
+def test_a_number_that_rounds_to_one_draws_a_token_that_top_p_has_left():
+    logits = torch.full((1, 96), -5.0)
+    logits[0, 7] = 10.0
+    draws = random.Random(0)
+    draws.random = lambda: 1 - 2**-26
+    assert choose(logits, [Decoding(1, temperature=1.0, top_p=0.9)], [draws]).tolist() == [7]

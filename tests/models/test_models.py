@@ -128,8 +128,10 @@ def test_a_4bit_base_is_dequantised_once_on_a_cpu_and_computes_the_same(base, ca
     assert torch.equal(held(torch.arange(60)[None]).logits, whole(torch.arange(60)[None]).logits)
 
 
-def test_a_4bit_base_stays_so_where_memory_does_not_suffice(base, capsys, monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10 * 2**20))
+@pytest.mark.parametrize("ranks, mebibytes", [(1, 10), (4, 60)])
+def test_a_4bit_base_stays_so_where_memory_does_not_suffice(base, capsys, monkeypatch, ranks, mebibytes):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=mebibytes * 2**20))
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
     model = load_base(recipe, Precision("fp32", "test"))
     assert "Linear4bit" in {type(module).__name__ for module in model.modules()}

@@ -74,7 +74,7 @@ def test_a_note_of_a_cpu_does_not_bind_a_gpu(tmp_path, monkeypatch):
     assert choose_precision("auto", tmp_path).name == "bf16"
 
 
-@pytest.mark.parametrize("text", ["{", '{"precision": "int4"}'])
+@pytest.mark.parametrize("text", ["{", '{"precision": "int4"}', '{"precision": "fp32"}'])
 def test_a_damaged_note_is_one_line(tmp_path, text):
     (tmp_path / "precision.json").write_text(text)
     with pytest.raises(UserError, match=r"precision.json .*remove it"):
