@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import trl
-from launches import ONE_PROCESS, PROJECT, accelerate, keys, run, say, threads, write_recipe
+from launches import EVERY_ROW_TRAINS, ONE_PROCESS, PROJECT, accelerate, keys, run, say, threads, write_recipe
 from random_base import write_random_base
 from timed import read_times
 
@@ -284,14 +284,8 @@ def shape_words(
         )
     about = {
         "dataset_name": rows / "carelm/train.jsonl",
-        "prompt_template": "{question}",
-        "completion_template": "{answer}",
-        "validation_fraction": 0.0,
-        "test_fraction": 0.0,
-        "too_long": "cut",
-        "num_sample_answers": 0,
+        **EVERY_ROW_TRAINS,
         "precision": precision,
         "global_batch_size": batch,
-        "eval_on_start": False,
     }
     return ["--config", write_recipe(rows.with_name("recipe.yaml"), same | about)]

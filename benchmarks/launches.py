@@ -22,6 +22,15 @@ from carelm.provenance import PACKAGES, git_commit
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks/results"
+EVERY_ROW_TRAINS = {  # of a recipe for rows of question and answer, as the scripts beside CareLM take them
+    "prompt_template": "{question}",
+    "completion_template": "{answer}",
+    "validation_fraction": 0.0,
+    "test_fraction": 0.0,
+    "too_long": "cut",
+    "num_sample_answers": 0,
+    "eval_on_start": False,
+}
 ONE_PROCESS = PROJECT / "accelerate_configs/gpu.yaml"  # without DeepSpeed; on a machine that has no GPU, its CPU
 
 

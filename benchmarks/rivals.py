@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launches import ONE_PROCESS, PROJECT, accelerate, keys, threads, write_recipe
+from launches import EVERY_ROW_TRAINS, ONE_PROCESS, PROJECT, accelerate, keys, threads, write_recipe
 
 BATCH_SIZE = 8
 EPOCHS = 2
@@ -130,17 +130,11 @@ def command(
         return accelerate(config_file, TIMED, "--times", times, script, *words), environment
     about: dict[str, Any] = {
         "dataset_name": rows / "carelm/train.jsonl",
-        "prompt_template": "{question}",
-        "completion_template": "{answer}",
-        "validation_fraction": 0.0,
-        "test_fraction": 0.0,
-        "too_long": "cut",
-        "num_sample_answers": 0,
+        **EVERY_ROW_TRAINS,
         "precision": side.precision,
         "global_batch_size": BATCH_SIZE,
         "per_device_train_batch_size": BATCH_SIZE // side.ranks,
         "eval_strategy": "no",
-        "eval_on_start": False,
     }
     recipe = write_recipe(aside / "recipe.yaml", same | about)
     words = [TIMED, "--times", times, code / "train/sft.py", "--config", recipe]

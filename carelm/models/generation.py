@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from carelm.chat.chat import Chat
 from carelm.models.batcher import Batcher, halve, is_out_of_memory, stop_ids, why_not
 from carelm.models.decoding import Decoding, Draws
+from carelm.models.key_values import causal_model
 from carelm.ranks import rank
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -87,7 +88,7 @@ def _token_ids_alone(model: torch.nn.Module) -> Iterator[None]:
 
     `generate` fills whatever its arguments leave open from the model's own config, which therefore has to give way.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = causal_model(model)
     own = inner.generation_config
     inner.generation_config = GenerationConfig(**{name: getattr(own, name) for name in TOKEN_IDS})
     try:

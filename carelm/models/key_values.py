@@ -50,9 +50,7 @@ class Layer(DynamicLayer):
             rows = slice(at.first, at.first + len(key_states))
             for kept, states in ((self.keys, key_states), (self.values, value_states)):
                 kept[rows, :, : at.width] = states
-                kept[rows, :, at.width :] = (
-                    0  # what is masked is multiplied by 0, and 0 times an earlier row's NaN is NaN
-                )
+                kept[rows, :, at.width :] = 0  # an earlier row may have left NaN there, and 0 times NaN is NaN
             return key_states, value_states
         self.keys[at.rows, :, at.columns] = key_states[:, :, 0]
         self.values[at.rows, :, at.columns] = value_states[:, :, 0]
