@@ -45,6 +45,7 @@ from lab import DTYPES, WARM_UP_STEPS, Lab, OutOfTime, Run, RunFailed
 from launches import PROJECT, RESULTS, describe_machine, keys, say, threads
 
 from carelm.files import write_whole
+from carelm.models.memory import available_memory_bytes
 
 T4_GIB = 14.5
 DISK_GB = 20
@@ -340,7 +341,7 @@ def roomy_folder() -> str | None:
     """/dev/shm where it and the memory have room for the bases; else the system's temporary folder."""
     memory = Path("/dev/shm")
     room = memory.is_dir() and shutil.disk_usage(memory).free > DISK_GB * 1e9
-    return str(memory) if room and psutil.virtual_memory().available > 2 * DISK_GB * 1e9 else None
+    return str(memory) if room and available_memory_bytes() > 2 * DISK_GB * 1e9 else None
 
 
 def main() -> None:

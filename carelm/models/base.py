@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -25,6 +24,7 @@ from trl import ModelConfig
 from carelm.chat.chat import Chat
 from carelm.errors import UserError, first_line
 from carelm.files import read_json
+from carelm.models.memory import available_memory_bytes
 from carelm.models.precision import Precision
 from carelm.ranks import any_rank, say
 from carelm.recipe import Recipe
@@ -234,7 +234,7 @@ def keep_cpu_weights_plain(model: PreTrainedModel, dtype: torch.dtype, may_dequa
         return model
     needed = sum(module.in_features * module.out_features for module in held) * dtype.itemsize
     needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # by all ranks of this machine, and all ranks do the same
-    available = psutil.virtual_memory().available
+    available = available_memory_bytes()
     if may_dequantize and not any_rank(needed > SHARE_OF_MEMORY * available, held[0].weight.device):
         say(f"the 4-bit base is dequantised once: {needed / 2**20:,.0f} MiB on this CPU")
         return model.dequantize(dtype)

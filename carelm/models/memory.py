@@ -1,10 +1,16 @@
-"""Peak memory of this process: of its GPU where there is one, else resident."""
+"""Peak memory of this process, of its GPU where there is one, else resident; and the host memory that is left to it."""
 
 import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
+
+ROOT = Path("/")  # of the file system; the kernel's own files lie there
+# Of a cgroup of version 2 and 1: limit, use, and what of it is a cache that the kernel gives back.
+CGROUP_FILES = (("memory.max", "memory.current", "inactive_file"),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
 
 
 def peak_memory_bytes() -> int:
@@ -28,3 +34,35 @@ def reset_peak_memory() -> None:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
             pass
+
+
+def available_memory_bytes() -> int:
+    """Host memory that this process may still take: what the machine has free, or less where a container or SLURM limits it.
+
+    psutil tells the machine's alone. A limit is that of a cgroup, or of one above it, so the least of them all counts; of what
+    is used the inactive file cache is taken off, as Docker and Kubernetes do.
+    """
+    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+
+
+def _left_in_cgroups() -> list[int]:
+    """Limit less use of every cgroup that limits this process. Inside a container the path may be the machine's own, of which
+    nothing is seen there: then the topmost folder is the container's."""
+    try:
+        lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return []
+    left = []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        top = ROOT / "sys/fs/cgroup" / controllers
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents):
+            for limit, used, cache in CGROUP_FILES:
+                if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
+                    kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    left.append(max(0, int(most) - int((folder / used).read_text()) + int(kept[cache])))
+            if folder == top:
+                break
+    return left
