@@ -3,8 +3,8 @@
     python benchmarks/real_base.py            # up to an hour on two cores; the same command again goes on
 
 CARELM_DATA names the folder with the datasets. The base is the folder that demo/real_base.py makes; what its weights are is
-said with the figures. Three steps in fp32 and three in bf16 decide the precision: the faster one trains and answers. Results:
-benchmarks/results/real_base.json; the last lines on standard output are the table of README.md.
+said with the figures. It trains and answers in what `precision: auto` takes. Results: benchmarks/results/real_base.json; the
+last lines on standard output are the table of README.md.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from launches import ONE_PROCESS, PROJECT, accelerate, describe_machine, say, threads, write_results
@@ -38,12 +37,8 @@ def main() -> None:
     base = Path(launch([sys.executable, "demo/real_base.py"]))
     source = json.loads((base / "source.json").read_text())
     result = {"machine": describe_machine(), "base": {key: source.get(key) for key in ("weights", "source", "sha256")}}
-    keys = [word for file in FILES for word in ("--config", file)] + [*SETTINGS, "--dataset_name", data]
-
-    speeds = {precision: steps_per_precision(keys, precision) for precision in ("fp32", "bf16")}
-    precision = max(speeds, key=speeds.get)
-    say(f"tokens per second over three steps: {speeds}; {precision} trains")
-    keys += [*FEWER_ROWS, "--precision", precision, "--output_dir", options.output_dir]
+    keys = [word for file in FILES for word in ("--config", file)]
+    keys += [*SETTINGS, *FEWER_ROWS, "--dataset_name", data, "--output_dir", options.output_dir]
     launch(accelerate(ONE_PROCESS, "train/sft.py", *keys))
     launch(accelerate(ONE_PROCESS, "eval/run.py", *keys, *ANSWERS, "--models", "base", "adapter"))
 
@@ -51,10 +46,9 @@ def main() -> None:
     found = json.loads((options.output_dir / "eval/results.json").read_text())
     measured = ("latency", "throughput", "cut_predictions", "mean_new_tokens", "precision")
     result |= {
-        "train": [*FILES, *SETTINGS, *FEWER_ROWS, "--precision", precision],
-        "tokens_per_second_over_three_steps": speeds,
+        "train": [*FILES, *SETTINGS, *FEWER_ROWS],
         "trained": {key: trained.get(key) for key in (*TRAINED, "wall_seconds", "tokens_per_second", "precision")},
-        "evaluate": [*FILES, *SETTINGS, *FEWER_ROWS, "--precision", precision, *ANSWERS],
+        "evaluate": [*FILES, *SETTINGS, *FEWER_ROWS, *ANSWERS],
         "test": {key: value for key, value in found["test"].items() if key != "dataset"},
         "models": {
             model: {key: values[key] for key in (*EVALUATED, *measured) if key in values}
@@ -75,15 +69,6 @@ def launch(command: list[str]) -> str:
     if done.returncode != 0:
         sys.exit(f"status {done.returncode}: {' '.join(command)}")
     return done.stdout.splitlines()[-1]
-
-
-def steps_per_precision(keys: list[object], precision: str) -> float:
-    """Tokens per second of a training of three steps."""
-    with tempfile.TemporaryDirectory(prefix="carelm-real-base-") as folder:
-        few = ["--precision", precision, "--max_steps", 3, "--eval_strategy", "no", "--eval_on_start", "false",
-               "--max_eval_samples", 4, "--num_sample_answers", 0,
-               "--save_strategy", "no", "--output_dir", Path(folder) / "run"]  # fmt: skip
-        return json.loads(launch(accelerate(ONE_PROCESS, "train/sft.py", *keys, *few)))["tokens_per_second"]
 
 
 def table(result: dict) -> str:

@@ -57,7 +57,7 @@ def main() -> None:
     # Libraries that take seconds, after every check without them.
     from carelm.models import adapters, base, flops, memory
     from carelm.models.precision import choose_precision
-    from carelm.training import callbacks
+    from carelm.training import callbacks, checkpoints
     from carelm.training.arguments import make_training_args
     from carelm.training.optional import check_optional
     from carelm.training.trainer import Trainer
@@ -75,7 +75,8 @@ def main() -> None:
     precision.keep(recipe.output_dir)
     stop_requests = stops.StopRequests(recipe, launch)
 
-    model = adapters.load_model(recipe, chat, precision, zero_stage)
+    begun = checkpoints.read_mark(checkpoint) if checkpoint else {}
+    model = adapters.load_model(recipe, chat, precision, zero_stage, begun.get("is_loss_chunked"))
     trainable, total = base.count_parameters(model)
     ranks.say(f"{recipe.method} on {recipe.model['model_name_or_path']} in {precision.name} ({precision.reason}): "
               f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.4%})")  # fmt: skip

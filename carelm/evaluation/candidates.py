@@ -72,10 +72,16 @@ class Candidate:
         return fingerprint(base, self.adapter and adapter_fingerprint(self.adapter), held, self.precision().name, ends)
 
     def precision(self) -> "Precision":
-        """What it computes in on this machine; raises UserError where that is not possible."""
+        """What it computes in on this machine, the same at each call and each start: what `auto` has to measure is kept.
+
+        Raises:
+            UserError: where that is not possible.
+        """
         from carelm.models.precision import choose_precision
 
-        return choose_precision(self.recipe.precision, self.recipe.output_dir, training=False)
+        choice = choose_precision(self.recipe.precision, self.recipe.output_dir, training=False)
+        choice.keep(self.recipe.output_dir)
+        return choice
 
     def computing_in(self, name: str) -> "Candidate":
         """The same in this precision, where it is left open (`auto`)."""

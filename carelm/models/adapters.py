@@ -159,8 +159,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
-def load_model(recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0) -> PreTrainedModel | PeftModel:
-    """What is trained: the base alone (`full`) or with a new adapter, told where an answer ends, its loss taken in chunks."""
+def load_model(
+    recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0, is_loss_chunked: bool | None = None
+) -> PreTrainedModel | PeftModel:
+    """What is trained: the base alone (`full`) or with a new adapter, told where an answer ends, its loss taken in chunks.
+
+    Args:
+        is_loss_chunked: what an earlier start of the run has found (`use_chunked_loss`).
+    """
     # ZeRO-3 shares out the 4-bit weights as they are, on a CPU as on a GPU.
     base = load_base(recipe, precision, may_dequantize=zero_stage != 3)
     align_special_tokens(base, chat)
@@ -170,5 +176,6 @@ def load_model(recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int
     for module in model.modules():
         if isinstance(module, LoraLayer) and precision.name != "fp32" and zero_stage == 0:
             module.cast_input_dtype_enabled = False  # autocast would take back the cast to the adapter's fp32
-    use_chunked_loss(base, recipe.training.get("label_smoothing_factor") or 0.0, zero_stage=zero_stage)
+    label_smoothing = recipe.training.get("label_smoothing_factor") or 0.0
+    use_chunked_loss(base, label_smoothing, zero_stage=zero_stage, is_chunked=is_loss_chunked)
     return model

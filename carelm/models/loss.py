@@ -5,7 +5,7 @@ over them a chunk at a time. It all lies below PEFT, DDP and DeepSpeed: the forw
 the chunks are within one call of its head, so that ZeRO-3 gathers the head once, however many chunks a rank has.
 
 What a model does to its logits besides (a cap, a scale, a loss of its own) is found by computing the start of the first
-micro-batch both ways.
+micro-batch both ways. What is found is kept with every checkpoint, so that a run that goes on computes as it did.
 """
 
 import functools
@@ -23,21 +23,31 @@ from carelm.ranks import any_rank, say
 CHUNK_BYTES = {"cpu": 32 * 2**20, "gpu": 512 * 2**20}
 COMPARED_TOKENS = 64
 TOLERANCE = 1e-5  # relative; both ways make the compared logits by the same product, so that 16 bits round alike
+# A token's loss is the logarithm of a sum of 1 or more, which fp32 holds to steps of 2**-23: no nearer are two sums of 64.
+FLOOR = COMPARED_TOKENS * torch.finfo(torch.float32).eps
 IGNORED = -100
 
 
-def use_chunked_loss(model: PreTrainedModel, label_smoothing: float = 0.0, *, zero_stage: int = 0) -> None:
+def use_chunked_loss(
+    model: PreTrainedModel, label_smoothing: float = 0.0, *, zero_stage: int = 0, is_chunked: bool | None = None
+) -> None:
     """Replaces the forward of a causal model for calls with labels; called once the adapter is on it.
 
     The loss is the fp32 cross-entropy summed over the trained tokens and divided by `num_items_in_batch` (by their number where
     that is not given), as in transformers' ForCausalLMLoss; there are no logits in the output. Without labels the model's own
     forward runs.
+
+    Args:
+        is_chunked: what an earlier start of the run has found; None where the first micro-batch is to tell. The model says it
+            in `is_loss_chunked`, which all ranks have alike.
     """
     plain, body, head = model.forward, model.base_model, model.get_output_embeddings()
-    is_chunked = None  # decided at the first micro-batch
+    model.is_loss_chunked = is_chunked
     if body is model or head is None:
-        is_chunked = False
+        model.is_loss_chunked = False
         _say_whole(model, "its body and head are not told apart")
+    elif is_chunked is False:
+        _say_whole(model, "the run was begun with the logits of whole rows")
     else:
         _let_sum_loss(head, model.config.get_text_config().vocab_size, label_smoothing)
         if zero_stage == 3:
@@ -47,16 +57,15 @@ def use_chunked_loss(model: PreTrainedModel, label_smoothing: float = 0.0, *, ze
 
     @functools.wraps(plain)
     def forward(*args, labels=None, num_items_in_batch=None, **kwargs):
-        nonlocal is_chunked
         if labels is None:
             return plain(*args, **kwargs)
-        if is_chunked is None:
-            is_chunked = not any_rank(_differ(plain, body, head, labels, kwargs), labels.device)
-            if not is_chunked:
+        if model.is_loss_chunked is None:
+            model.is_loss_chunked = not any_rank(_differ(plain, body, head, labels, kwargs), labels.device)
+            if not model.is_loss_chunked:
                 _say_whole(model, "its loss is not that of its head alone")
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORED).sum()
-        if is_chunked:
+        if model.is_loss_chunked:
             hidden, targets = body(*args, **kwargs)[0], _next(labels)
             trained = (targets != IGNORED).flatten().nonzero()[:, 0]
             if not len(trained):  # the head takes part all the same: other ranks wait for it
@@ -101,15 +110,16 @@ def _whole_loss(plain, labels, num_items_in_batch, label_smoothing, *args, **kwa
 
 @torch.compiler.disable
 def _differ(plain, body, head, labels, inputs) -> bool:
-    """Whether the model's own loss is another than its head's, on the first trained tokens of the first row.
+    """Whether the model's own loss is another than its head's, at the places of the first trained tokens of the first row.
 
-    Few of them, so that this takes neither memory nor time; in the same random state, so that dropout drops the same.
+    Few of them, so that this takes neither memory nor time; in the same random state, so that dropout drops the same. Token 0
+    is asked for at each: of the row's own a tuned model may be sure, and in a loss near 0 no cap shows.
     """
     trained = (labels[0] != IGNORED).nonzero()
     length = min(int(trained[0]) + COMPARED_TOKENS, labels.shape[1]) if len(trained) else 1
     is_by_token = {name: torch.is_tensor(v) and v.shape[:2] == labels.shape for name, v in inputs.items()}
     inputs = {name: v[:1, :length] if is_by_token[name] else v for name, v in inputs.items()}
-    labels = labels[:1, :length]
+    labels = labels[:1, :length].clamp(max=0)
     gpus = [labels.device] if labels.device.type == "cuda" else []
     with torch.no_grad():
         with torch.random.fork_rng(gpus):
@@ -118,7 +128,7 @@ def _differ(plain, body, head, labels, inputs) -> bool:
             hidden, keep = body(**inputs)[0], _keep(labels)
             ours = head(hidden[0, -keep:], _next(labels)[0, -keep:], 0.0)
     torch.clear_autocast_cache()  # it holds the weights without their gradients
-    return not torch.allclose(ours, own.float(), rtol=TOLERANCE, atol=0, equal_nan=True)
+    return not torch.allclose(ours, own.float(), rtol=TOLERANCE, atol=FLOOR, equal_nan=True)
 
 
 def _let_sum_loss(head: torch.nn.Module, vocabulary: int, label_smoothing: float) -> None:

@@ -210,6 +210,7 @@ class Trainer(transformers.Trainer):
             "zero_stage": zero_stage(self),
             "wall_seconds": round(self.wall_seconds, 3),
             "skipped_steps": self.divergence.skipped_steps,
+            "is_loss_chunked": self.model.is_loss_chunked,
             "data_fingerprint": self.prepared.fingerprint,
             "base_fingerprint": self.base_fingerprint,
         }

@@ -164,6 +164,60 @@ def test_a_model_that_does_more_to_its_logits_is_found_and_said(model, is_whole,
     assert said == is_whole
 
 
+def sure_of(model, inputs):
+    """The same rows, where they train it asking for what the model says by itself: a loss of 0."""
+    with torch.no_grad():
+        said = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.argmax(-1)
+    trained = inputs["labels"] != -100
+    return inputs | {"labels": torch.where(trained, said.roll(1, dims=1), -100)}
+
+
+def test_a_model_that_does_more_to_its_logits_is_found_also_where_it_is_sure_of_its_first_rows():
+    model = tiny(GraniteForCausalLM, GraniteConfig, **SHAPE, logits_scaling=8.0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    known = sure_of(model, batch())
+    with torch.no_grad():
+        value = float(model(**batch()).loss)
+    loss.use_chunked_loss(model)
+    assert model(**known).loss == 0
+    assert float(model(**batch()).loss) == pytest.approx(value, rel=1e-5)
+
+
+class OrderByRows(torch.nn.Linear):
+    """Sums in another order for many rows, as products on a machine may."""
+
+    def forward(self, hidden):
+        if hidden.shape[-2] <= 7:
+            return super().forward(hidden)
+        half = self.in_features // 2
+        return hidden[..., half:] @ self.weight.T[half:] + (hidden[..., :half] @ self.weight.T[:half] + self.bias)
+
+
+@torch.no_grad()
+def test_a_loss_near_0_may_differ_by_how_its_logits_round(capsys):
+    model = tiny(PhiForCausalLM, PhiConfig, **SHAPE)
+    head = OrderByRows(16, WORDS)
+    head.load_state_dict(model.lm_head.state_dict())
+    head.bias[0], model.lm_head = 21, head
+    model, inputs = model.to(torch.bfloat16), batch()
+    inputs |= {"labels": inputs["labels"].clamp(max=0), "num_items_in_batch": torch.tensor(1)}
+    value = float(model(**inputs).loss)
+    loss.use_chunked_loss(model)
+    assert 1e-5 * value < abs(float(model(**inputs).loss) - value) < loss.FLOOR
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_a_later_start_takes_the_way_of_the_first_one_without_comparing(was, monkeypatch, capsys):
+    model = tiny(LlamaForCausalLM, LlamaConfig, **SHAPE)
+    loss.use_chunked_loss(model, is_chunked=was)
+    monkeypatch.setattr(loss, "_differ", lambda *_: pytest.fail("it was compared again"))
+    model(**batch())
+    assert model.is_loss_chunked is was
+    assert ("the run was begun with the logits of whole rows" in capsys.readouterr().err) is not was
+
+
 def test_a_model_without_a_head_of_its_own_is_taken_whole_and_said(monkeypatch, capsys):
     model = llama()
     value = model(**batch()).loss

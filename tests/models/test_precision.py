@@ -11,6 +11,7 @@ from launching import _copies
 
 from carelm import ranks
 from carelm.errors import UserError
+from carelm.evaluation import candidates
 from carelm.models import precision
 from carelm.models.precision import choose_precision
 from carelm.recipe_file import load_recipe, save_recipe
@@ -98,6 +99,16 @@ def test_a_note_claims_no_folder_and_ends_with_a_run_that_begins_anew(tmp_path, 
     assert runs.find_finished(recipe) is None
     recipe.restart = True
     assert runs.restarts(recipe) and choose_precision("auto", tmp_path, anew=runs.restarts(recipe)).note
+
+
+def test_a_model_of_a_comparison_is_measured_once_whoever_asks(tmp_path, monkeypatch):
+    recipe = load_recipe(["--output_dir", str(tmp_path / "run"), "--precision", "auto"], usage="")
+    machine_makes(monkeypatch, 2e11, 8e11)
+    base = candidates.find(recipe, "base")
+    assert base.precision().name == "bf16"
+    machine_makes(monkeypatch, 2e11, 1e11)
+    assert base.precision().name == candidates.find(recipe, "base").precision().name == "bf16"
+    assert candidates.find(recipe, "base@fp32").precision().name == "fp32"
 
 
 def _rank(number: int, port: int, folder: str) -> None:

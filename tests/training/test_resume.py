@@ -14,6 +14,7 @@ from launching import (
     history,
     launch,
     losses,
+    mark,
     relative_distance,
     same_bits,
     script,
@@ -104,6 +105,20 @@ def test_early_stopping_keeps_the_best_weights(tmp_path):
         k: metrics[k] for k in ("global_step", "eval_loss", "train_loss")
     }
     assert relative_distance(tmp_path / "run", tmp_path / f"run/checkpoint-{best}") == 0
+
+
+def test_a_run_that_goes_on_takes_its_loss_in_the_way_that_it_began_with(tmp_path):
+    run, few = (
+        tmp_path / "run",
+        ("--save_steps", 1, "--eval_strategy", "no", "--max_samples", 16, "--max_eval_samples", 4),
+    )
+    script("--output_dir", run, *few, "--max_steps", 1, check=True)
+    begun = mark(run, 1)
+    assert begun["is_loss_chunked"] is True
+    (run / "checkpoint-1/complete.json").write_text(json.dumps(begun | {"is_loss_chunked": False}))
+    done = script("--output_dir", run, *few, "--max_steps", 2, check=True)
+    assert "the run was begun with the logits of whole rows" in done.stderr
+    assert mark(run, 2)["is_loss_chunked"] is False
 
 
 @pytest.mark.long
