@@ -2,12 +2,13 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import locate
-from carelm.keys import ALTERNATIVES
+from carelm.keys import ALTERNATIVES, LORA_KEYS
 from carelm.recipe import Recipe
 
 
@@ -72,6 +73,7 @@ def check(recipe: Recipe) -> None:
             f"method: full cannot train a base held in {recipe.bits} bits; set method: lora, or "
             f"load_in_{recipe.bits}bit: false"
         )
+    _check_lora(recipe)
     smoothing = recipe.training.get("label_smoothing_factor") or 0
     if not 0 <= smoothing < 1:
         raise UserError(f"label_smoothing_factor: {smoothing} is not at least 0 and below 1")
@@ -138,3 +140,35 @@ def _check_one_message_a_row(recipe: Recipe) -> None:
         )
     if recipe.reply_to_column and not recipe.id_column:
         raise UserError("reply_to_column: set id_column, the column with the message's own id that replies name")
+
+
+def _check_lora(recipe: Recipe) -> None:
+    for key in LORA_KEYS:
+        default = Recipe.__dataclass_fields__[key].default
+        if getattr(recipe, key) != default and recipe.method != "lora":
+            leave_out = f"{key}: {default or 'null'} leaves it out"
+            raise UserError(f"{key}: it is for method: lora, and this is {recipe.method}; {leave_out}")
+    if recipe.layers_to_transform == []:
+        raise UserError("layers_to_transform: it names no layer; leave it out for all")
+    if recipe.layers_pattern and recipe.layers_to_transform is None:
+        raise UserError("layers_pattern: set layers_to_transform too, the numbers of the layers")
+    if recipe.layers_to_transform and recipe.model.get("lora_target_parameters"):
+        raise UserError(
+            "layers_to_transform and lora_target_parameters: PEFT would take these of all layers; set only one"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern, number in (getattr(recipe, key) or {}).items():
+            if not isinstance(pattern, str) or type(number) is not int or number < 1:
+                raise UserError(f"{key}: {pattern!r}: {number!r} is no module with a whole number of at least 1")
+    for key in ("rank_pattern", "alpha_pattern", "layers_pattern", "exclude_modules", "lora_target_modules"):
+        for pattern in recipe.keys().get(key) or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{key}: '{pattern}' is no regular expression ({error})") from None
+    if recipe.init_lora_weights == "orthogonal":
+        if recipe.model.get("lora_target_parameters"):
+            raise UserError("init_lora_weights: orthogonal is for modules; leave out lora_target_parameters")
+        ranks = {"lora_r": recipe.model.get("lora_r", 16), **(recipe.rank_pattern or {})}
+        if odd := [name for name, r in ranks.items() if r % 2]:
+            raise UserError(f"init_lora_weights: orthogonal needs even ranks, and {odd[0]} has {ranks[odd[0]]}")

@@ -43,9 +43,13 @@ FREE_KEYS = {
     "max_empty_share", "max_hours", "stall_timeout", "torch_empty_cache_steps", "precision", "tf32", "debug",
     "include_num_input_tokens_seen", "attn_implementation", *EVALUATION_KEYS,
 }  # fmt: skip
+# Which modules LoRA changes and how its weights start: CareLM's own keys, for method: lora alone.
+LORA_KEYS = (
+    "layers_to_transform", "layers_pattern", "exclude_modules", "rank_pattern", "alpha_pattern", "init_lora_weights",
+)  # fmt: skip
 NOT_ABOUT_DATA = {
     "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
-    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", *EVALUATION_KEYS,
+    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", *LORA_KEYS, *EVALUATION_KEYS,
 }  # fmt: skip
 # Keys of SFTConfig and ModelConfig that CareLM derives or that have no effect here, and what to use instead.
 REFUSED = {
@@ -206,16 +210,22 @@ def typed(key: Key, value: Any, where: str) -> Any:
     if isinstance(value, bool):
         if "bool" in kinds or "Literal" in kinds:
             return value
-        if kinds & {"list"}:
+        if kinds & {"list"} and "list[int]" not in key.annotation:
             return [str(value).lower()]
-        raise problem
+        if not key.choices:
+            raise problem
+        value = str(value).lower()
     if "dict" in kinds and isinstance(value, (dict, str)):
         try:
-            return json.loads(value) if isinstance(value, str) else value
+            value = json.loads(value) if isinstance(value, str) else value
         except json.JSONDecodeError:
             raise problem from None
+        if isinstance(value, dict):
+            return value
     if "list" in kinds and not isinstance(value, dict):
         values = value if isinstance(value, list) else [value]
+        if "list[int]" in key.annotation and not all(type(v) is int for v in values):
+            raise problem
         texts = "list[str]" in key.annotation
         if texts and None in values:
             raise UserError(

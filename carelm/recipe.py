@@ -37,6 +37,23 @@ class Recipe:
     group_by_length: bool = _key(True, "Batch examples of like length; the groups depend on batch and seed alone.")
     num_virtual_tokens: int = _key(20, "Length of the trained prompt (method: prompt_tuning).")
     prompt_tuning_init_text: str | None = _key(None, "Text whose embeddings the trained prompt starts from.")
+    layers_to_transform: list[int] | None = _key(None, "Layers that LoRA changes, by number from 0 (default: all).")
+    layers_pattern: list[str] | None = _key(
+        None, "What the base calls its list of layers, where it has several (layers, h): goes with layers_to_transform."
+    )
+    exclude_modules: list[str] | None = _key(
+        None, "Modules that LoRA leaves as they are, by the end of their names or by one expression."
+    )
+    rank_pattern: dict[str, int] | None = _key(
+        None, "Modules with another rank than lora_r, by the end of their names or an expression: {q_proj: 8}."
+    )
+    alpha_pattern: dict[str, int] | None = _key(None, "The same for lora_alpha.")
+    init_lora_weights: str = _key(
+        "true",
+        "How LoRA's weights are drawn; the base's answers are the same before the first step. (PEFT's others change the base, "
+        "or need data.)",
+        ("true", "gaussian", "orthogonal"),
+    )
     early_stopping_patience: int | None = _key(
         None, "Stop after this many evaluations in a row without a lower eval loss, and keep the best."
     )

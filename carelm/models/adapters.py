@@ -20,6 +20,7 @@ from trl import ModelConfig
 
 from carelm.chat.chat import Chat
 from carelm.errors import UserError, first_line
+from carelm.models import targets
 from carelm.models.attention import use_recomputed_attention
 from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config, no_language_model
 from carelm.models.loss import use_chunked_loss
@@ -56,34 +57,17 @@ def check_base(recipe: Recipe) -> PreTrainedModel:
         mend = f"set load_in_{bits}bit: true" if bits else "take its original in whole weights"
         raise UserError(f"model_name_or_path: {recipe.base} is quantised already ({held.get('quant_method')}); {mend}")
     if recipe.method == "lora":
-        check_lora_names(model, recipe)
+        targets.check_names(model, recipe)
         with torch.device("meta"):
-            add_adapter(model, recipe)
+            targets.check_patterns(add_adapter(model, recipe), recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and recipe.max_length > positions:
         say(f"max_length {recipe.max_length} is beyond the {positions} positions that the base was trained on")
     return model
 
 
-def check_lora_names(model: torch.nn.Module, recipe: Recipe) -> None:
-    """Raises UserError for a name in a list of LoRA's that the base does not have: PEFT trains the others without a word."""
-    modules, parameters = ([name for name, _ in named] for named in (model.named_modules(), model.named_parameters()))
-    for key, there in (
-        ("lora_target_modules", modules),
-        ("lora_modules_to_save", modules),
-        ("lora_target_parameters", parameters),
-    ):
-        names = recipe.model.get(key) or []
-        if key == "lora_target_modules" and len(names) == 1:
-            continue  # may be a regular expression, or all-linear; PEFT refuses one that matches nothing
-        for name in names:
-            if not any(f".{own}".endswith(f".{name}") for own in there):
-                last = sorted({own.rpartition(".")[2] for own in there} - {""})
-                raise UserError(f"{key}: {type(model).__name__} has no '{name}' (there: {', '.join(last)[:400]})")
-
-
-def adapter_config(recipe: Recipe) -> PeftConfig:
-    """PEFT's configuration of the recipe's method (lora or prompt_tuning)."""
+def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    """PEFT's configuration of the recipe's method (lora or prompt_tuning) for this base."""
     model_args = ModelConfig(**recipe.model)
     if recipe.method == "prompt_tuning":
         text = recipe.prompt_tuning_init_text
@@ -100,11 +84,17 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
+        target_modules=targets.target_names(model, recipe),
         target_parameters=model_args.lora_target_parameters,
         modules_to_save=model_args.lora_modules_to_save,
         use_rslora=model_args.use_rslora,
         use_dora=model_args.use_dora,
+        exclude_modules=targets.exclude_names(model, recipe),
+        layers_to_transform=recipe.layers_to_transform,
+        layers_pattern=recipe.layers_pattern,
+        rank_pattern=recipe.rank_pattern or {},
+        alpha_pattern=recipe.alpha_pattern or {},
+        init_lora_weights="gaussian" if recipe.init_lora_weights == "gaussian" else True,
     )
 
 
@@ -122,13 +112,15 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> 
     fp32_weights = not (zero_stage == 3 and recipe.bits is None)
     dtype = torch.float32 if fp32_weights else model.dtype
     try:
-        model = get_peft_model(model, adapter_config(recipe), autocast_adapter_dtype=fp32_weights)
+        model = get_peft_model(model, adapter_config(recipe, model), autocast_adapter_dtype=fp32_weights)
     except (ValueError, TypeError) as error:
         raise UserError(f"method {recipe.method}, lora_target_modules: {first_line(error)}") from None
     # PEFT leaves lora_modules_to_save in the base's dtype, and a soft prompt in fp32.
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    if recipe.init_lora_weights == "orthogonal":
+        targets.start_orthogonal(model)
     return model
 
 
