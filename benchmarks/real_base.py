@@ -44,7 +44,7 @@ def main() -> None:
 
     trained = json.loads((options.output_dir / "train_metrics.json").read_text())
     found = json.loads((options.output_dir / "eval/results.json").read_text())
-    measured = ("latency", "throughput", "cut_predictions", "mean_new_tokens", "precision")
+    measured = ("latency", "throughput", "cut_predictions", "answer_tokens", "precision")
     result |= {
         "train": [*FILES, *SETTINGS, *FEWER_ROWS],
         "trained": {key: trained.get(key) for key in (*TRAINED, "wall_seconds", "tokens_per_second", "precision")},

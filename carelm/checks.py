@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from carelm.answer_checks import parse_checks
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import locate
@@ -63,6 +64,7 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"labels: {recipe.labels}: each needs a name of its own that is neither empty nor 'unparsable'")
     if recipe.primary_metric in ("accuracy", "macro_f1") and not recipe.labels:
         raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
+    parse_checks(recipe.checks)
     for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")

@@ -141,6 +141,11 @@ class Recipe:
         "The score that decides which model is better.",
         ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "accuracy", "macro_f1"),
     )
+    checks: list[dict[str, Any]] = _key(
+        [],
+        "Regular expressions over every answer: {name, pattern, when: over the question, must: false for one that is not to "
+        "match}; (?P=order) in a pattern is what (?P<order>...) in when has matched.",
+    )
     num_resamples: int = _key(1000, "Resamples of the test conversations for the intervals.")
     num_latency_prompts: int = _key(50, "Prompts that are timed one at a time (all, where there are fewer).")
     # the run

@@ -25,7 +25,7 @@ def main() -> None:
     stay_offline(recipe)
     launch = ranks.check_launch_without_zero3()
     from carelm.chat.chat import make_chat
-    from carelm.evaluation import candidates
+    from carelm.evaluation import candidates, check_scores
     from carelm.evaluation.questions import make_questions
 
     models = candidates.find_candidates(recipe)
@@ -33,6 +33,7 @@ def main() -> None:
     ranks.say(
         f"{test['questions']} questions of {test['conversations']} conversations, {', '.join(m.name for m in models)}"
     )
+    checks = check_scores.ask(recipe, questions)
 
     import torch
 
@@ -61,7 +62,7 @@ def main() -> None:
         lines[one.candidate.name], measured[one.candidate.name] = answers.answer(recipe, one, folder, watch)
     ranks.leave()
     if ranks.rank() == 0:
-        found = results.make_results(recipe, questions, lines, measured)
+        found = results.make_results(recipe, questions, lines, measured, checks)
         found["cautions"] += [
             f"{model.name} was trained with other {', '.join(others)} than this evaluation has."
             for model in models

@@ -155,7 +155,7 @@ def _answer_share(
             "id": question.id,
             "conversation": question.conversation,
             "category": question.category,
-            "question": next((m["content"] for m in reversed(question.messages) if m["role"] == "user"), ""),
+            "question": question.last_words(),
             "prediction": answer.text,
             "references": question.references,
             "new_tokens": answer.new_tokens,

@@ -25,6 +25,10 @@ class Question:
     references: list[str]
     tools: list[dict[str, Any]] | None = None
 
+    def last_words(self) -> str:
+        """What the user says last."""
+        return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
+
 
 def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str, Any]]:
     """All questions of the test split, with `num_shots` training examples in front, and how they came about.

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import LABEL_SCORES, NAMES, TEXT_SCORES
+from carelm.evaluation.tables import FEWEST_OF_A_PART, make_tables, ranged
 from carelm.files import write_whole
 from carelm.recipe import Recipe
 
 matplotlib.use("agg")
 UNFIT = ("old turns dropped", "prompt cut")
-FEWEST_OF_A_CATEGORY = 5
 WORDS = {
     "ROUGE-1, -2, -L, -Lsum": "words, pairs of words and longest run of words in order that answer and reference share, 0 to 1",
     "BLEU, chrF": "runs of words (characters, where there are no spaces) and of letters that they share, 0 to 100; chrF reads "
@@ -171,15 +171,8 @@ class _Shown:
         self._questions = questions
         first = next(iter(self.models.values()))
         self.scores = [s for s in (*TEXT_SCORES, *LABEL_SCORES) if s in first]
-
-    def number(self, score: str, value: float, sign: str = "") -> str:
-        return f"{value:{sign}.1f}" if score in ("bleu", "chrf") else f"{value:{sign}.3f}"
-
-    def ranged(self, score: str, figure: dict[str, float], key: str = "value") -> tuple[str, str]:
-        """("0.512", "0.48 to 0.54")"""
-        sign = "+" if key == "difference" else ""
-        low, high = (self.number(score, figure[end], sign) for end in ("low", "high"))
-        return self.number(score, figure[key], sign), f"{low} to {high}"
+        self.tables = make_tables(results)
+        self.ranged = ranged
 
     def speed_rows(self) -> list[tuple[str, list[str]]]:
         """Label and one text per model, of everything that is measured beside the scores."""
@@ -210,7 +203,6 @@ class _Shown:
             ("prompt tokens (p50 / p95 / longest)", ["{p50} / {p95} / {max}".format(**m["prompt_tokens"]) for m in models]),
             ("prompts that did not fit", [", ".join(f"{m['prompt_tokens'][how]} {how}" for how in UNFIT if
                                                     how in m["prompt_tokens"]) or "0" for m in models]),
-            ("new tokens in the mean", [str(m["mean_new_tokens"]) for m in models]),
             ("empty answers (count as 0)", [str(m["empty_predictions"]) for m in models]),
             ("answers cut at max_new_tokens", [str(m["cut_predictions"]) for m in models]),
         ]  # fmt: skip
@@ -235,8 +227,8 @@ class _Shown:
         ]
 
     def _of_category(self, part: dict[str, Any]) -> tuple[str, str]:
-        value, ranged = self.ranged(self.metric, part[self.metric])
-        return value, ranged if part["questions"] >= FEWEST_OF_A_CATEGORY else "too few for an interval"
+        value, around = ranged(self.metric, part[self.metric])
+        return value, around if part["questions"] >= FEWEST_OF_A_PART else "too few for an interval"
 
     def example(self, question_id: str) -> dict[str, Any]:
         i = self.questions[question_id]
@@ -332,6 +324,9 @@ def _markdown(shown: _Shown, results: dict[str, Any], plots: list[str]) -> str:
         + table(["category", "questions", *names],
                 [[_cell(name), str(n), *("{} ({})".format(*cell) for cell in row)] for name, n, row in shown.categories()]),
     ]  # fmt: skip
+    for t in shown.tables:
+        rows = table([*map(_cell, t.head)], [[*map(_cell, row)] for row in t.rows])
+        parts.append(f"## {_cell(t.title)}\n\n{_cell(t.text)}\n\n{rows}")
     for name, model in shown.models.items():
         if "confusion" in model:
             columns = list(next(iter(model["confusion"].values())))

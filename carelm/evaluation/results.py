@@ -1,11 +1,12 @@
 """Predictions and measurements of several models -> `results.json`: scores with intervals, and which differences are real."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from carelm.evaluation import scores, scripts
+from carelm.evaluation import check_scores, repetition, scores, scripts
 from carelm.evaluation.questions import Question
 from carelm.recipe import Recipe
 
@@ -21,6 +22,7 @@ def make_results(
     questions: list[Question],
     lines: dict[str, list[dict[str, Any]]],
     measured: dict[str, dict[str, Any]],
+    checks: Sequence[check_scores.AskedCheck] = (),
 ) -> dict[str, Any]:
     """The content of `results.json`, less what is known of the test split and the conditions.
 
@@ -29,6 +31,7 @@ def make_results(
         questions: the test questions.
         lines: for each model its predictions in the order of the questions.
         measured: for each model what was measured while it answered.
+        checks: the recipe's, for these questions.
     """
     conversations, references = [q.conversation for q in questions], [q.references for q in questions]
     tokenizer = scripts.bleu_tokenizer(references)
@@ -38,12 +41,12 @@ def make_results(
     for name, predicted in lines.items():
         answers = scores.Answers(conversations, [p["prediction"] for p in predicted], references)
         turns = scores.per_turn(answers, recipe.labels, tokenizer)
+        turns |= repetition.per_turn(answers.predictions, [p["new_tokens"] for p in predicted])
         scored[name] = scores.resample(scores.by_conversation(turns, conversations), drawn)
         models[name] = {
             **{score: scores.interval(found) for score, found in scored[name].items()},
             "empty_predictions": sum(not p["prediction"].strip() for p in predicted),
             "cut_predictions": sum(p["finish_reason"] == "length" for p in predicted),
-            "mean_new_tokens": round(float(np.mean([p["new_tokens"] for p in predicted])), 1),
             **measured[name],
             "categories": _by_category(recipe, questions, turns),
         }
@@ -60,12 +63,14 @@ def make_results(
         pair["worse"] = [questions[i].id for i in order[::-1][:MOST_CHANGED] if change[i] < 0]
     first = scores.Answers(conversations, [p["prediction"] for p in next(iter(lines.values()))], references)
     conversation_count = len(set(conversations))
+    checked, unchecked = check_scores.score(checks, questions, lines, recipe.num_resamples, recipe.split_seed)
     return {
         "primary_metric": recipe.primary_metric,
         "models": models,
         "pairs": pairs,
+        "checks": checked,
         "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
-        "cautions": _cautions(recipe, measured, len(pairs)) + _about_answers(recipe, questions, models),
+        "cautions": _cautions(recipe, measured, len(pairs)) + _about_answers(recipe, questions, models) + unchecked,
         "examples": {name: _extremes(questions, values) for name, values in ranked.items()},
         "signatures": {
             "rouge": f"rouge_score {version('rouge-score')}, no stemmer, F-measure",

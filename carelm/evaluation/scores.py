@@ -24,8 +24,11 @@ from carelm.evaluation.scripts import bleu_tokenizer, unify
 
 TEXT_SCORES = (*ROUGE_TYPES, "bleu", "chrf", "exact_match")
 LABEL_SCORES = ("accuracy", "macro_f1")
+UNREFERENCED = ("repeated_4grams", "answer_words", "answer_tokens")  # no score: neither more nor less is better
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
-         "chrf": "chrF", "exact_match": "exact match", "accuracy": "accuracy", "macro_f1": "macro F1"}  # fmt: skip
+         "chrf": "chrF", "exact_match": "exact match", "accuracy": "accuracy", "macro_f1": "macro F1",
+         "repeated_4grams": "repeated 4-grams", "answer_words": "answer length, words",
+         "answer_tokens": "answer length, tokens"}  # fmt: skip
 UNPARSABLE = "unparsable"
 AT_A_TIME_BYTES = 2**26  # of draws as float64
 COMPLAINT = re.compile(
@@ -93,7 +96,7 @@ def per_turn(answers: Answers, labels: Sequence[str] = (), tokenizer: str | None
     means = rouge(predictions, references)
     exact = [p.strip() in {r.strip() for r in several} for p, several in zip(predictions, references)]
     means["exact_match"] = np.array(exact, float)
-    found = {name: Statistics(np.stack([values, np.ones(len(values))], 1), _mean) for name, values in means.items()}
+    found = {name: mean_of(values) for name, values in means.items()}
     words = _bleu_words(tokenizer or bleu_tokenizer(references))
     found["bleu"] = Statistics(_in_parts(answers, lambda p, r: _bleu_rows(words, p, r)), _bleu)
     found["chrf"] = Statistics(_in_parts(answers, _chrf_rows), _chrf)
@@ -104,7 +107,7 @@ def per_turn(answers: Answers, labels: Sequence[str] = (), tokenizer: str | None
             for texts in (predictions, [several[0] for several in references])
         )
         right = (given & true).any(1)
-        found["accuracy"] = Statistics(np.stack([right, np.ones(len(right))], 1), _mean)
+        found["accuracy"] = mean_of(right.astype(float))
         counts = np.stack([given & true, given & ~true, true & ~given], 2).astype(float)
         found["macro_f1"] = Statistics(counts.reshape(len(right), -1), _macro_f1)
     return found
@@ -212,8 +215,14 @@ def confusion(turns: dict[str, Statistics], labels: Sequence[str]) -> dict[str, 
     return {label: dict(zip((*labels, UNPARSABLE), map(int, row))) for label, row in zip(labels, table)}
 
 
-def _mean(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / sums[..., 1]
+def mean_of(values: np.ndarray) -> Statistics:
+    """The mean of one value a question, float64 [questions]."""
+    return share_of(np.stack([values, np.ones(len(values))], 1))
+
+
+def share_of(counts: np.ndarray) -> Statistics:
+    """The sum of the first column, float64 [questions, 2], over that of the second; 0 where that is none."""
+    return Statistics(counts, lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1))
 
 
 def _macro_f1(sums: np.ndarray) -> np.ndarray:

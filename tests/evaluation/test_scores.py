@@ -151,7 +151,7 @@ def test_a_comparison_of_many_predictions_holds_no_matrix_of_its_draws_in_full_p
     """Five times the conversations may not take five times the memory of float64 draws."""
     import tracemalloc
 
-    table = scores.Statistics(np.ones((50_000, 2)), scores._mean)
+    table = scores.mean_of(np.ones(50_000))
     tracemalloc.start()
     found = scores.interval(scores.resample({"x": table}, scores.draws(50_000, 400, seed=0))["x"])
     peak = tracemalloc.get_traced_memory()[1]
@@ -189,7 +189,7 @@ def test_the_interval_covers_the_true_mean_about_95_times_of_100():
     rng, covered = np.random.default_rng(0), 0
     for trial in range(200):
         values = rng.binomial(1, 0.3, 60)
-        table = scores.Statistics(np.stack([values, np.ones(60)], 1).astype(float), scores._mean)
+        table = scores.mean_of(values.astype(float))
         found = interval({"mean": table}, "mean", scores.draws(60, 300, seed=trial))
         covered += found["low"] <= 0.3 <= found["high"]
     assert 0.90 <= covered / 200 <= 0.99

@@ -1,0 +1,90 @@
+"""The report's tables as plain rows, which report.html and report.md show alike."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from carelm.evaluation.scores import NAMES, UNREFERENCED
+
+FEWEST_OF_A_PART = 5  # questions, or conversations, for an interval to be shown
+ONE_DECIMAL = ("bleu", "chrf", "answer_words", "answer_tokens")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, what to know of it in a sentence or two, and the cells as text."""
+
+    title: str
+    text: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def ranged(score: str, figure: dict[str, float], key: str = "value") -> tuple[str, str]:
+    """("0.512", "0.48 to 0.54")"""
+    sign = "+" if key == "difference" else ""
+    value, low, high = (f"{figure[k]:{sign}{'.1f' if score in ONE_DECIMAL else '.3f'}}" for k in (key, "low", "high"))
+    return value, f"{low} to {high}"
+
+
+def make_tables(results: dict[str, Any]) -> list[Table]:
+    """What is shown below scores, speed and categories."""
+    return [*_checks(results), _unreferenced(results)]
+
+
+def _unreferenced(results: dict[str, Any]) -> Table:
+    models = results["models"]
+    return Table(
+        title="Answers without a reference",
+        text="The share of the runs of four words that stood in the same answer before, and how long the answers are. Neither "
+        "more nor less is better. Tokens include the end of turn.",
+        head=["", *models, *_called(results["pairs"])],
+        rows=[
+            [NAMES[score], *(_cell(score, m[score]) for m in models.values()),
+             *(_cell(score, pair["scores"][score], "difference") for pair in results["pairs"])]
+            for score in UNREFERENCED
+        ],
+    )  # fmt: skip
+
+
+def _checks(results: dict[str, Any]) -> list[Table]:
+    checks = results["checks"]
+    if not checks:
+        return []
+    rows = []
+    for name, check in checks.items():
+        few = check["conversations"] < FEWEST_OF_A_PART
+        shares = [
+            f"{m['value']:.3f} (too few for an interval)" if few else _cell("", m) for m in check["models"].values()
+        ]
+        differences = [
+            f"{p['difference']:+.3f}" if few else f"{_cell('', p, 'difference')}, p {p['p_value_holm']:.3g}"
+            for p in check["pairs"]
+        ]
+        rows.append([name, str(check["questions"]), f"{check['references']:.3f}", *shares, *differences])
+    first = next(iter(checks.values()))
+    return [
+        Table(
+            title="Checks",
+            text="The share of answers that pass, of those to the questions that the check is about, with the references' own. "
+            "p is Holm-adjusted over the pairs of a check.",
+            head=["check", "questions", "references", *first["models"], *_called(first["pairs"])],
+            rows=rows,
+        ),
+        Table(
+            title="Answers that fail a check",
+            text="The first of each model; the answers stand in predictions-MODEL.jsonl.",
+            head=["check", *first["models"]],
+            rows=[
+                [name, *(", ".join(m["failed"]) or "none" for m in check["models"].values())]
+                for name, check in checks.items()
+            ],
+        ),
+    ]
+
+
+def _cell(score: str, figure: dict[str, float], key: str = "value") -> str:
+    return "{} ({})".format(*ranged(score, figure, key))
+
+
+def _called(pairs: list[dict[str, Any]]) -> list[str]:
+    return ["{1} less {0}".format(*pair["models"]) for pair in pairs]
