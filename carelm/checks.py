@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from carelm.answer_checks import parse_checks
+from carelm.data.tags import check_tags
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import locate
@@ -65,6 +66,7 @@ def check(recipe: Recipe) -> None:
     if recipe.primary_metric in ("accuracy", "macro_f1") and not recipe.labels:
         raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
     parse_checks(recipe.checks)
+    check_tags(recipe)
     for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")

@@ -85,6 +85,13 @@ class Recipe:
     optional_columns: list[str] = _key(
         [], "Columns of the templates that may be empty in a row; any other empty one counts like an empty answer."
     )
+    tag_column: str | None = _key(
+        None,
+        "Column with the customer's words: {priority} and {sentiment} in the templates are then tags of them, not columns.",
+    )
+    urgent_words: list[str] = _key(
+        [], "{priority} is HIGH where one of these stands in the customer's words, else NORMAL."
+    )
     messages_column: str | None = _key(None, "Column with a list of messages, instead of the two templates.")
     role_key: str | None = _key(None, "Key of a message's role (default: role, from or speaker).")
     content_key: str | None = _key(None, "Key of a message's text (default: content, value, utterance or text).")

@@ -41,6 +41,8 @@ class Comparison:
     def _parts(self, example: Example) -> list[Any]:
         messages = [*example.prompt, *example.completion]
         messages = messages if self._system_counts else messages[len(_system(example)) :]
+        if example.words is not None:  # one question and its answer
+            messages = [m | {"content": example.words} if m["role"] == "user" else m for m in messages]
         parts: list[Any] = [{"tools": example.tools}] if self._tools_count and example.tools else []
         for message in messages:
             part = {key: message[key] for key in _KEYS if message.get(key)}

@@ -15,6 +15,9 @@ class Example:
     source: str  # file:row, for messages to people
     references: tuple[str, ...] = ()  # of a test row with several; else the completion is the reference
     tools: list[dict[str, Any]] | None = None  # what the model may call, as OpenAI writes it
+    words: str | None = (
+        None  # with tag_column, what the question is compared by: its columns, without tags and template
+    )
     unused: frozenset[str] = frozenset()  # columns and keys of messages that the row has and the recipe does not use
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from carelm.data.example import Example, NoAnswer
 from carelm.data.messages import split_turns, to_turns
+from carelm.data.tags import used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.data.tools import to_tools
 from carelm.data.values import cell_text, is_empty
@@ -56,8 +57,18 @@ def to_example(
         source=source,
         references=tuple(references),
         tools=_tools(recipe, source, row),
+        words=_words(recipe, source, row),
         unused=frozenset(unused),
     )
+
+
+def _words(recipe: Recipe, source: str, row: dict[str, Any]) -> str | None:
+    """The columns of the question without the tags: with other tags, or none, it is the same question in the same split."""
+    if not (recipe.tag_column and recipe.prompt_template):
+        return None
+    columns = template_columns(recipe.prompt_template, "prompt_template")
+    texts = [cell_text(row, column, source, recipe.labels) for column in columns if column not in used_tags(recipe)]
+    return "\n".join(text or "" for text in texts)
 
 
 def _answer(recipe: Recipe, source: str, row: dict[str, Any]) -> str:
@@ -101,6 +112,7 @@ def _cell(row: dict[str, Any], column: str, source: str) -> Any:
 def _unused_columns(recipe: Recipe, row: dict[str, Any]) -> set[str]:
     """What a row holds beside its messages and nothing in the recipe names, such as a system message of its own."""
     used = {recipe.messages_column, recipe.category_column, recipe.id_column, *_tools_columns(recipe)}
+    used |= {recipe.tag_column, *used_tags(recipe)}
     used |= {*(recipe.row_filter or {}), *recipe.reference_columns}
     used |= set(template_columns(recipe.system_prompt or "", "system_prompt"))
     return {f"column {column}" for column, value in row.items() if column not in used and not is_empty(value)}

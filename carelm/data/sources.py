@@ -13,6 +13,7 @@ from carelm.data.readers import Rows, data_suffix, read_file
 from carelm.data.report import SplitReport, shortened
 from carelm.data.split_files import find_files
 from carelm.data.split_names import SPLITS, SplitNames
+from carelm.data.tags import TAGS, add_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.data.values import as_text, as_word, cell_text
 from carelm.errors import UserError, first_line
@@ -91,6 +92,7 @@ def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]
         splits[split], reports[split].rows = rows, len(rows)
         if recipe.text_column:
             splits[split] = join_messages(recipe, rows, reports[split])
+        splits[split] = add_tags(recipe, splits[split], reports[split])
     if not splits["train"]:
         raise UserError(f"row_filter: {recipe.row_filter} leaves no training row of {recipe.dataset_name}")
     return splits, reports
@@ -186,16 +188,24 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, ref
     needed = {"messages_column": [recipe.messages_column] if recipe.messages_column else []}
     for key in ("prompt_template", "completion_template", "system_prompt"):
         needed[key] = template_columns(getattr(recipe, key) or "", key)
-    for key in ("category_column", "id_column", "tools_column", "text_column", "role_column", "conversation_column",
-                "order_column", "reply_to_column"):  # fmt: skip
+    for key in ("prompt_template", "system_prompt"):
+        needed[key] = [column for column in needed[key] if column not in used_tags(recipe)]
+    for key in ("tag_column", "category_column", "id_column", "tools_column", "text_column", "role_column",
+                "conversation_column", "order_column", "reply_to_column"):  # fmt: skip
         needed[key] = [getattr(recipe, key)] if getattr(recipe, key) else []
     needed["row_filter"] = list(recipe.row_filter or {})
     needed["reference_columns"] = references
     if split == "test" and references:  # such rows may have no other answer
         needed["completion_template"] = []
+    for file, there in by_file.items():
+        if clash := [tag for tag in used_tags(recipe) if tag in there]:
+            raise UserError(
+                f"tag_column: {file} has a column '{clash[0]}' of its own; rename it, or leave tag_column out to use it"
+            )
     everywhere = set().union(*by_file.values())
     for key, columns in needed.items():
         for column in columns:
             for file, there in by_file.items():
                 if column not in (everywhere if column in recipe.optional_columns else there):
-                    raise UserError(f"{key}: {file} has no column '{column}' (there: {', '.join(sorted(there))})")
+                    hint = "; the tag of that name needs tag_column" * (column in TAGS and not recipe.tag_column)
+                    raise UserError(f"{key}: {file} has no column '{column}' (there: {', '.join(sorted(there))}){hint}")
