@@ -23,6 +23,7 @@ from carelm.recipe import Recipe
 EVALUATION_KEYS = (
     "models", "num_shots", "max_new_tokens", "max_batch_tokens", "temperature", "top_p", "reference_columns", "labels",
     "primary_metric", "num_resamples", "num_latency_prompts", "checks",
+    "also_test",
 )  # fmt: skip
 # Keys that may change when a run goes on: where it runs, how much, what it shows.
 FREE_PREFIXES = (
@@ -51,6 +52,10 @@ NOT_ABOUT_DATA = {
     "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
     "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", *LORA_KEYS, *EVALUATION_KEYS,
 }  # fmt: skip
+# What a recipe in also_test says beside its data: how its questions are asked and scored.
+OF_A_TEST = (
+    "reference_columns", "labels", "primary_metric", "max_new_tokens", "checks", "max_empty_share", "max_length",
+)  # fmt: skip
 # Keys of SFTConfig and ModelConfig that CareLM derives or that have no effect here, and what to use instead.
 REFUSED = {
     "deepspeed": "name an accelerate file that holds it: accelerate launch --config_file accelerate_configs/zero2.yaml",

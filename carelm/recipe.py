@@ -148,6 +148,11 @@ class Recipe:
         "The score that decides which model is better.",
         ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "accuracy", "macro_f1"),
     )
+    also_test: list[str] = _key(
+        [],
+        "Recipes whose test questions the models answer too: data, references, labels, checks, lengths and primary_metric are "
+        "theirs; the smaller max_eval_samples counts.",
+    )
     checks: list[dict[str, Any]] = _key(
         [],
         "Regular expressions over every answer: {name, pattern, when: over the question, must: false for one that is not to "

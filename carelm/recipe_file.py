@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,19 @@ import yaml
 from carelm.checks import check
 from carelm.errors import UserError
 from carelm.files import locate, write_whole
-from carelm.keys import ALTERNATIVES, DEFAULTS, FREE_KEYS, FREE_PREFIXES, REFUSED, Key, known, known_keys, typed
+from carelm.keys import (
+    ALTERNATIVES,
+    DEFAULTS,
+    FREE_KEYS,
+    FREE_PREFIXES,
+    NOT_ABOUT_DATA,
+    OF_A_TEST,
+    REFUSED,
+    Key,
+    known,
+    known_keys,
+    typed,
+)
 from carelm.ranks import say
 from carelm.recipe import Recipe
 
@@ -74,8 +87,7 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
     for i, path in enumerate(paths):
         if path.resolve() in [p.resolve() for p in paths[:i]]:
             raise UserError(f"--config names {path} twice; remove one")
-        own = {name: typed(known(name, str(path)), value, f"{path}: ") for name, value in _read_yaml(path).items()}
-        values = _lay_over(values, own, str(path))
+        values = _lay_over(values, _read_keys(path), str(path))
     keys = {name: known(name, "command line") for name in given}
     own = {name: typed(key, _parse_texts(key, given[name]), "--") for name, key in keys.items()}
     values = _lay_over(values, own, "command line")
@@ -91,6 +103,50 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
     recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=name)
     check(recipe)
     return recipe
+
+
+def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes in `also_test` by their files' names, each as this run with the other's data, references, labels, checks,
+    lengths and primary metric. Nothing is timed there.
+
+    Raises:
+        UserError: for one that cannot be read, is there twice or has `also_test` itself, and for keys that do not agree.
+    """
+    tests: dict[str, Recipe] = {}
+    paths: list[Path] = []
+    for file in recipe.also_test:
+        path = Path(locate(file))
+        if path.resolve() in paths:
+            raise UserError(f"also_test: {file} stands there twice; remove one")
+        if path.stem in tests:
+            raise UserError(f"also_test: two are called '{path.stem}'; rename one of the files")
+        paths.append(path.resolve())
+        own = _read_keys(path)
+        if own.get("also_test"):
+            raise UserError(
+                f"also_test: {file} has also_test itself; name its recipes here too, and a recipe without it"
+            )
+        try:
+            tests[path.stem] = _with_test_of(recipe, own, path.stem)
+        except UserError as error:
+            raise UserError(f"also_test: {file}: {error}") from None
+    return tests
+
+
+def _with_test_of(recipe: Recipe, own: dict[str, Any], name: str) -> Recipe:
+    fields = {f.name: f for f in dataclasses.fields(Recipe) if "help" in f.metadata}
+    about_data = [key for key in fields if key not in NOT_ABOUT_DATA | FREE_KEYS]
+    values = {}
+    for key in (*about_data, *(key for key in OF_A_TEST if key in fields)):
+        field = fields[key]
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        values[key] = own.get(key, DEFAULTS.get(key, default))
+    limits = [limit for limit in (recipe.max_eval_samples, values["max_eval_samples"]) if limit is not None]
+    values["max_eval_samples"] = min(limits, default=None)
+    training = recipe.training | {"max_length": own.get("max_length", DEFAULTS["max_length"])}
+    test = dataclasses.replace(recipe, **values, training=training, also_test=[], name=name)
+    check(test)
+    return dataclasses.replace(test, num_latency_prompts=0)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -181,6 +237,10 @@ def _split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list
             "--config takes one file; what is laid over a recipe has its own: --config RECIPE --config OVERLAY"
         )
     return [words[0] for words in files], given
+
+
+def _read_keys(path: Path) -> dict[str, Any]:
+    return {name: typed(known(name, str(path)), value, f"{path}: ") for name, value in _read_yaml(path).items()}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

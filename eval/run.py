@@ -17,23 +17,20 @@ import sys
 
 from carelm import ranks
 from carelm.data.sources import stay_offline
-from carelm.recipe_file import load_recipe
+from carelm.recipe_file import load_also_tests, load_recipe
 
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__, only_own=True)
-    stay_offline(recipe)
+    others = load_also_tests(recipe)
+    stay_offline(recipe, *others.values())
     launch = ranks.check_launch_without_zero3()
-    from carelm.chat.chat import make_chat
-    from carelm.evaluation import candidates, check_scores
-    from carelm.evaluation.questions import make_questions
+    from carelm.evaluation import candidates
+    from carelm.evaluation.question_sets import make_question_sets
 
     models = candidates.find_candidates(recipe)
-    questions, test = make_questions(recipe, make_chat(recipe))
-    ranks.say(
-        f"{test['questions']} questions of {test['conversations']} conversations, {', '.join(m.name for m in models)}"
-    )
-    checks = check_scores.ask(recipe, questions)
+    ranks.say(f"models: {', '.join(model.name for model in models)}")
+    own, *elsewhere = make_question_sets(recipe, others)
 
     import torch
 
@@ -54,27 +51,37 @@ def main() -> None:
         ranks.say(f"all models answer in {precision.name} ({precision.reason})")
         models = [model.computing_in(precision.name) for model in models]
     folder = recipe.output_dir / "eval"
-    asked = [answers.prepare(recipe, model, questions, folder) for model in models]
+    asked = {s: [answers.prepare(s.recipe, m.asked_by(s.recipe), s.questions, folder / s.name) for m in models]
+             for s in (own, *elsewhere)}  # fmt: skip
     watch = stops.HangWatch(recipe.stall_timeout)
-    folder.mkdir(parents=True, exist_ok=True)
     lines, measured = {}, {}
-    for one in asked:
-        lines[one.candidate.name], measured[one.candidate.name] = answers.answer(recipe, one, folder, watch)
+    for one, of_models in asked.items():
+        (folder / one.name).mkdir(parents=True, exist_ok=True)
+        answered = {m.candidate.name: answers.answer(one.recipe, m, folder / one.name, watch) for m in of_models}
+        lines[one.name], measured[one.name] = ({name: pair[k] for name, pair in answered.items()} for k in (0, 1))
     ranks.leave()
     if ranks.rank() == 0:
-        found = results.make_results(recipe, questions, lines, measured, checks)
+        of_sets = {
+            s.name: results.make_results(s.recipe, s.questions, lines[s.name], measured[s.name], s.checks)
+            | {"test": s.about}
+            for s in asked
+        }
+        found = of_sets.pop("") | {"tests": of_sets}
         found["cautions"] += [
-            f"{model.name} was trained with other {', '.join(others)} than this evaluation has."
+            f"{model.name} was trained with other {', '.join(keys)} than this evaluation has."
             for model in models
-            if (others := model.other_data_keys(recipe))
+            if (keys := model.other_data_keys(recipe))
         ]
         found["cautions"] += [
             f"{model.name} was trained on other data than is here now ({', '.join(files)}): it may have seen test questions."
             for model in models
             if (files := model.changed_data(recipe))
         ]
-        found |= {"test": test, "conditions": answers.conditions(recipe)}
-        report.write(folder, recipe, found, questions, lines)
+        found |= {"conditions": answers.conditions(recipe)}
+        report.write(folder, recipe, found, own.questions, lines[""])
+        for name, result in found["tests"].items():
+            for sentence in result["verdicts"]:
+                ranks.say(f"{name}: {sentence}")
         for sentence in found["verdicts"] + found["cautions"]:
             ranks.say(sentence)
         ranks.say(f"report: {folder / 'report.html'}")

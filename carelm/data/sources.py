@@ -62,9 +62,11 @@ def changed_files(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
     return gone | changed | {name: "is new" for name in now if name not in then}
 
 
-def stay_offline(recipe: Recipe) -> None:
-    """Where a run needs nothing from a hub, none is waited for; to be called before any library of the Hub is imported."""
-    if os.path.exists(recipe.base) and not is_hub_id(recipe.dataset_name) and not recipe.training.get("push_to_hub"):
+def stay_offline(recipe: Recipe, *others: Recipe) -> None:
+    """Where a run needs nothing from a hub, none is waited for; to be called before any library of the Hub is imported.
+    `others` name more data."""
+    from_hub = any(is_hub_id(one.dataset_name) for one in (recipe, *others))
+    if os.path.exists(recipe.base) and not from_hub and not recipe.training.get("push_to_hub"):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 

@@ -83,7 +83,7 @@ def answer(
     key = fingerprint(sorted(asked.file.made_by.items()))
     measured = ranks.share(read_json(saved) if ranks.rank() == 0 else None)
     measured = measured if measured.get("key") == key else {}
-    timed = asked.prompts[:: max(1, number // recipe.num_latency_prompts)][: recipe.num_latency_prompts]
+    timed = asked.prompts[:: max(1, number // max(1, recipe.num_latency_prompts))][: recipe.num_latency_prompts]
     if len(done) == number and measured.get("latency", {}).get("prompts") == len(timed):
         ranks.say(f"{name}: all {number} answers are there; nothing to do")
     else:

@@ -89,6 +89,12 @@ class Candidate:
             return self
         return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, precision=name))
 
+    def asked_by(self, recipe: Recipe) -> "Candidate":
+        """The same with the window and the trained turns of another test's recipe."""
+        training = self.recipe.training | {"max_length": recipe.max_length}
+        asked = dataclasses.replace(self.recipe, trained_turns=recipe.trained_turns, training=training)
+        return dataclasses.replace(self, recipe=asked)
+
     def check_base(self) -> None:
         """Raises UserError where the base that an adapter was trained on has changed since."""
         from carelm.models.base import base_fingerprint

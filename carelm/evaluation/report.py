@@ -73,6 +73,7 @@ def summary(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         "models": {name: model[metric] for name, model in results["models"].items()},
         "examples_per_second": {n: m["throughput"].get("examples_per_second") for n, m in results["models"].items()},
         "verdicts": results["verdicts"],
+        "tests": {name: test["verdicts"] for name, test in results["tests"].items()},
     }
 
 

@@ -69,6 +69,7 @@ def make_results(
         "models": models,
         "pairs": pairs,
         "checks": checked,
+        "tests": {},
         "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
         "cautions": _cautions(recipe, measured, len(pairs)) + _about_answers(recipe, questions, models) + unchecked,
         "examples": {name: _extremes(questions, values) for name, values in ranked.items()},

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from carelm.evaluation.scores import NAMES, UNREFERENCED
+from carelm.evaluation.scores import LABEL_SCORES, NAMES, TEXT_SCORES, UNREFERENCED
 
 FEWEST_OF_A_PART = 5  # questions, or conversations, for an interval to be shown
 ONE_DECIMAL = ("bleu", "chrf", "answer_words", "answer_tokens")
@@ -28,7 +28,28 @@ def ranged(score: str, figure: dict[str, float], key: str = "value") -> tuple[st
 
 def make_tables(results: dict[str, Any]) -> list[Table]:
     """What is shown below scores, speed and categories."""
-    return [*_checks(results), _unreferenced(results)]
+    elsewhere = (
+        table for name, test in results["tests"].items() for table in _elsewhere(name, test, results["cautions"])
+    )
+    return [*elsewhere, *_checks(results), _unreferenced(results)]
+
+
+def _elsewhere(name: str, test: dict[str, Any], said: list[str]) -> list[Table]:
+    """One of `also_test`: what the models do on questions that they were not trained for."""
+    models, pairs, about = test["models"], test["pairs"], test["test"]
+    scores = [score for score in (*TEXT_SCORES, *LABEL_SCORES) if score in next(iter(models.values()))]
+    rows = [
+        [NAMES[score] + (" (decides)" if score == test["primary_metric"] else ""),
+         *(_cell(score, m[score]) for m in models.values()),
+         *(f"{_cell(score, p['scores'][score], 'difference')}, p {p['scores'][score]['p_value_holm']:.3g}" for p in pairs)]
+        for score in scores
+    ]  # fmt: skip
+    asked = f"{about['questions']} questions of {about['conversations']} conversations from {about['dataset']}."
+    sentences = [*test["verdicts"], about["leaks"]["sentence"], *(c for c in test["cautions"] if c not in said), asked]
+    return [
+        Table(f"Elsewhere: {name}", " ".join(sentences), ["score", *models, *_called(pairs)], rows),
+        *_checks(test, f", {name}"),
+    ]
 
 
 def _unreferenced(results: dict[str, Any]) -> Table:
@@ -46,7 +67,7 @@ def _unreferenced(results: dict[str, Any]) -> Table:
     )  # fmt: skip
 
 
-def _checks(results: dict[str, Any]) -> list[Table]:
+def _checks(results: dict[str, Any], where: str = "") -> list[Table]:
     checks = results["checks"]
     if not checks:
         return []
@@ -64,14 +85,14 @@ def _checks(results: dict[str, Any]) -> list[Table]:
     first = next(iter(checks.values()))
     return [
         Table(
-            title="Checks",
+            title=f"Checks{where}",
             text="The share of answers that pass, of those to the questions that the check is about, with the references' own. "
             "p is Holm-adjusted over the pairs of a check.",
             head=["check", "questions", "references", *first["models"], *_called(first["pairs"])],
             rows=rows,
         ),
         Table(
-            title="Answers that fail a check",
+            title=f"Answers that fail a check{where}",
             text="The first of each model; the answers stand in predictions-MODEL.jsonl.",
             head=["check", *first["models"]],
             rows=[

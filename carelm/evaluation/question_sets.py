@@ -1,0 +1,55 @@
+"""What the models of a comparison are asked: the recipe's own test split, and those of the recipes in `also_test`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from carelm import ranks
+from carelm.chat.chat import Chat, make_chat
+from carelm.data.leaks import find_leaks
+from carelm.errors import UserError
+from carelm.evaluation.check_scores import AskedCheck, ask
+from carelm.evaluation.questions import Question, make_questions
+from carelm.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionSet:
+    """Questions with the recipe that they are asked and scored by.
+
+    Attributes:
+        name: of the file in `also_test`; empty for the recipe's own.
+        about: how the questions came about, for results.json.
+    """
+
+    name: str
+    recipe: Recipe
+    questions: list[Question]
+    about: dict[str, Any]
+    checks: list[AskedCheck]
+
+
+def make_question_sets(recipe: Recipe, others: dict[str, Recipe]) -> list[QuestionSet]:
+    """The recipe's own questions first, then those of `others` by name (`load_also_tests`). Training rows that are nearly
+    questions of another set are counted, and said.
+
+    Raises:
+        UserError: for data that cannot be asked.
+    """
+    sets = [_make("", recipe, make_chat(recipe))]
+    for name, other in others.items():
+        try:
+            found = _make(name, other, make_chat(other))
+            leaks = find_leaks(recipe, other)
+        except UserError as error:
+            raise UserError(f"also_test: {name}: {error}") from None
+        if leaks["near_duplicates"]:
+            ranks.say(f"also_test: {name}: {leaks['sentence']}")
+        sets.append(QuestionSet(name, other, found.questions, found.about | {"leaks": leaks}, found.checks))
+    return sets
+
+
+def _make(name: str, recipe: Recipe, chat: Chat) -> QuestionSet:
+    questions, about = make_questions(recipe, chat)
+    where = f"{name}: " if name else ""
+    ranks.say(f"{where}{about['questions']} questions of {about['conversations']} conversations")
+    return QuestionSet(name, recipe, questions, about, ask(recipe, questions))

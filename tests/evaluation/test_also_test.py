@@ -1,0 +1,123 @@
+"""`also_test`: the models of one recipe on the test questions of others, beside its own."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import yaml
+
+from carelm.data.leaks import find_leaks
+from carelm.errors import UserError
+from carelm.recipe_file import load_also_tests, load_recipe
+
+SHOP = {"prompt_template": "Query: {q}", "completion_template": "{a}"}
+
+
+def write_rows(folder, train, test):
+    folder.mkdir(parents=True)
+    for split, rows in (("train", train), ("test", test)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A shop's recipe that also tests a clinic's, each over a few rows of its own."""
+    shop = write_rows(
+        tmp_path / "rows/shop",
+        [{"q": f"Where is parcel {i} that I have ordered?", "a": "It is on its way."} for i in range(8)]
+        + [{"q": "How is a burn on the hand treated at home?", "a": "Ask a nurse."}],
+        [{"q": f"Is lamp {i} in stock?", "a": "Yes."} for i in range(3)],
+    )
+    clinic = write_rows(
+        tmp_path / "rows/clinic",
+        [{"question": f"Train {i}?", "answer": "No.", "urgent": "no"} for i in range(4)],
+        [{"question": "How is a burn on the hand treated at home?!", "answer": "Cool it: no.", "urgent": "no"},
+         {"question": "What is fever?", "answer": "Heat: yes.", "urgent": "yes"}],
+    )  # fmt: skip
+    keys = {"model_name_or_path": "demo/base", "precision": "fp32", "num_resamples": 50, "num_latency_prompts": 1,
+            "max_new_tokens": 4, "models": ["base", "base@bf16"], "output_dir": str(tmp_path / "run")}  # fmt: skip
+    recipes = {
+        "shop": keys | SHOP | {"dataset_name": shop, "also_test": [str(tmp_path / "clinic.yaml")], "max_length": 128},
+        "clinic": {"model_name_or_path": "no/such", "dataset_name": clinic, "prompt_template": "{question}",
+                   "completion_template": "{answer}", "labels": ["yes", "no"], "primary_metric": "accuracy",
+                   "max_new_tokens": 6, "max_length": 96, "learning_rate": 3.0,
+                   "checks": [{"name": "short", "pattern": "^.{0,200}$"}]},
+    }  # fmt: skip
+    for name, values in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def load(files, *keys):
+    return load_recipe(["--config", str(files / "shop.yaml"), *keys], usage="")
+
+
+def test_the_other_recipe_gives_data_labels_lengths_and_metric_and_this_one_the_models(files):
+    recipe = load(files, "--split_seed", "7")
+    (other,) = load_also_tests(recipe).values()
+    assert (other.prompt_template, other.labels, other.primary_metric) == ("{question}", ["yes", "no"], "accuracy")
+    assert (other.max_new_tokens, other.max_length, other.split_seed) == (6, 96, 42)
+    assert (other.base, other.models, other.output_dir) == (recipe.base, recipe.models, recipe.output_dir)
+    assert other.training["learning_rate"] == recipe.training["learning_rate"] != 3
+    assert recipe.max_length == 128 and recipe.labels == []
+
+
+@pytest.mark.parametrize("own, others, counts", [(None, 5, 5), (2, 5, 2), (5, 2, 2), (2, None, 2), (None, None, None)])
+def test_the_smaller_limit_of_test_rows_counts(files, own, others, counts):
+    with open(files / "clinic.yaml", "a") as file:
+        file.write(f"max_eval_samples: {'null' if others is None else others}\n")
+    recipe = load(files, *([] if own is None else ["--max_eval_samples", str(own)]))
+    assert load_also_tests(recipe)["clinic"].max_eval_samples == counts
+
+
+@pytest.mark.parametrize("named, problem", [
+    (["none.yaml"], "recipe none.yaml cannot be read (No such file or directory)"),
+    (["{0}/clinic.yaml", "{0}/../{1}/clinic.yaml"], "also_test: {0}/../{1}/clinic.yaml stands there twice; remove one"),
+    (["{0}/shop.yaml"], "also_test: {0}/shop.yaml has also_test itself; name its recipes here too, and a recipe without it"),
+    (["{0}/clinic.yaml", "{0}/rows/clinic.yaml"], "also_test: two are called 'clinic'; rename one of the files"),
+    (["{0}"], "recipe {0} cannot be read (Is a directory)"),
+    (["{0}/rows/shop/test.jsonl"], "recipe {0}/rows/shop/test.jsonl line 2 is not YAML"),
+    (["{0}/wrong.yaml"], "{0}/wrong.yaml: unknown key 'lables'; did you mean 'labels'?"),
+    (["{0}/half.yaml"], "also_test: {0}/half.yaml: prompt_template is set and completion_template is not: they go together"),
+])  # fmt: skip
+def test_a_recipe_that_cannot_be_tested_is_one_line(files, named, problem):
+    (files / "rows/clinic.yaml").write_text((files / "clinic.yaml").read_text())
+    (files / "wrong.yaml").write_text("lables: [a]\n")
+    (files / "half.yaml").write_text("prompt_template: '{q}'\n")
+    named, problem = ([text.format(files, files.name) for text in texts] for texts in (named, [problem]))
+    with pytest.raises(UserError) as caught:
+        load_also_tests(load(files, "--also_test", *named))
+    assert str(caught.value).startswith(problem[0]) and "\n" not in str(caught.value)
+
+
+def test_training_rows_that_are_nearly_test_questions_are_counted_without_the_templates_words(files):
+    recipe = load(files)
+    leaks = find_leaks(recipe, load_also_tests(recipe)["clinic"])
+    assert (leaks["training_rows"], leaks["near_duplicates"]) == (9, 1)
+    assert leaks["first"] == ["train.jsonl:9 and test.jsonl:1"]
+
+
+def test_every_test_has_scores_pairs_and_a_section_of_its_own(files, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval/run.py", "--config", str(files / "shop.yaml")])
+    runpy.run_path("eval/run.py", run_name="__main__")
+    out = capsys.readouterr()
+    assert "also_test: clinic: 1 of 9 training rows are near-duplicates of its test questions" in out.err
+    results = json.loads((files / "run/eval/results.json").read_text())
+    (clinic,) = results["tests"].values()
+    assert (results["test"]["questions"], clinic["test"]["questions"]) == (3, 2)
+    assert results["primary_metric"] == "rougeL" and clinic["primary_metric"] == "accuracy"
+    assert "accuracy" not in results["models"]["base"] and "accuracy" in clinic["models"]["base"]
+    assert [pair["models"] for pair in clinic["pairs"]] == [["base", "base@bf16"]]
+    assert clinic["checks"]["short"]["models"]["base"]["value"] == 1 and not results["checks"]
+    assert clinic["models"]["base"]["latency"]["prompts"] == 0 and results["models"]["base"]["latency"]["prompts"] == 1
+    said = [json.loads(line) for line in (files / "run/eval/clinic/predictions-base.jsonl").read_text().splitlines()]
+    assert [line["question"] for line in said] == ["How is a burn on the hand treated at home?!", "What is fever?"]
+    assert max(line["new_tokens"] for line in said) == 6
+    for name in ("report.md", "report.html"):
+        shown = (files / "run/eval" / name).read_text()
+        assert "Elsewhere: clinic" in shown and "Checks, clinic" in shown and "accuracy (decides)" in shown
+    assert json.loads(out.out.splitlines()[-1])["tests"]["clinic"] == clinic["verdicts"]
+    runpy.run_path("eval/run.py", run_name="__main__")  # nothing is answered again
+    assert capsys.readouterr().err.count("answers are there; nothing to do") == 4
