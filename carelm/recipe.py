@@ -129,8 +129,13 @@ class Recipe:
     # the evaluator
     models: list[str] = _key(
         [],
-        "What is compared: base, adapter, merged, or folders; NAME@4bit, @8bit, @bf16, @fp16 or @fp32 holds one otherwise "
-        "(default: base, the run's result, and its merge where it is there).",
+        "What is compared: base, adapter, merged, folders, or api:NAME; NAME@4bit, @8bit, @bf16, @fp16 or @fp32 holds one "
+        "otherwise (default: base, the run's result, and its merge where it is there).",
+    )
+    api_url: str | None = _key(
+        None,
+        "Address of an OpenAI-compatible endpoint, such as https://api.openai.com/v1, whose models are api:NAME; the key is "
+        "read from OPENAI_API_KEY.",
     )
     num_shots: int = _key(0, "Training examples that stand in front of every prompt, drawn by split_seed.")
     max_new_tokens: int = _key(256, "Longest answer, in tokens.")

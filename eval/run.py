@@ -37,7 +37,7 @@ def main() -> None:
     ranks.check_gpus(launch)
     ranks.use_cpu(launch)
     from carelm import quiet
-    from carelm.evaluation import answers, report, results
+    from carelm.evaluation import answers, api, report, results
     from carelm.models.precision import choose_precision
     from carelm.training import stops
 
@@ -51,13 +51,19 @@ def main() -> None:
         ranks.say(f"all models answer in {precision.name} ({precision.reason})")
         models = [model.computing_in(precision.name) for model in models]
     folder = recipe.output_dir / "eval"
-    asked = {s: [answers.prepare(s.recipe, m.asked_by(s.recipe), s.questions, folder / s.name) for m in models]
+
+    def way(model):
+        return api if isinstance(model, api.ApiModel) else answers
+
+    asked = {s: [way(m).prepare(s.recipe, m.asked_by(s.recipe), s.questions, folder / s.name) for m in models]
              for s in (own, *elsewhere)}  # fmt: skip
     watch = stops.HangWatch(recipe.stall_timeout)
     lines, measured = {}, {}
     for one, of_models in asked.items():
         (folder / one.name).mkdir(parents=True, exist_ok=True)
-        answered = {m.candidate.name: answers.answer(one.recipe, m, folder / one.name, watch) for m in of_models}
+        answered = {
+            m.candidate.name: way(m.candidate).answer(one.recipe, m, folder / one.name, watch) for m in of_models
+        }
         lines[one.name], measured[one.name] = ({name: pair[k] for name, pair in answered.items()} for k in (0, 1))
     ranks.leave()
     if ranks.rank() == 0:

@@ -13,6 +13,7 @@ from carelm.chat.chat import Chat
 from carelm.chat.tokenizer import load_tokenizer
 from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
+from carelm.evaluation.api import ApiModel, find_api
 from carelm.files import fingerprint, locate, read_json
 from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA
 from carelm.recipe import Recipe
@@ -176,7 +177,7 @@ class Candidate:
         return sorted(changed_files(metrics["data_files"], hash_files(recipe) or {}))
 
 
-def find_candidates(recipe: Recipe) -> list[Candidate]:
+def find_candidates(recipe: Recipe) -> list[Candidate | ApiModel]:
     """The recipe's `models`, or base, the run's result and its merge where it is there; nothing is loaded.
 
     Raises:
@@ -186,7 +187,7 @@ def find_candidates(recipe: Recipe) -> list[Candidate]:
     if not names:
         names = ["base", "adapter" if recipe.method != "full" else str(recipe.output_dir)]
         names += ["merged"] if (recipe.output_dir / "merged" / "merge.json").exists() else []
-    found = [find(recipe, name) for name in names]
+    found = [find_api(recipe, name) if name.startswith("api:") else find(recipe, name) for name in names]
     for candidate in found:
         if [c.name for c in found].count(candidate.name) > 1:
             raise UserError(f"models: two are called '{candidate.name}'; rename one of the folders, or name it once")

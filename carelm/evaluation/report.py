@@ -129,7 +129,7 @@ def plot_latency(results: dict[str, Any]) -> Figure:
         score, times = model[metric], model["latency"]["e2e_ms"]
         axis.errorbar(times["p50"], score["value"], xerr=[[0], [times["p95"] - times["p50"]]],
                       yerr=[[abs(score["value"] - score["low"])], [abs(score["high"] - score["value"])]],
-                      fmt="o", color=_colour(k), capsize=3, markersize=8, label=name)  # fmt: skip
+                      fmt="o", color=_colour(k), capsize=3, markersize=8, label=name + _way(model))  # fmt: skip
     axis.legend(frameon=False, loc="best")
     axis.set_xlabel("milliseconds for one answer at batch size 1: median, line to p95")
     axis.set_ylabel(NAMES[metric])
@@ -180,8 +180,8 @@ class _Shown:
         models = self.models.values()
 
         def times(name: str) -> list[str]:
-            return [" / ".join(f"{m['latency'][name][p]:.1f}" for p in ("p50", "p95", "p99")) if m["latency"][name] else "-"
-                    for m in models]  # fmt: skip
+            return [" / ".join(f"{m['latency'][name][p]:.1f}" for p in ("p50", "p95", "p99")) + _way(m)
+                    if m["latency"][name] else "-" for m in models]  # fmt: skip
 
         def held(m: dict[str, Any]) -> str:
             return f"{m['precision']}" + (f", weights in {m['bits']} bits" if m["bits"] else "")
@@ -197,8 +197,8 @@ class _Shown:
             ("tokens per second", [_speed(m, "tokens_per_second") for m in models]),
             ("largest batch", [str(m["throughput"].get("batch_size", "-")) for m in models]),
             ("peak memory, GiB", [f"{m['peak_memory_bytes'] / 2**30:.2f}" if m["peak_memory_bytes"] else "-" for m in models]),
-            ("seconds to load", [f"{m['load_seconds']:.1f}" for m in models]),
-            ("parameters", [f"{m['total_parameters']:,}" for m in models]),
+            ("seconds to load", ["-" if m["load_seconds"] is None else f"{m['load_seconds']:.1f}" for m in models]),
+            ("parameters", [f"{n:,}" if (n := m["total_parameters"]) else "-" for m in models]),
             ("of these trained", [f"{n:,} ({n / m['total_parameters']:.3%})" if (n := m["trained_parameters"]) else "-"
                                   for m in models]),
             ("prompt tokens (p50 / p95 / longest)", ["{p50} / {p95} / {max}".format(**m["prompt_tokens"]) for m in models]),
@@ -254,6 +254,10 @@ class _Shown:
         for name, ends in self.results["examples"].items():
             groups += [(f"{name}: {end}", ends[end]) for end in ("best", "worst")]
         return [(title, [self.example(i) for i in ids]) for title, ids in groups if ids]
+
+
+def _way(model: dict[str, Any]) -> str:
+    return " over the wire" if model["latency"].get("over_the_wire") else ""
 
 
 def _speed(model: dict[str, Any], key: str) -> str:

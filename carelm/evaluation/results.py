@@ -145,7 +145,9 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
             )
             cautions.append(f"The models are unlike: {what} {each}.")
     rough = [
-        name for name, m in measured.items() if m["precision"] != "fp32" and "CPU" not in m["conditions"]["device"]
+        name
+        for name, m in measured.items()
+        if m["precision"] in ("bf16", "fp16") and "CPU" not in m["conditions"]["device"]
     ]
     if rough:
         cautions.append(
