@@ -140,7 +140,9 @@ class Recipe:
     num_shots: int = _key(0, "Training examples that stand in front of every prompt, drawn by split_seed.")
     max_new_tokens: int = _key(256, "Longest answer, in tokens.")
     max_batch_tokens: int = _key(
-        16384, "Tokens of one batch, prompts and answers with padding; halved where memory ends."
+        65536,
+        "Tokens of one batch, prompts and answers with padding: fewer where they would take more than an eighth of the "
+        "memory; halved where memory ends.",
     )
     temperature: float = _key(0.0, "0 takes the likeliest token; above it answers are drawn by `seed`.")
     top_p: float = _key(1.0, "Draw from the likeliest tokens that make up this probability.")

@@ -172,8 +172,10 @@ class Batcher:
             torch.OutOfMemoryError: where a single request does not fit.
         """
         over = self._drop_ended() + self._drop_cancelled()
+        new = self._admitted()
+        tried = len(self.running) + len(new)
         try:
-            for first, group in self._newcomers():
+            for first, group in self._take_in(new):
                 self._read(first, group)
             self.largest = max(self.largest, len(self.running))
             over += self._drop_ended()
@@ -181,12 +183,16 @@ class Batcher:
                 self._advance()
             return over + self._drop_ended()
         except RuntimeError as error:
-            if len(self.running) == 1 or not is_out_of_memory(error):
+            if tried == 1 or not is_out_of_memory(error):
                 raise
         # Here the exception no longer holds the memory of the forward.
-        longest = max(request.longest for request in self.running)
-        self.waiting.extendleft(reversed(self.running))
-        tried = len(self.running)
+        back = list(dict.fromkeys([*self.running, *new]))
+        while self.waiting and self.waiting[0] in back:
+            self.waiting.popleft()
+        self.waiting.extendleft(reversed(back))
+        longest = max(request.longest for request in back)
+        for request in back:
+            request.draws = request.decoding.draws_for(request.prompt, used=len(request.tokens))
         self.running.clear()
         self._window.places = self._window.capacity = 0
         self._forget()
@@ -221,21 +227,26 @@ class Batcher:
         self._last, self._half = None, half
         return over
 
-    def _newcomers(self) -> Iterator[tuple[int, list[Request]]]:
-        """Takes waiting requests into flight: groups of like length, with the row of the first one of each."""
-        count, longest = len(self.running), max((request.longest for request in self.running), default=0)
-        new = []
+    def _admitted(self) -> list[Request]:
+        """The waiting requests that have a place now."""
+        longest, new = max((request.longest for request in self.running), default=0), []
         for request in list(self.waiting):
             longest = max(longest, request.longest)
             if len(self.running) + len(new) >= max(1, self.max_batch_tokens // longest):
                 break
             new.append(request)
-        if not new or len(new) < min(len(self.waiting), FREE_SHARE * (count + len(new))):
+        enough = min(len(self.waiting), FREE_SHARE * (len(self.running) + len(new)))
+        return new if len(new) >= enough else []
+
+    def _take_in(self, new: list[Request]) -> Iterator[tuple[int, list[Request]]]:
+        """Takes them into flight: groups of like length, with the row of the first one of each."""
+        if not new:
             return
+        count = len(self.running)
         self._make_room(count + len(new), max(request.longest for request in (*self.running, *new)))
         for _ in new:
             self.waiting.popleft()
-        new.sort(key=lambda request: -request.known)
+        new = sorted(new, key=lambda request: -request.known)
         self.running += new
         while new:
             longest = new[0].known

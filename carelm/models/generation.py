@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from carelm.chat.chat import Chat
 from carelm.models.batcher import Batcher, halve, is_out_of_memory, stop_ids, why_not
 from carelm.models.decoding import Decoding, Draws
-from carelm.models.key_values import causal_model
+from carelm.models.key_values import cache_tokens, causal_model
 from carelm.ranks import rank
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -141,8 +141,8 @@ def generate_all(
     A model that the batcher cannot serve is answered in batches by `generate`, which is said.
 
     Args:
-        max_batch_tokens: prompts in flight with their longest answers, padded to the longest of them, stay under it; halved,
-            and said, where memory ends.
+        max_batch_tokens: prompts in flight with their longest answers, padded to the longest of them, stay under it, and
+            their keys and values under an eighth of the memory; halved, and said, where memory ends.
         show: the text of a progress bar, or None for no bar.
 
     Returns:
@@ -152,6 +152,7 @@ def generate_all(
         torch.OutOfMemoryError: where a batch of one does not fit.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    max_batch_tokens = min(max_batch_tokens, cache_tokens(model, device))
     reason = why_not(model)
     if reason:
         print(f"carelm: rank {rank()}: {reason}: answers come in batches by transformers' generate, which is slower",

@@ -1,5 +1,6 @@
-"""Peak memory of this process, of its GPU where there is one, else resident; and the host memory that is left to it."""
+"""Peak memory of this process, of its GPU where there is one, else resident; and the memory that there is for it."""
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -42,17 +43,25 @@ def available_memory_bytes() -> int:
     psutil tells the machine's alone. A limit is that of a cgroup, or of one above it, so the least of them all counts; of what
     is used the inactive file cache is taken off, as Docker and Kubernetes do.
     """
-    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+    return min([psutil.virtual_memory().available, *(left for _, left in _cgroups())])
 
 
-def _left_in_cgroups() -> list[int]:
-    """Limit less use of every cgroup that limits this process. Inside a container the path may be the machine's own, of which
-    nothing is seen there: then the topmost folder is the container's."""
+def total_memory_bytes(device: torch.device) -> int:
+    """The GPU's memory; or this rank's share of the machine's, or of what a container or SLURM allows, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroups())])
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _cgroups() -> list[tuple[int, int]]:
+    """Limit, and limit less use, of every cgroup that limits this process. Inside a container the path may be the machine's
+    own, of which nothing is seen there: then the topmost folder is the container's."""
     try:
         lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # no Linux
         return []
-    left = []
+    found = []
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers not in ("", "memory"):
             continue
@@ -62,7 +71,8 @@ def _left_in_cgroups() -> list[int]:
             for limit, used, cache in CGROUP_FILES:
                 if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
                     kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                    left.append(max(0, int(most) - int((folder / used).read_text()) + int(kept[cache])))
+                    left = int(most) - int((folder / used).read_text()) + int(kept[cache])
+                    found.append((int(most), max(0, left)))
             if folder == top:
                 break
-    return left
+    return found

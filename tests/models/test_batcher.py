@@ -22,8 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from carelm.models import key_values
 from carelm.models.batcher import Batcher, why_not
 from carelm.models.decoding import Decoding, choose
+from carelm.models.key_values import Layer, attend_by_products
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
@@ -188,6 +190,66 @@ def test_out_of_memory_reads_again_and_tells_no_token_twice(llama, prompts, caps
     assert [request.tokens for request in requests] == expected
     assert [told.count(request) for request in requests] == [len(tokens) for tokens in expected]
     assert "out of memory with a batch of 10; goes on with 5" in capsys.readouterr().err
+
+
+def test_newcomers_that_memory_has_no_room_for_wait_for_the_one_in_flight(llama, prompts, capsys, monkeypatch):
+    expected = [alone(llama, prompt, 12) for prompt in prompts[:4]]
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=10**4)
+    requests = [batcher.submit(prompts[0], Decoding(12))]
+    batcher.step()
+
+    def refuse(layer, rows, width):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Layer, "lay_out_anew", refuse)
+    requests += [batcher.submit(prompt, Decoding(12)) for prompt in prompts[1:4]]
+    batcher.step()
+    monkeypatch.undo()
+    run(batcher)
+    assert [request.tokens for request in requests] == expected
+    assert "out of memory with a batch of 4; goes on with 2" in capsys.readouterr().err
+
+
+def test_what_was_drawn_before_memory_ended_is_drawn_again(llama, prompts):
+    drawn = Decoding(20, temperature=1.0, top_p=0.9)
+    expected, calls = answers(llama, prompts, drawn, 10**4), []
+
+    def refuse(requests, logits):
+        calls.append(give(requests, logits))
+        if len(calls) == 5 and not requests[0].finish_reason:
+            for request in requests:
+                request.tokens.pop()
+                request.finish_reason = None
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return calls[-1]
+
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=10**4)
+    give, batcher._give = batcher._give, refuse
+    requests = [batcher.submit(prompt, drawn) for prompt in prompts]
+    run(batcher)
+    assert [request.tokens for request in requests] == expected
+
+
+@pytest.mark.parametrize("dtype, difference", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("heads, key_heads", [(4, 2), (9, 3), (3, 3), (4, 1)])
+def test_attention_by_products_is_attention(dtype, difference, heads, key_heads):
+    torch.manual_seed(0)
+    query, wide = torch.randn(5, heads, 1, 16, dtype=dtype), torch.randn(2, 8, key_heads, 40, 16, dtype=dtype)
+    key, value = wide[:, :5, :, :33]
+    for mask in (None, torch.arange(33) < torch.tensor([33, 20, 1, 7, 32])[:, None, None, None]):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query.double(), key.double(), value.double(), mask, scale=0.3, enable_gqa=True
+        )
+        found, _ = attend_by_products(None, query, key, value, mask, scaling=0.3)
+        assert found.dtype == dtype
+        assert (found.transpose(1, 2) - expected).abs().max() < difference
+
+
+def test_keys_and_values_take_at_most_an_eighth_of_the_memory(llama, monkeypatch):
+    config = llama.config
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    monkeypatch.setattr(key_values, "total_memory_bytes", lambda device: 8 * 100 * a_token + 7)
+    assert key_values.cache_tokens(llama, CPU) == 100
 
 
 def test_the_bound_on_tokens_holds_and_empty_places_cost_nothing(llama, prompts):

@@ -4,6 +4,7 @@ import types
 
 import psutil
 import pytest
+import torch
 
 from carelm.models import memory
 from carelm.models.base import load_base
@@ -19,7 +20,7 @@ VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_f
 def machine(tmp_path, monkeypatch):
     """A file system of its own for a machine with 1,000 MiB free; makes the cgroups of this process."""
     monkeypatch.setattr(memory, "ROOT", tmp_path)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000 * MIB))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000 * MIB, total=2000 * MIB))
 
     def cgroup(version, folder, limit=None, used=0, cache=0):
         limits, uses, caches, unlimited = version
@@ -64,6 +65,12 @@ def test_inside_a_container_the_topmost_cgroup_is_its_own(machine, version, line
     machine.belongs(line)
     machine.cgroup(version, "", limit=400, used=100)
     assert memory.available_memory_bytes() == 300 * MIB
+    assert memory.total_memory_bytes(torch.device("cpu")) == 400 * MIB
+
+
+def test_the_ranks_of_a_machine_share_its_memory(machine, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.total_memory_bytes(torch.device("cpu")) == 500 * MIB
 
 
 def test_a_4bit_base_stays_so_where_the_container_is_too_small_for_more(machine, capsys):
