@@ -23,6 +23,7 @@ from carelm.errors import UserError, first_line
 from carelm.models import targets
 from carelm.models.attention import use_recomputed_attention
 from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config, no_language_model
+from carelm.models.lora import use_fused_lora
 from carelm.models.loss import use_chunked_loss
 from carelm.models.precision import Precision
 from carelm.ranks import say
@@ -168,6 +169,8 @@ def load_model(
     for module in model.modules():
         if isinstance(module, LoraLayer) and precision.name != "fp32" and zero_stage == 0:
             module.cast_input_dtype_enabled = False  # autocast would take back the cast to the adapter's fp32
+    if zero_stage != 3:  # whose hooks gather what each part needs around its own forward
+        use_fused_lora(model)
     label_smoothing = recipe.training.get("label_smoothing_factor") or 0.0
     use_chunked_loss(base, label_smoothing, zero_stage=zero_stage, is_chunked=is_loss_chunked)
     return model

@@ -1,0 +1,157 @@
+"""LoRA as one operation on a CPU, beside PEFT's own forward."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from carelm.chat.chat import make_chat
+from carelm.models import adapters, lora
+from carelm.models.precision import Precision
+from carelm.recipe_file import load_recipe
+
+SHAPE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+IDS = torch.arange(60).view(3, 20)
+
+
+def with_lora(*keys: str, kind=(LlamaForCausalLM, LlamaConfig), dtype=torch.float32):
+    """A small model under PEFT's LoRA on all linear layers, its updates not zero."""
+    model_class, config_class = kind
+    torch.manual_seed(0)
+    base = model_class(config_class(**SHAPE)).to(dtype)
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    keys = keys if "--lora_dropout" in keys else (*keys, "--lora_dropout", "0")
+    recipe = load_recipe(["--config", "recipes/demo.yaml", *keys], usage="")
+    model = adapters.add_adapter(base, recipe).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def fused(model):
+    model = copy.deepcopy(model)
+    lora.use_fused_lora(model)
+    return model
+
+
+def calls_of(monkeypatch) -> list:
+    """An entry for each layer that computed as one operation."""
+    calls, apply = [], lora._Product.apply
+    monkeypatch.setattr(lora._Product, "apply", lambda *args: calls.append(1) or apply(*args))
+    return calls
+
+
+def logits_and_gradients(model) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    logits = model(IDS).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), IDS[:, 1:].flatten()).backward()
+    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_computes_as(model, other):
+    found, wanted = logits_and_gradients(model), logits_and_gradients(other)
+    assert found.keys() == wanted.keys() and len(found) > 1
+    for name in wanted:
+        assert found[name].dtype == wanted[name].dtype
+        assert torch.allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [(), ("--use_rslora", "true"), ("--lora_dropout", "0.3"), ("--lora_modules_to_save", "lm_head"),
+     ("--lora_target_modules", "q_proj", "down_proj", "lm_head")],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [(LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config)])
+def test_it_has_the_output_and_gradients_of_pefts_own(monkeypatch, kind, keys):
+    """Qwen2 has a bias in its layers; the same elements are dropped."""
+    calls, model = calls_of(monkeypatch), with_lora(*keys, kind=kind)
+    assert_computes_as(fused(model), model)
+    assert len(calls) == (5 if "down_proj" in keys else 14)
+
+
+def test_it_has_them_with_gradient_checkpointing(monkeypatch):
+    calls, model = calls_of(monkeypatch), with_lora("--lora_dropout", "0.3")
+    for each in (model, other := fused(model)):
+        each.enable_input_require_grads()
+        each.gradient_checkpointing_enable()
+    assert_computes_as(other, model)
+    assert len(calls) == 2 * 14
+
+
+def two_adapters(model):
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+
+
+def one_not_on_the_base(model):
+    model.add_adapter("second", model.peft_config["default"])
+    model.set_adapter("second")
+    model.delete_adapter("default")
+
+
+@pytest.mark.parametrize(
+    "keys, change, number",
+    [
+        (("--use_dora", "true"), lambda model: None, 0),
+        ((), two_adapters, 0),
+        ((), one_not_on_the_base, 14),
+        ((), lambda model: model.merge_adapter(), 0),
+        ((), lambda model: model.base_model.disable_adapter_layers(), 0),
+    ],
+)
+def test_what_is_not_one_plain_lora_is_computed_by_peft(monkeypatch, keys, change, number):
+    model = with_lora(*keys)
+    other = fused(model)
+    for each in (model, other):
+        torch.manual_seed(5)
+        change(each)
+    calls = calls_of(monkeypatch)
+    assert torch.allclose(other(IDS).logits, model(IDS).logits, atol=1e-5)
+    assert len(calls) == number
+
+
+def test_in_bf16_it_is_nearer_to_the_exact_result_than_pefts_own():
+    model = with_lora("--lora_r", "4", dtype=torch.bfloat16)
+    exact = logits_and_gradients(copy.deepcopy(model).double())
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = logits_and_gradients(copy.deepcopy(model)), logits_and_gradients(fused(model))
+
+    def distance(found):
+        names = exact.keys() - {"logits"}
+        assert all(found[name].dtype == torch.float32 for name in names)
+        squares = sum((found[name] - exact[name]).square().sum() for name in names)
+        return (squares / sum(exact[name].square().sum() for name in names)).sqrt()
+
+    assert distance(ours) < distance(theirs)
+
+
+def test_the_adapter_and_its_merge_stay_what_they_are(tmp_path):
+    model = with_lora()
+    other = fused(model)
+    for name, each in (("own", model), ("fused", other)):
+        each.save_pretrained(tmp_path / name)
+    own, of_fused = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("own", "fused"))
+    assert own == of_fused
+    one, another = (each.merge_and_unload().state_dict() for each in (model, other))
+    assert one.keys() == another.keys() and all(torch.equal(one[name], another[name]) for name in one)
+
+
+@pytest.mark.parametrize("zero_stage, is_fused", [(0, True), (2, True), (3, False)])
+def test_training_takes_it_where_parameters_are_not_gathered_around_each_forward(zero_stage, is_fused):
+    recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
+    model = adapters.load_model(recipe, make_chat(recipe), Precision("fp32", "test"), zero_stage=zero_stage)
+    assert any(isinstance(module, lora.FusedLinear) for module in model.modules()) == is_fused
