@@ -6,12 +6,16 @@ The scores are made with whole matrix products and made again in the backward, s
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "recomputed"
 BLOCK = 2**22  # scores at a time, so that they stay near the cores
+WIDTH = (
+    32  # of whose multiple the scores are wide: torch's softmax in bf16 takes up to 2.4 times as long for other widths
+)
 
 
 def use_recomputed_attention(model: PreTrainedModel) -> None:
@@ -61,51 +65,61 @@ def attend(
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale q k' + mask) v; its backward is that of Dao et al. 2022, FlashAttention, appendix B.2."""
+    """softmax(scale q k' + mask) v; its backward is that of Dao et al. 2022, FlashAttention, appendix B.2.
+
+    The query heads of one key head are one matrix to it, [key heads, members x length, width].
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, mask, scale):
-        batch, heads, length, _ = query.shape
-        query = query.contiguous()
-        output = query.new_empty(batch, length, heads, value.shape[-1])
-        for row, part, k, v in _blocks(query, key, value):
-            scores = torch.softmax(_scores(query[row, part], k, mask[row], scale), -1)
-            output[row, :, part] = torch.bmm(scores, v).transpose(0, 1)
+        batch, heads, length, width = query.shape
+        query = (query * scale).contiguous().view(batch, key.shape[1], -1, length, width)
+        key, value = (F.pad(x, (0, 0, 0, -x.shape[2] % WIDTH)) for x in (key, value))
+        output = query.new_empty(batch, length, *query.shape[1:3], value.shape[-1])
+        for row, part, members, hidden in _blocks(query, key, mask):
+            scores = _scores(query[row, part, members], key[row, part], hidden)
+            products = torch.bmm(scores, value[row, part])
+            output[row, :, part, members] = products.unflatten(1, (-1, length)).movedim(2, 0)
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale = scale
-        return output
+        return output.flatten(2, 3)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         query, key, value, mask = ctx.saved_tensors
-        groups = query.shape[1] // key.shape[1]
-        gradient = gradient.transpose(1, 2).contiguous()
+        gradient = gradient.transpose(1, 2).contiguous().view(*query.shape[:-1], -1)
         of_query, of_key, of_value = torch.empty_like(query), *(x.new_zeros(x.shape) for x in (key, value))
-        for row, part, k, v in _blocks(query, key, value):
-            q, g = query[row, part], gradient[row, part]
-            scores = torch.softmax(_scores(q, k, mask[row], ctx.scale), -1)
-            of_scores = torch.bmm(g, v.transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_scores, scores, -1, of_scores.dtype).mul_(ctx.scale)
-            of_query[row, part] = torch.bmm(of_scores, k)
-            owners = torch.arange(part.start, part.stop) // groups
-            of_key[row].index_add_(0, owners, torch.bmm(of_scores.transpose(1, 2), q))
-            of_value[row].index_add_(0, owners, torch.bmm(scores.transpose(1, 2), g))
-        return of_query, of_key, of_value, None, None
+        for row, part, members, hidden in _blocks(query, key, mask):
+            scores = _scores(query[row, part, members], key[row, part], hidden)
+            q, g, of_q = (x[row, part, members] for x in (query, gradient, of_query))
+            q, g, of_q = (x.view(len(x), -1, x.shape[-1]) for x in (q, g, of_q))
+            of_value[row, part].baddbmm_(scores.transpose(1, 2), g)
+            of_scores = torch.bmm(g, value[row, part].transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_scores, scores, -1, scores.dtype)
+            of_key[row, part].baddbmm_(of_scores.transpose(1, 2), q)
+            torch.bmm(of_scores, key[row, part], out=of_q)
+        of_key, of_value = (x[:, :, : mask.shape[-1]] for x in (of_key, of_value))
+        return of_query.mul_(ctx.scale).flatten(1, 2), of_key, of_value, None, None
 
 
-def _blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
-    """Each row of the batch in parts of its heads: (row, slice of query heads, their keys and values)."""
-    batch, heads, length, _ = query.shape
-    groups = heads // key.shape[1]
-    size = max(1, BLOCK // (length * key.shape[2]))
+def _blocks(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor):
+    """Each row of the batch in parts of its heads: (row, slice of key heads, slice of the query heads of each, what is added to
+    their scores: [length, key length], 0 where the mask is True)."""
+    batch, key_heads, groups, length, _ = query.shape
+    # The least number and not -inf, so that a row that sees nothing has a softmax; -inf where there is no key.
+    hidden = torch.full((batch, length, key.shape[2]), -torch.inf, dtype=query.dtype)
+    hidden[..., : mask.shape[-1]].zero_().masked_fill_(~mask[:, 0], torch.finfo(query.dtype).min)
+    size = max(1, BLOCK // hidden[0].numel())
+    heads, size = max(1, size // groups), min(size, groups)
     for row in range(batch):
-        k, v = (x[row].repeat_interleave(groups, 0) for x in (key, value))
-        for start in range(0, heads, size):
-            part = slice(start, min(start + size, heads))
-            yield row, part, k[part], v[part]
+        for first in range(0, key_heads, heads):
+            for start in range(0, groups, size):
+                yield row, slice(first, first + heads), slice(start, start + size), hidden[row]
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale q k' where the mask is True, and the least number elsewhere, as softmax takes it: [heads, length, key length]."""
-    hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
-    return torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=scale)
+def _scores(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """softmax(q k' + hidden): [key heads, members x length, key length]."""
+    scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2))
+    scores.view(*q.shape[:3], -1).add_(hidden)
+    return torch.softmax(scores, -1)

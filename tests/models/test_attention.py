@@ -16,15 +16,16 @@ class Layer(torch.nn.Module):
 
 
 def drawn(heads: int, key_heads: int, length: int) -> tuple[torch.Tensor, ...]:
-    """query, key, value and the gradient of the output, float64, of a batch of two."""
+    """query, key, value and the gradient of the output, float64, of a batch of two; in memory [batch, length, heads, width]."""
     generator = torch.Generator().manual_seed(length)
-    shapes = [(2, n, length, 16) for n in (heads, key_heads, key_heads)] + [(2, length, heads, 16)]
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    shapes = [(2, length, n, 16) for n in (heads, key_heads, key_heads, heads)]
+    *inputs, gradient = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return *(x.transpose(1, 2) for x in inputs), gradient
 
 
 def output_and_gradients(function, tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     *inputs, gradient = tensors
-    inputs = [x.to(dtype).clone().requires_grad_() for x in inputs]
+    inputs = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
     output = function(*inputs)
     output.backward(gradient.to(dtype))
     return [x.double() for x in (output.detach(), *(x.grad for x in inputs))]
@@ -40,9 +41,10 @@ def padded_on_the_left(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("block", [2**22, 600])
 @pytest.mark.parametrize("heads, key_heads", [(6, 2), (4, 4), (3, 1)])
 @pytest.mark.parametrize("is_masked", [True, False])
-def test_it_is_as_near_to_the_exact_result_as_torchs_own(monkeypatch, block, heads, key_heads, is_masked):
+@pytest.mark.parametrize("length", [33, 64])
+def test_it_is_as_near_to_the_exact_result_as_torchs_own(monkeypatch, length, block, heads, key_heads, is_masked):
     monkeypatch.setattr(attention, "BLOCK", block)
-    tensors, mask = drawn(heads, key_heads, 33), padded_on_the_left(33) if is_masked else None
+    tensors, mask = drawn(heads, key_heads, length), padded_on_the_left(length) if is_masked else None
     groups = heads // key_heads
 
     def torchs(query, key, value):
