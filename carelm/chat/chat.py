@@ -123,6 +123,18 @@ class Chat:
         header, a channel, thoughts, a tag. A model that does not write those is read just the same."""
         return self._without_lead(ids).strip().removesuffix(self._habits.trailer).strip()
 
+    def spoken_so_far(self, ids: list[int]) -> str:
+        """What `spoken` says of the first ids of an answer, less what the ids to come may change: a character whose bytes are
+        not all there, the beginning of what the template puts around an answer's text. Thoughts are shown until they end."""
+        text = self._without_lead(ids).strip().rstrip("\ufffd")
+        for closing in self._habits.closings:
+            lead = self._encoder.decode(self._encoder.encode(closing), skip_special_tokens=True).strip()
+            if lead.startswith(text):
+                return ""
+        trailer = self._habits.trailer
+        held = next((n for n in range(len(trailer), 0, -1) if text.endswith(trailer[:n])), 0)
+        return text[: len(text) - held].rstrip()
+
     def _without_lead(self, ids: list[int]) -> str:
         whole = self._encoder.decode(ids) if self._habits.closings else ""
         for closing in self._habits.closings:

@@ -18,7 +18,6 @@ from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.files import fingerprint, read_json, write_whole
 from carelm.models import memory
-from carelm.models.base import check_vocabulary, load_config
 from carelm.models.generation import Answer, Decoding, generate_all, latency
 from carelm.provenance import git_commit, versions
 from carelm.recipe import Recipe
@@ -116,17 +115,7 @@ def _make_prompts(
     recipe: Recipe, candidate: Candidate, chat: Chat, questions: list[Question]
 ) -> tuple[list[list[int]], dict[str, Any]]:
     """The ids of every prompt, as in training, with counts of what did not fit; lengths in tokens."""
-    config = load_config(candidate.recipe)
-    check_vocabulary(chat, config)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-    limit = positions - recipe.max_new_tokens - recipe.num_virtual_tokens
-    if recipe.num_shots == 0:
-        limit = min(limit, recipe.max_length)
-    if limit < 1:
-        raise UserError(
-            f"max_new_tokens: {recipe.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
-            f"{candidate.name}; set it lower"
-        )
+    limit = candidate.prompt_limit(recipe, chat)
     rendered = []
     for question in questions:
         try:

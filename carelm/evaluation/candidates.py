@@ -127,6 +127,27 @@ class Candidate:
                 "learning_rate, or name another one"
             )
 
+    def prompt_limit(self, recipe: Recipe, chat: Chat) -> int:
+        """The most tokens of a prompt: the training window, and what `max_new_tokens` leaves of the model's positions.
+
+        Raises:
+            UserError: where that is nothing, there is no such model, or its vocabulary is not the tokenizer's.
+        """
+        from carelm.models.base import check_vocabulary, load_config
+
+        config = load_config(self.recipe)
+        check_vocabulary(chat, config)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+        limit = positions - recipe.max_new_tokens - recipe.num_virtual_tokens
+        if recipe.num_shots == 0:
+            limit = min(limit, recipe.max_length)
+        if limit < 1:
+            raise UserError(
+                f"max_new_tokens: {recipe.max_new_tokens} leaves no room for a prompt in the {positions} positions of "
+                f"{self.name}; set it lower"
+            )
+        return limit
+
     def load(self, chat: Chat) -> tuple["PreTrainedModel", dict[str, Any]]:
         """The model, ready to generate on this rank's device, and what to know of it: precision, size, seconds to load."""
         import torch

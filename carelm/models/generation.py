@@ -27,7 +27,8 @@ WARM_UP_PROMPTS = 2
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered: the text, its tokens (the end of turn is one), and why it ended ("stop" or "length")."""
+    """What a model answered: the text, its tokens (the end of turn is one), and why it ended ("stop", "length", or "cancelled"
+    by Ctrl-C)."""
 
     text: str
     new_tokens: int

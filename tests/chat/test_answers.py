@@ -59,6 +59,24 @@ def test_a_model_that_says_what_it_was_trained_on_says_the_reference(chat, name,
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("content", ANSWERS)
+def test_what_is_shown_of_an_answer_while_it_comes_stays_as_it_is(chat, name, content):
+    own = chat(name)
+    ids, reference = trained_ids(own, {"role": "assistant", "content": content})
+    shown = [own.spoken_so_far(ids[:n]) for n in range(len(ids) + 1)]
+    assert all(after.startswith(before) for before, after in zip(shown, shown[1:]))
+    assert not any("\ufffd" in text for text in shown)
+    assert reference.startswith(shown[-1]) and len(set(shown)) > 4
+
+
+def test_thoughts_are_shown_until_the_answer_takes_their_place(chat):
+    own = chat("opened thought")
+    ids, _ = trained_ids(own, {"role": "assistant", "content": "At nine.", "reasoning_content": "They ask when."})
+    shown = [own.spoken_so_far(ids[:n]) for n in range(len(ids) + 1)]
+    assert "They ask when." in shown and shown[-1] == "At nine."
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_a_model_that_leaves_the_templates_part_out_is_read_all_the_same(chat, name):
     own = chat(name)
     ids = own.tokenizer("We open at nine.<|eot_id|>", add_special_tokens=False)["input_ids"]

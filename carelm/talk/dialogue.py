@@ -1,0 +1,138 @@
+"""A chat at a terminal: asks the models, does what commands say, and goes on after whatever can be mended."""
+
+import sys
+
+from carelm import ranks
+from carelm.errors import UserError
+from carelm.talk.question import asked_columns, compose
+from carelm.talk.session import Said, Session
+from carelm.talk.speaker import Speaker
+from carelm.talk.terminal import Screen, read_message
+
+HELP = """\
+/reset           begin anew, under the same system message
+/system [TEXT]   show the system message, or begin anew under this one; "none" for none
+/undo            take back the last message and its answers
+/good [MODEL]    mark the model's last answer
+/bad [MODEL]
+/save [FILE]     write all answers and marks to a new .jsonl file that can be trained on
+/help
+/quit            or Ctrl-D; what is marked and not saved is saved
+Ctrl-C ends an answer. Three quotes (\"\"\") begin and end a message of several lines; a paste of several lines is one
+message. A message that begins with / has a blank in front."""
+
+
+class Dialogue:
+    """The models that are talked to, and the session with them."""
+
+    def __init__(self, session: Session, speakers: list[Speaker]):
+        self.session, self.speakers = session, speakers
+        self.columns = asked_columns(session.recipe)
+        self._was_told = False  # that marks cannot be saved: a second /quit ends all the same
+
+    def run(self) -> None:
+        """Reads messages and commands until /quit or Ctrl-D."""
+        while True:
+            try:
+                if not self._turn():
+                    return
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+                ranks.say("Ctrl-D or /quit ends the chat")
+
+    def _turn(self) -> bool:
+        """One message or command; whether the chat goes on."""
+        several = len(self.columns) > 1
+        try:
+            line = read_message(f"{self.columns[0]}> " if several else "> ")
+            if not line.strip():
+                return True
+            if line.startswith("/"):
+                return self.command(line)
+            self._was_told = False
+            texts = [line] + [read_message(f"{column}> ") for column in self.columns[1:]]
+        except EOFError:
+            print(file=sys.stderr)
+            return self.command("/quit")
+        self.ask(texts)
+        return True
+
+    def ask(self, texts: list[str]) -> set[str]:
+        """Sends a message to every model and shows the answers, one below the other; they are a turn of the session.
+
+        Returns:
+            why the answers ended: "stop", "length", "cancelled".
+
+        Raises:
+            UserError: where the message is refused; what other models had answered by then is kept.
+        """
+        question, answers, reasons = compose(self.session.recipe, texts), {}, set()
+        try:
+            for speaker in self.speakers:
+                if len(self.speakers) > 1:
+                    print(f"[{speaker.name}]", flush=True)
+                messages = [*self.session.messages(speaker.name), {"role": "user", "content": question}]
+                screen = Screen()
+                answer = speaker.answer(messages, screen.show, again=self.session.undone)
+                screen.end(answer.text)
+                reasons.add(answer.finish_reason)
+                if answer.finish_reason == "length":
+                    ranks.say(f"cut at max_new_tokens {speaker.decoding.max_new_tokens}")
+                elif answer.finish_reason == "cancelled":
+                    ranks.say("answer ended by Ctrl-C" + (", what is there is kept" if answer.text else ""))
+                if answer.text.strip():
+                    answers[speaker.name] = Said(answer.text, answer.finish_reason)
+                else:
+                    ranks.say(f"{speaker.name} has said nothing: the message is not in its conversation")
+        finally:
+            self.session.add(question, answers)
+        return reasons
+
+    def command(self, line: str) -> bool:
+        """Does what a line with / says; whether the chat goes on.
+
+        Raises:
+            UserError: where it is no command, or cannot be done.
+        """
+        name, _, rest = line[1:].partition(" ")
+        rest, session = rest.strip(), self.session
+        if name == "help":
+            print(HELP, file=sys.stderr, flush=True)
+        elif name == "reset":
+            session.begin_anew(session.system)
+            ranks.say("a new conversation")
+        elif name == "system":
+            self._system(rest)
+        elif name == "undo":
+            session.undo()
+            ranks.say(f"taken back; {len(session.turns)} turns are left")
+        elif name in ("good", "bad"):
+            ranks.say(f"the last answer of {session.mark(name, rest)} is marked {name}")
+        elif name == "save":
+            self._save(rest)
+        elif name == "quit":
+            if not session.is_saved and not self._was_told:
+                self._was_told = True
+                self._save("")
+            return False
+        else:
+            raise UserError(f"/{name} is no command; /help lists them, and a blank in front makes it a message")
+        return True
+
+    def _system(self, text: str) -> None:
+        if not text:
+            return ranks.say(f"system message: {self.session.system or 'none'}")
+        system = None if text == "none" else text
+        for speaker in self.speakers:
+            speaker.check_window(system)
+        self.session.begin_anew(system)
+        ranks.say(f"a new conversation, {'under this system message' if system else 'without a system message'}")
+
+    def _save(self, name: str) -> None:
+        path, rows = self.session.save(name), self.session.rows()
+        good = sum(row["mark"] == "good" for row in rows)
+        ranks.say(f"{len(rows)} answers, {good} of them good, are in {path}")
+        if good:
+            ranks.say(f"train on the good ones with {self.session.training_keys(path)}")

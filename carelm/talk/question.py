@@ -1,0 +1,68 @@
+"""What a user types -> the user's message, as the recipe's template writes it in training. Imports no torch."""
+
+import json
+
+from carelm.data.templates import fill, template_columns
+from carelm.errors import UserError
+from carelm.recipe import Recipe
+
+
+def asked_columns(recipe: Recipe) -> list[str]:
+    """The columns of `prompt_template` that a user gives the text of; none where a message is the text itself."""
+    columns = list(dict.fromkeys(template_columns(recipe.prompt_template or "", "prompt_template")))
+    return [column for column in columns if column not in recipe.optional_columns] or columns
+
+
+def compose(recipe: Recipe, texts: list[str]) -> str:
+    """The user's message made of one text for each of `asked_columns`, or of one text.
+
+    Raises:
+        UserError: where a text is empty, or is no text.
+    """
+    columns = asked_columns(recipe)
+    for text, column in zip(texts, columns or ["the message"]):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the message is no UTF-8 text; type or paste it again") from None
+        if not text.strip():
+            raise UserError(f"{column} is empty; nothing is sent")
+    return fill(recipe.prompt_template, dict(zip(columns, texts))) if columns else texts[0]
+
+
+def parse(recipe: Recipe, text: str) -> list[str]:
+    """The texts that `compose` takes, from one text: where the template has several columns it is a JSON object of them.
+
+    Raises:
+        UserError: where it is not.
+    """
+    columns = asked_columns(recipe)
+    if len(columns) < 2:
+        return [text]
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not all(isinstance(values.get(column), str) for column in columns):
+        form = ", ".join(f'"{column}": "..."' for column in columns)
+        raise UserError(f"prompt_template has several columns: give the message as JSON, {{{form}}}")
+    return [values[column] for column in columns]
+
+
+def decode(data: bytes, most: int) -> str:
+    """The text of standard input, without the line end that closes it.
+
+    Raises:
+        UserError: where it is more than `most` bytes, binary or nothing.
+    """
+    if len(data) > most:
+        raise UserError(f"standard input holds more than {most // 2**20} MiB, which is no message; send less")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is no UTF-8 text (byte {error.start + 1}); send text") from None
+    if "\0" in text:
+        raise UserError(f"standard input is binary (byte {data.index(0) + 1} is 0); send text")
+    if not text.strip():
+        raise UserError("standard input is empty; send a message, or use --message TEXT")
+    return text.rstrip("\r\n")

@@ -1,0 +1,78 @@
+"""A model that is talked to: its prompts are fitted as the evaluator fits them, its answers shown as they come."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from carelm import ranks
+from carelm.errors import UserError
+from carelm.evaluation.candidates import Candidate
+from carelm.models.batcher import why_not
+from carelm.models.decoding import Decoding
+from carelm.models.generation import Answer
+from carelm.models.precision import choose_precision
+from carelm.models.streaming import stream
+from carelm.recipe import Recipe
+
+
+class Speaker:
+    """One model of a chat.
+
+    Args:
+        recipe: names window and decoding.
+        candidate: the model; all that can be wrong with it is found here, before any weights.
+
+    Raises:
+        UserError: for a base that is not there or is another one, no chat template, a precision that the hardware lacks.
+    """
+
+    def __init__(self, recipe: Recipe, candidate: Candidate):
+        if recipe.precision == "auto" and not torch.cuda.is_available():
+            precision = choose_precision(recipe.precision, recipe.output_dir, training=False)
+            candidate = candidate.computing_in(precision.name)
+        candidate.check_base()
+        candidate.check_finite()
+        self.name, self.candidate = candidate.name, candidate
+        self.chat = candidate.make_chat()
+        self.limit = candidate.prompt_limit(recipe, self.chat)
+        self.decoding = Decoding(recipe.max_new_tokens, recipe.temperature, recipe.top_p, recipe.seed)
+
+    def load(self) -> None:
+        """Loads its weights, and says how it is held."""
+        self.model, about = self.candidate.load(self.chat)
+        self.device = next(p for p in self.model.parameters() if p.device.type != "meta").device
+        held = f"{about['bits']} bits, {about['precision']}" if about["bits"] else about["precision"]
+        ranks.say(f"{self.name}: {about['folder']}, {held}, on {self.device}, loaded in {about['load_seconds']:.1f} s")
+        if reason := why_not(self.model):
+            ranks.say(f"{self.name}: {reason}: its answers come by transformers' generate, which is slower")
+
+    def check_window(self, system: str | None) -> None:
+        """Raises UserError where a turn has no room behind this system message."""
+        messages = [{"role": "system", "content": system}] if system else []
+        tokens = len(self.chat.prompt_ids([*messages, {"role": "user", "content": "x"}]))
+        if tokens > self.limit:
+            what = "system message" if system else "chat template"
+            raise UserError(
+                f"max_length: {self.name} reads {self.limit} tokens, and the {what} with a turn of one letter takes {tokens}; "
+                f"{'shorten it, or ' if system else ''}set max_length higher or max_new_tokens lower"
+            )
+
+    def answer(self, messages: list[dict[str, Any]], show: Callable[[str], None], again: int = 0) -> Answer:
+        """Its answer to a conversation that ends in the user's message; see `stream`. Where the window makes the conversation
+        shorter, that is said.
+
+        Args:
+            again: how many answers were taken back: where answers are drawn, each of them is another draw.
+
+        Raises:
+            UserError: where the template or the tokenizer refuses the conversation.
+        """
+        prompt, change = self.chat.fit_prompt(messages, self.limit)
+        if change == "prompt cut":
+            change = "the longest message is cut at its end"
+        if change:
+            ranks.say(f"{self.name}: {change} to fit {self.limit} tokens (max_length, and room for the answer)")
+        decoding = dataclasses.replace(self.decoding, seed=self.decoding.seed + again)
+        return stream(self.model, self.chat, prompt, decoding, device=self.device, show=show)

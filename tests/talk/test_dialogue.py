@@ -1,0 +1,149 @@
+"""Models are talked to as they are trained and evaluated."""
+
+import dataclasses
+
+import pytest
+from drawn import make_adapter
+
+from carelm.errors import UserError
+from carelm.evaluation import candidates
+from carelm.models import generation
+from carelm.talk import dialogue as rooms
+from carelm.talk.dialogue import Dialogue
+from carelm.talk.session import Session
+from carelm.talk.speaker import Speaker
+
+LONG = "The parcel of my neighbour has not come, and nobody says why. " * 8
+
+
+def load(recipe, name):
+    speaker = Speaker(recipe, candidates.find(recipe, name))
+    speaker.load()
+    return speaker
+
+
+@pytest.fixture(scope="module")
+def speakers(tmp_path_factory):
+    keys = ["--load_in_4bit", "false", "--max_new_tokens", "24"]
+    recipe = make_adapter(tmp_path_factory.mktemp("run"), *keys)
+    return recipe, [load(recipe, "base"), load(recipe, "adapter")]
+
+
+@pytest.fixture
+def dialogue(speakers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, models = speakers
+    return Dialogue(Session(recipe, [s.name for s in models], None, "20260102-030405"), models)
+
+
+def answers(speaker, messages):
+    found = {}
+    generation.generate_all(
+        speaker.model, speaker.chat, [speaker.chat.prompt_ids(messages)], speaker.decoding, device=speaker.device,
+        max_batch_tokens=1, done=found.__setitem__,
+    )  # fmt: skip
+    return found[0]
+
+
+def test_every_model_answers_as_the_evaluator_has_it_answer(dialogue, capsys):
+    dialogue.ask(["Where is my order?"])
+    dialogue.ask(["And <|eot_id|> now? 🧡"])
+    base, adapter = dialogue.speakers
+    first, second = dialogue.session.turns
+    for speaker in (base, adapter):
+        messages = [{"role": "user", "content": "Where is my order?"}]
+        assert first.answers[speaker.name].text == answers(speaker, messages).text
+        messages += [{"role": "assistant", "content": first.answers[speaker.name].text},
+                     {"role": "user", "content": "And <|eot_id|> now? 🧡"}]  # fmt: skip
+        assert second.answers[speaker.name].text == answers(speaker, messages).text
+    assert first.answers["base"].text != first.answers["adapter"].text
+    assert capsys.readouterr().out.startswith(
+        f"[base]\n{first.answers['base'].text}\n[adapter]\n{first.answers['adapter'].text}\n[base]\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "keys", [["--method", "prompt_tuning"], ["--use_dora", "true"], ["--load_in_4bit", "true"]], ids=lambda k: k[0]
+)
+def test_what_is_shown_grows_to_what_the_evaluator_reads(tmp_path, keys, capsys):
+    keys = keys if "--load_in_4bit" in keys else ["--load_in_4bit", "false", *keys]
+    speaker = load(make_adapter(tmp_path, "--max_new_tokens", "12", *keys), "adapter")
+    messages, shown = [{"role": "user", "content": "Where is my order?"}], []
+    answer = speaker.answer(messages, shown.append)
+    assert answer == answers(speaker, messages)
+    assert len(shown) > 3 and all(after.startswith(before) for before, after in zip(shown, shown[1:]))
+    assert ("by transformers' generate" in capsys.readouterr().err) == ("prompt_tuning" in keys)
+
+
+def test_ctrl_c_ends_an_answer_and_what_is_there_is_kept(dialogue, monkeypatch, capsys):
+    class Impatient(rooms.Screen):
+        def show(self, text):
+            if len(text) > 10:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(rooms, "Screen", Impatient)
+    assert dialogue.ask(["Where is my order?"]) == {"cancelled"}
+    said = dialogue.session.turns[0].answers
+    assert set(said) == {"base", "adapter"}
+    assert all(10 < len(one.text) < 40 and one.finish_reason == "cancelled" for one in said.values())
+    assert "answer ended by Ctrl-C, what is there is kept" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert dialogue.ask(["Where is my order?"]) <= {"stop", "length"}
+
+
+def test_history_leaves_the_window_as_in_training_and_it_is_said(dialogue, capsys):
+    speaker = dialogue.speakers[0]
+    for number in range(4):
+        dialogue.ask([f"{number}: {LONG}"])
+    assert "base: old turns dropped to fit 384 tokens" in capsys.readouterr().err
+    dialogue.ask([LONG * 9])
+    assert "base: the longest message is cut at its end to fit 384 tokens" in capsys.readouterr().err
+    assert speaker.limit == 384
+
+
+def test_a_system_message_that_leaves_no_turn_is_refused_and_nothing_is_lost(dialogue):
+    dialogue.ask(["Where is my order?"])
+    with pytest.raises(
+        UserError, match=r"max_length: base reads 384 tokens, and the system message with a turn of one"
+    ):
+        dialogue.command("/system " + LONG * 9)
+    assert dialogue.session.system is None and len(dialogue.session.turns) == 1
+    dialogue.command("/system You are kind.")
+    assert dialogue.session.messages("base") == [{"role": "system", "content": "You are kind."}]
+    dialogue.command("/system none")
+    assert dialogue.session.messages("base") == []
+
+
+def test_after_undo_the_same_question_is_another_draw(speakers, tmp_path):
+    recipe, (base, _) = speakers
+    base.decoding = dataclasses.replace(base.decoding, temperature=1.0)
+    dialogue = Dialogue(Session(recipe, ["base"], None, "now"), [base])
+    texts = []
+    for _ in range(2):
+        dialogue.ask(["Where is my order?"])
+        texts.append(dialogue.session.turns[0].answers["base"].text)
+        dialogue.command("/undo")
+    dialogue.session.undone = 0
+    dialogue.ask(["Where is my order?"])
+    base.decoding = dataclasses.replace(base.decoding, temperature=0.0)
+    assert texts[0] != texts[1] and dialogue.session.turns[0].answers["base"].text == texts[0]
+
+
+def test_an_unknown_command_is_one_line_and_quitting_saves_marks(dialogue, tmp_path, capsys):
+    with pytest.raises(UserError, match="/sav is no command; /help lists them"):
+        dialogue.command("/sav x")
+    dialogue.ask(["Where is my order?"])
+    assert dialogue.command("/quit") is False and not list(tmp_path.iterdir())
+    dialogue.command("/good adapter")
+    assert dialogue.command("/quit") is False
+    assert [p.name for p in tmp_path.iterdir()] == ["chat-20260102-030405.jsonl"]
+    assert "2 answers, 1 of them good" in capsys.readouterr().err
+
+
+def test_marks_that_cannot_be_saved_keep_the_chat_open_once(dialogue, tmp_path, monkeypatch):
+    dialogue.ask(["Where is my order?"])
+    dialogue.command("/good base")
+    (tmp_path / "chat-20260102-030405.jsonl").write_text("another's\n")
+    with pytest.raises(UserError, match="stays as it is"):
+        dialogue.command("/quit")
+    assert dialogue.command("/quit") is False

@@ -1,0 +1,162 @@
+"""What is said and marked in a chat is kept, and can be trained on."""
+
+import contextlib
+import json
+import resource
+import shlex
+
+import pytest
+from launching import PROJECT
+
+from carelm.data.splits import make_examples
+from carelm.errors import UserError
+from carelm.recipe_file import load_recipe
+from carelm.talk.question import compose, decode, parse
+from carelm.talk.session import Said, Session
+
+DEMO = load_recipe([], usage="")
+PAIRS = ["--prompt_template", "A: {a}\nB: {b}", "--completion_template", "{label}"]
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = Session(DEMO, ["base", "adapter"], "You are kind.", "20260102-030405")
+    for question in ("one?", "two?"):
+        session.add(question, {name: Said(f"{name} on {question}", "stop") for name in session.models})
+    return session
+
+
+def test_each_model_has_its_own_answers_before_it(session):
+    assert [m["content"] for m in session.messages("adapter")] == [
+        "You are kind.", "one?", "adapter on one?", "two?", "adapter on two?"
+    ]  # fmt: skip
+
+
+def test_a_model_that_said_nothing_was_not_asked(session):
+    session.add("three?", {"base": Said("yes", "stop")})
+    assert session.messages("base")[-1]["content"] == "yes"
+    assert session.messages("adapter")[-1]["content"] == "adapter on two?"
+
+
+OTHER = {
+    "keys of its own": "messages_column: turns\nrole_key: from\ncontent_key: value\ntrained_turns: all\n",
+    "one message a row": "text_column: t\nrole_column: r\nconversation_column: c\n",
+    "tools": "messages_column: turns\ntools_column: functions\n",
+}
+
+
+@pytest.mark.parametrize("name", [*sorted(file.stem for file in (PROJECT / "recipes").glob("*.yaml")), *OTHER])
+def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session, name, tmp_path):
+    file = PROJECT / f"recipes/{name}.yaml"
+    if name in OTHER:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(OTHER[name])
+    session.recipe = load_recipe(["--config", str(file)], usage="")
+    session.mark("good", "adapter")
+    session.undo()  # what is marked stays
+    session.mark("bad", "base")
+    session.begin_anew("Other.")
+    session.add("new?", {"base": Said("yes 🧡", "length"), "adapter": Said("no", "stop")})
+    session.mark("good", "base")
+    keys = ["--config", str(file), *shlex.split(session.training_keys(session.save())), "--test_fraction", "0"]
+    examples, _ = make_examples(load_recipe([*keys, "--validation_fraction", "0"], usage=""))
+    found = {e.completion[-1]["content"]: [m["content"] for m in e.prompt] for e in examples["train"]}
+    assert all(len(e.completion) == 1 for e in examples["train"])
+    assert found == {
+        "adapter on two?": ["You are kind.", "one?", "adapter on one?", "two?"],
+        "yes 🧡": ["Other.", "new?"],
+    }
+
+
+def test_every_answer_and_every_mark_is_in_the_file(session):
+    session.mark("bad", "adapter")
+    rows = [json.loads(line) for line in session.save("said.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["mark"], row["finish_reason"]) for row in rows] == [
+        ("20260102-030405/1/base", None, "stop"), ("20260102-030405/1/adapter", None, "stop"),
+        ("20260102-030405/2/base", None, "stop"), ("20260102-030405/2/adapter", "bad", "stop"),
+    ]  # fmt: skip
+
+
+def test_save_never_writes_over_a_file_that_is_not_its_own(session, tmp_path):
+    other = tmp_path / "rows.jsonl"
+    other.write_text("{}\n")
+    with pytest.raises(UserError, match="is there already and stays as it is"):
+        session.save("rows.jsonl")
+    assert other.read_text() == "{}\n"
+    own = session.save("own.jsonl")
+    session.mark("good", "base")
+    assert not session.is_saved
+    assert session.save() == own and session.is_saved
+    own.write_text("edited by hand\n")
+    with pytest.raises(UserError, match="stays as it is"):
+        session.save()
+    assert own.read_text() == "edited by hand\n"
+
+
+def test_a_disk_without_room_costs_nothing_that_was_said(session, tmp_path):
+    session.mark("good", "base")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+        with pytest.raises(UserError, match="cannot be written .* the chat goes on"):
+            session.save("full.jsonl")
+    assert not list(tmp_path.iterdir()) and not session.is_saved
+    assert session.save("full.jsonl").exists() and session.is_saved
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "none/rows.jsonl", "x" * 300 + ".jsonl", "folder.jsonl"])
+def test_a_name_that_cannot_be_written_is_one_line(session, name, tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match="^/save: "):
+        session.save(name)
+
+
+def test_what_is_not_there_cannot_be_undone_marked_or_saved(session):
+    with pytest.raises(UserError, match="/good: name the model: /good base or /good adapter"):
+        session.mark("good", "")
+    with pytest.raises(UserError, match="no last answer of 'merged'"):
+        session.mark("good", "merged")
+    session.undo()
+    session.undo()
+    with pytest.raises(UserError, match="no turn to take back"):
+        session.undo()
+    with pytest.raises(UserError, match="no answer yet"):
+        session.mark("bad", "base")
+    with pytest.raises(UserError, match="nothing has been said"):
+        session.save()
+
+
+def test_a_message_is_written_as_the_template_writes_it_in_training():
+    pairs = load_recipe(PAIRS, usage="")
+    assert compose(pairs, ["x {b}", "y"]) == "A: x {b}\nB: y"
+    assert compose(pairs, parse(pairs, '{"b": "y", "a": "x"}')) == "A: x\nB: y"
+    assert compose(DEMO, parse(DEMO, '{"b": 1}')) == '{"b": 1}'
+    optional = load_recipe([*PAIRS, "--optional_columns", "b"], usage="")
+    assert compose(optional, parse(optional, "x")) == "A: x\nB: "
+
+
+@pytest.mark.parametrize("text", ["x", '{"a": "x"}', '{"a": "x", "b": 2}', "[1]"])
+def test_one_text_for_several_columns_is_asked_for_as_json(text):
+    with pytest.raises(UserError, match=r'give the message as JSON, \{"a": "...", "b": "..."\}'):
+        parse(load_recipe(PAIRS, usage=""), text)
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"caf\xe9", "no UTF-8 text .byte 4"),
+        (b"PK\0\x01", "is binary .byte 3"),
+        (b"x" * 101, "more than"),
+    ],
+)
+def test_standard_input_that_is_no_message_is_refused(data, complaint):
+    with pytest.raises(UserError, match=complaint):
+        decode(data, 100)
+
+
+def test_standard_input_is_one_message_of_all_its_lines():
+    assert decode("\ufeffone\n\ntwo\r\n".encode(), 100) == "one\n\ntwo"
