@@ -13,7 +13,7 @@ from carelm.talk.dialogue import Dialogue
 from carelm.talk.session import Session
 from carelm.talk.speaker import Speaker
 
-LONG = "The parcel of my neighbour has not come, and nobody says why. " * 8
+LONG = "The parcel of my neighbour has not come, and nobody says why. " * 2
 
 
 def load(recipe, name):
@@ -24,7 +24,7 @@ def load(recipe, name):
 
 @pytest.fixture(scope="module")
 def speakers(tmp_path_factory):
-    keys = ["--load_in_4bit", "false", "--max_new_tokens", "24"]
+    keys = ["--load_in_4bit", "false", "--max_new_tokens", "24", "--max_length", "96"]
     recipe = make_adapter(tmp_path_factory.mktemp("run"), *keys)
     return recipe, [load(recipe, "base"), load(recipe, "adapter")]
 
@@ -95,16 +95,16 @@ def test_history_leaves_the_window_as_in_training_and_it_is_said(dialogue, capsy
     speaker = dialogue.speakers[0]
     for number in range(4):
         dialogue.ask([f"{number}: {LONG}"])
-    assert "base: old turns dropped to fit 384 tokens" in capsys.readouterr().err
+    assert "base: old turns dropped to fit 96 tokens" in capsys.readouterr().err
     dialogue.ask([LONG * 9])
-    assert "base: the longest message is cut at its end to fit 384 tokens" in capsys.readouterr().err
-    assert speaker.limit == 384
+    assert "base: the longest message is cut at its end to fit 96 tokens" in capsys.readouterr().err
+    assert speaker.limit == 96
 
 
 def test_a_system_message_that_leaves_no_turn_is_refused_and_nothing_is_lost(dialogue):
     dialogue.ask(["Where is my order?"])
     with pytest.raises(
-        UserError, match=r"max_length: base reads 384 tokens, and the system message with a turn of one"
+        UserError, match=r"max_length: base reads 96 tokens, and the system message with a turn of one"
     ):
         dialogue.command("/system " + LONG * 9)
     assert dialogue.session.system is None and len(dialogue.session.turns) == 1
