@@ -21,6 +21,7 @@ import time
 
 from carelm import ranks
 from carelm.data.sources import stay_offline
+from carelm.data.tags import used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
 from carelm.recipe import Recipe
@@ -46,7 +47,7 @@ def main() -> None:
     if texts:
         question.compose(recipe, texts)
     stay_offline(recipe)
-    system = system_message(recipe)
+    system, tagged_system = system_message(recipe)
     from carelm.evaluation.candidates import find_candidates
 
     candidates = find_candidates(recipe)
@@ -68,7 +69,7 @@ def main() -> None:
     for speaker in speakers:
         speaker.load()
     names = [speaker.name for speaker in speakers]
-    dialogue = Dialogue(Session(recipe, names, system, time.strftime("%Y%m%d-%H%M%S")), speakers)
+    dialogue = Dialogue(Session(recipe, names, system, time.strftime("%Y%m%d-%H%M%S")), speakers, tagged_system)
     if texts:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads the answer may have enough of it
         if "cancelled" in dialogue.ask(texts):
@@ -95,16 +96,19 @@ def for_chat(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, num_shots=0, models=models or ["base"])
 
 
-def system_message(recipe: Recipe) -> str | None:
-    """The recipe's; None, which is said, where it is made of a row's columns."""
+def system_message(recipe: Recipe) -> tuple[str | None, str | None]:
+    """The recipe's as text, or as a template of tags that are to be filled in; neither, which is said, where it is made of a
+    row's columns."""
     columns = template_columns(recipe.system_prompt or "", "system_prompt")
-    if columns:
+    if others := [column for column in columns if column not in used_tags(recipe)]:
         ranks.say(
-            f"system_prompt: {', '.join(columns)} are columns of rows, so that the chat begins without a system message; "
+            f"system_prompt: {', '.join(others)} are columns of rows, so that the chat begins without a system message; "
             "--system_prompt TEXT or /system TEXT gives one"
         )
-        return None
-    return fill(recipe.system_prompt, {}) if recipe.system_prompt else None
+        return None, None
+    if columns:
+        return None, recipe.system_prompt
+    return fill(recipe.system_prompt or "", {}) or None, None
 
 
 if __name__ == "__main__":

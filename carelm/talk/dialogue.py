@@ -3,8 +3,9 @@
 import sys
 
 from carelm import ranks
+from carelm.data.templates import fill
 from carelm.errors import UserError
-from carelm.talk.question import asked_columns, compose
+from carelm.talk.question import asked_columns, compose, tags_of
 from carelm.talk.session import Said, Session
 from carelm.talk.speaker import Speaker
 from carelm.talk.terminal import Screen, read_message
@@ -23,10 +24,14 @@ message. A message that begins with / has a blank in front."""
 
 
 class Dialogue:
-    """The models that are talked to, and the session with them."""
+    """The models that are talked to, and the session with them.
 
-    def __init__(self, session: Session, speakers: list[Speaker]):
-        self.session, self.speakers = session, speakers
+    Args:
+        tagged_system: a system message with tags of the words that open a conversation, which fill it in.
+    """
+
+    def __init__(self, session: Session, speakers: list[Speaker], tagged_system: str | None = None):
+        self.session, self.speakers, self.tagged_system = session, speakers, tagged_system
         self.columns = asked_columns(session.recipe)
         self._was_told = False  # that marks cannot be saved: a second /quit ends all the same
 
@@ -68,6 +73,8 @@ class Dialogue:
         Raises:
             UserError: where the message is refused; what other models had answered by then is kept.
         """
+        if self.tagged_system and not self.session.turns:
+            self.session.system = fill(self.tagged_system, tags_of(self.session.recipe, texts))
         question, answers, reasons = compose(self.session.recipe, texts), {}, set()
         try:
             for speaker in self.speakers:
@@ -123,10 +130,11 @@ class Dialogue:
 
     def _system(self, text: str) -> None:
         if not text:
-            return ranks.say(f"system message: {self.session.system or 'none'}")
+            return ranks.say(f"system message: {self.session.system or self.tagged_system or 'none'}")
         system = None if text == "none" else text
         for speaker in self.speakers:
             speaker.check_window(system)
+        self.tagged_system = None
         self.session.begin_anew(system)
         ranks.say(f"a new conversation, {'under this system message' if system else 'without a system message'}")
 

@@ -2,6 +2,7 @@
 
 import json
 
+from carelm.data.tags import make_tags, used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
 from carelm.recipe import Recipe
@@ -9,7 +10,8 @@ from carelm.recipe import Recipe
 
 def asked_columns(recipe: Recipe) -> list[str]:
     """The columns of `prompt_template` that a user gives the text of; none where a message is the text itself."""
-    columns = list(dict.fromkeys(template_columns(recipe.prompt_template or "", "prompt_template")))
+    named = dict.fromkeys(template_columns(recipe.prompt_template or "", "prompt_template"))
+    columns = [column for column in named if column not in used_tags(recipe)]
     return [column for column in columns if column not in recipe.optional_columns] or columns
 
 
@@ -27,7 +29,13 @@ def compose(recipe: Recipe, texts: list[str]) -> str:
             raise UserError("the message is no UTF-8 text; type or paste it again") from None
         if not text.strip():
             raise UserError(f"{column} is empty; nothing is sent")
-    return fill(recipe.prompt_template, dict(zip(columns, texts))) if columns else texts[0]
+    return fill(recipe.prompt_template, dict(zip(columns, texts)) | tags_of(recipe, texts)) if columns else texts[0]
+
+
+def tags_of(recipe: Recipe, texts: list[str]) -> dict[str, str]:
+    """The tags that the recipe's templates name: those of `tag_column`'s text, or of all texts where none is that column's."""
+    own = dict(zip(asked_columns(recipe), texts))
+    return make_tags(recipe, own.get(recipe.tag_column, "\n".join(texts)))
 
 
 def parse(recipe: Recipe, text: str) -> list[str]:

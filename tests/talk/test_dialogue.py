@@ -103,15 +103,28 @@ def test_history_leaves_the_window_as_in_training_and_it_is_said(dialogue, capsy
 
 def test_a_system_message_that_leaves_no_turn_is_refused_and_nothing_is_lost(dialogue):
     dialogue.ask(["Where is my order?"])
-    with pytest.raises(
-        UserError, match=r"max_length: base reads 96 tokens, and the system message with a turn of one"
-    ):
+    with pytest.raises(UserError, match=r"max_length: base reads 96 tokens, and the system message with a turn of one"):
         dialogue.command("/system " + LONG * 9)
     assert dialogue.session.system is None and len(dialogue.session.turns) == 1
     dialogue.command("/system You are kind.")
     assert dialogue.session.messages("base") == [{"role": "system", "content": "You are kind."}]
     dialogue.command("/system none")
     assert dialogue.session.messages("base") == []
+
+
+def test_a_system_message_of_tags_is_filled_by_the_words_that_open_the_conversation(speakers):
+    recipe, (base, _) = speakers
+    recipe = dataclasses.replace(recipe, system_prompt="[{priority}] {{}}", tag_column="text", urgent_words=["urgent"])
+    dialogue = Dialogue(Session(recipe, ["base"], None, "now"), [base], recipe.system_prompt)
+    dialogue.ask(["It is urgent!"])
+    dialogue.ask(["Hello."])
+    assert dialogue.session.messages("base")[0]["content"] == "[HIGH] {}"
+    dialogue.command("/reset")
+    dialogue.ask(["Hello."])
+    assert dialogue.session.messages("base")[0]["content"] == "[NORMAL] {}"
+    dialogue.command("/system none")
+    dialogue.ask(["It is urgent!"])
+    assert dialogue.session.messages("base")[0]["role"] == "user"
 
 
 def test_after_undo_the_same_question_is_another_draw(speakers, tmp_path):

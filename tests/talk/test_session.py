@@ -42,6 +42,7 @@ def test_a_model_that_said_nothing_was_not_asked(session):
 OTHER = {
     "keys of its own": "messages_column: turns\nrole_key: from\ncontent_key: value\ntrained_turns: all\n",
     "one message a row": "text_column: t\nrole_column: r\nconversation_column: c\n",
+    "tags": "prompt_template: '[{priority}] {q}'\ncompletion_template: '{a}'\ntag_column: q\nurgent_words: [now]\n",
     "tools": "messages_column: turns\ntools_column: functions\n",
 }
 
@@ -135,6 +136,13 @@ def test_a_message_is_written_as_the_template_writes_it_in_training():
     assert compose(DEMO, parse(DEMO, '{"b": 1}')) == '{"b": 1}'
     optional = load_recipe([*PAIRS, "--optional_columns", "b"], usage="")
     assert compose(optional, parse(optional, "x")) == "A: x\nB: "
+
+
+def test_tags_of_the_words_are_those_of_training():
+    tags = ["--tag_column", "b", "--urgent_words", "urgent"]
+    pairs = load_recipe([*PAIRS[:1], "[{priority}] {a}: {b}", *PAIRS[2:], *tags], usage="")
+    assert compose(pairs, ["urgent", "all is well"]) == "[NORMAL] urgent: all is well"
+    assert compose(pairs, parse(pairs, '{"a": "x", "b": "URGENT!"}')) == "[HIGH] x: URGENT!"
 
 
 @pytest.mark.parametrize("text", ["x", '{"a": "x"}', '{"a": "x", "b": 2}', "[1]"])
