@@ -109,7 +109,7 @@ def prepare(name: str, options: argparse.Namespace) -> Path:
         return folder / "merged"
     values |= {"max_steps": 2} if options.self_test else {}
     say(f"{name} is tuned into {folder}")
-    recipe = ("--config", "recipes/bitext_support.yaml", "--config", f"recipes/overlays/{overlay}.yaml")
+    recipe = ("--config", "recipes/datasets/bitext_support.yaml", "--config", f"recipes/overlays/{overlay}.yaml")
     words = keys(dataset_name=options.data, load_in_4bit=False, eval_strategy="no", output_dir=folder, **values)
     train = accelerate(ONE_PROCESS, PROJECT / "train/sft.py", *recipe, *words)
     merge = keys(
@@ -132,7 +132,7 @@ def write_data(folder: Path, options: argparse.Namespace, prompts: int) -> Path:
 
 def words_of(data: Path, options: argparse.Namespace, **values: object) -> list[str]:
     """The command line of eval/run.py for these prompts."""
-    recipe = ["--config", "recipes/bitext_support.yaml", "--config", "recipes/overlays/demo_base.yaml"]
+    recipe = ["--config", "recipes/datasets/bitext_support.yaml", "--config", "recipes/overlays/demo_base.yaml"]
     return recipe + keys(dataset_name=data, load_in_4bit=False, max_new_tokens=options.new_tokens, num_latency_prompts=1,
                          num_resamples=10, **values)  # fmt: skip
 

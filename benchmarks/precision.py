@@ -65,7 +65,7 @@ def main() -> None:
 def train(name: str, rows: Path, precision: str, settings: dict[str, object]) -> dict[str, object]:
     """The figures of one run from the base on."""
     with tempfile.TemporaryDirectory(prefix="carelm-precision-") as folder:
-        files = ["--config", f"recipes/{name}.yaml", "--config", OVERLAY]
+        files = ["--config", f"recipes/datasets/{name}.yaml", "--config", OVERLAY]
         own = keys(**settings, dataset_name=rows, precision=precision, output_dir=folder, save_strategy="no")
         done = run(accelerate(ONE_PROCESS, "train/sft.py", *files, *own), {"OMP_NUM_THREADS": threads(1)}, RUN_S)
     if done.status != 0:

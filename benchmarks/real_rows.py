@@ -64,16 +64,16 @@ def main() -> None:
 
 def train_and_evaluate(name: str, rows: Path, folder: Path) -> dict[str, object]:
     training, evaluating = RUNS[name]
-    common = ["--config", f"recipes/{name}.yaml", "--config", OVERLAY, "--dataset_name", rows, "--output_dir", folder]
+    common = ["--config", f"recipes/datasets/{name}.yaml", "--config", OVERLAY, "--dataset_name", rows, "--output_dir", folder]
     launch(accelerate(PROJECT / "accelerate_configs/cpu_zero2.yaml", "train/sft.py", *common, *training), ranks=2)
     launch(accelerate(ONE_PROCESS, "eval/run.py", *common, *evaluating, "--max_eval_samples", ROWS,
                       "--num_latency_prompts", 1), ranks=1)  # fmt: skip
     trained = json.loads((folder / "train_metrics.json").read_text())
     found = json.loads((folder / "eval/results.json").read_text())
     return {
-        "train": ["accelerate_configs/cpu_zero2.yaml", f"recipes/{name}.yaml", OVERLAY, *training],
+        "train": ["accelerate_configs/cpu_zero2.yaml", f"recipes/datasets/{name}.yaml", OVERLAY, *training],
         "trained": {key: trained.get(key) for key in TRAINED},
-        "evaluate": [f"recipes/{name}.yaml", OVERLAY, *evaluating, "--max_eval_samples", str(ROWS)],
+        "evaluate": [f"recipes/datasets/{name}.yaml", OVERLAY, *evaluating, "--max_eval_samples", str(ROWS)],
         "test": {key: value for key, value in found["test"].items() if key != "dataset"},
         "primary_metric": found["primary_metric"],
         "models": {

@@ -1,7 +1,7 @@
 """Compares models on a recipe's test split: base, adapter and merged checkpoints, with figures that can be trusted.
 
     accelerate launch eval/run.py
-    accelerate launch eval/run.py --config recipes/bitext_support.yaml --config recipes/overlays/demo_base.yaml
+    accelerate launch eval/run.py --config recipes/datasets/bitext_support.yaml --config recipes/overlays/demo_base.yaml
     accelerate launch eval/run.py --config recipes/shop.yaml --models base adapter adapter@bf16 outputs/other --num_shots 2
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml eval/run.py --config recipes/shop.yaml
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compares models on a recipe's test split on all nodes of a SLURM job; each rank answers its share of the questions.
 #
-#     job=$(sbatch --parsable --nodes 2 slurm/train.sh recipes/bitext_support.yaml)
-#     sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes slurm/eval.sh recipes/bitext_support.yaml --models base adapter
+#     job=$(sbatch --parsable --nodes 2 slurm/train.sh recipes/datasets/bitext_support.yaml)
+#     sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes slurm/eval.sh recipes/datasets/bitext_support.yaml --models base adapter
 #
 # Paths are as seen from where it is submitted; what is not there to be read, from the project's folder. Answers are kept as
 # they are made: before its time limit and when it is preempted the job requeues itself and goes on.

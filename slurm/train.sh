@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains a recipe on all nodes of a SLURM job; the same file for one node and for eight.
 #
-#     sbatch --nodes 2 --gpus-per-node 4 slurm/train.sh recipes/bitext_support.yaml --learning_rate 1e-4
-#     sbatch slurm/train.sh recipes/bitext_support.yaml --config recipes/overlays/demo_base.yaml
-#     slurm/train.sh --prefetch recipes/bitext_support.yaml       on a login node, for nodes without internet
+#     sbatch --nodes 2 --gpus-per-node 4 slurm/train.sh recipes/datasets/bitext_support.yaml --learning_rate 1e-4
+#     sbatch slurm/train.sh recipes/datasets/bitext_support.yaml --config recipes/overlays/demo_base.yaml
+#     slurm/train.sh --prefetch recipes/datasets/bitext_support.yaml       on a login node, for nodes without internet
 #
 # Paths are as seen from where it is submitted; what is not there to be read, from the project's folder. Before its time limit
 # and when it is preempted the job saves, requeues itself and goes on. After a plain scancel it saves and stays away.

@@ -25,7 +25,7 @@ def test_bitext_support_trains_on_two_ranks(carelm_data, tmp_path):
 
 
 def keys(name, carelm_data, folder):
-    recipe, rows = f"recipes/{name}.yaml", carelm_data / name
+    recipe, rows = f"recipes/datasets/{name}.yaml", carelm_data / name
     return ("--config", recipe, "--config", OVERLAY, "--dataset_name", rows, "--output_dir", folder / "run", *FEW_STEPS)
 
 
@@ -34,7 +34,7 @@ def figures(done):
 
 
 def test_preview_shows_the_answer_as_trained_and_writes_nothing(carelm_data, tmp_path):
-    done = script("--config", "recipes/bitext_support.yaml", "--config", OVERLAY, "--dataset_name",
+    done = script("--config", "recipes/datasets/bitext_support.yaml", "--config", OVERLAY, "--dataset_name",
                   carelm_data / "bitext_support", "--output_dir", tmp_path / "run", "--preview", 2)  # fmt: skip
     assert done.returncode == 0 and done.stdout.count("\033[7;32m") == 2 and not (tmp_path / "run").exists()
     first = json.loads((carelm_data / "bitext_support/train.jsonl").read_text(encoding="utf-8").splitlines()[0])

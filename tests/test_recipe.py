@@ -12,7 +12,7 @@ from carelm.errors import UserError
 from carelm.keys import REFUSED, known_keys
 from carelm.recipe_file import check_identity, load_recipe, save_recipe
 
-RECIPES = sorted((PROJECT / "recipes").glob("*.yaml"))
+RECIPES = sorted((PROJECT / "recipes/datasets").glob("*.yaml"))
 SMALL = {
     "model_name_or_path": "demo/base",
     "dataset_name": "rows.jsonl",
@@ -69,7 +69,7 @@ def test_a_recipe_that_maps_a_dataset_leaves_base_and_learning_rate_to_whoever_u
 def test_a_recipe_without_a_base_says_which_one_it_takes(load, capsys):
     load()
     assert "base" not in capsys.readouterr().err
-    load_recipe(["--config", "recipes/sgd.yaml"], usage="")
+    load_recipe(["--config", "recipes/datasets/sgd.yaml"], usage="")
     assert "names no base: demo/base is taken" in capsys.readouterr().err
 
 
@@ -185,7 +185,7 @@ def test_what_is_wrong_with_an_overlay_is_one_line(lay, first, over, words, name
 
 
 def test_the_real_base_is_found_in_the_cache_and_in_the_users_own(lay, own_cache, tmp_path, monkeypatch):
-    files = ["--config", "recipes/sgd.yaml", "--config", "recipes/overlays/real_base.yaml"]
+    files = ["--config", "recipes/datasets/sgd.yaml", "--config", "recipes/overlays/real_base.yaml"]
     monkeypatch.setenv(
         "HOME", str(tmp_path)
     )  # a node's own disk is the cache of a cluster's job, the base lies at home

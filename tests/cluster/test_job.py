@@ -71,7 +71,7 @@ def test_names_lead_where_they_did_less_what_the_job_has_a_copy_of(keep, tmp_pat
         ("accelerate_configs/cpu_zero2.yaml", PROJECT, copy / "accelerate_configs/cpu_zero2.yaml"),
         (str(PROJECT / "train/../ds_configs/zero2.json"), here, copy / "ds_configs/zero2.json"),
         ("demo/data", here, copy / "demo/data"),
-        ("recipes/sgd.yaml", here, here / "recipes/sgd.yaml"),  # the user's own, as seen from where it was submitted
+        ("recipes/datasets/sgd.yaml", here, here / "recipes/datasets/sgd.yaml"),  # the user's own, as seen from where it was submitted
         ("demo/base", PROJECT, PROJECT / "demo/base"),  # not copied: a result names it
         ("demo/base", here, PROJECT / "demo/base"),
         ("benchmarks", here, PROJECT / "benchmarks"),
@@ -108,7 +108,7 @@ def test_a_folder_that_takes_no_copy_is_named(keep, tmp_path):
 
 
 def test_overlays_reach_the_check_of_a_job(monkeypatch, capsys):
-    files = ["--config", "recipes/sgd.yaml", "--config", "recipes/overlays/demo_base.yaml"]
+    files = ["--config", "recipes/datasets/sgd.yaml", "--config", "recipes/overlays/demo_base.yaml"]
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr(sys, "argv", ["job", "check", "2", *files, "--seed", "7"])
     job.main()

@@ -238,7 +238,7 @@ def test_several_references_come_from_their_columns(tmp_path):
 
 def test_tool_calls_are_scored_by_what_the_template_writes(carelm_data):
     recipe = load_recipe(
-        ["--config", "recipes/tau_airline_toolcalls.yaml", "--dataset_name",
+        ["--config", "recipes/datasets/tau_airline_toolcalls.yaml", "--dataset_name",
          str(carelm_data / "tau_airline_toolcalls"), "--max_eval_samples", "4"], usage="")  # fmt: skip
     questions, _ = make_questions(recipe, make_chat(recipe))
     assert questions and all(r.strip() for q in questions for r in q.references)
