@@ -1,5 +1,7 @@
 """What a user can mend, as the one line that says so. Imports nothing."""
 
+INTERRUPTED = "interrupted; the same command goes on with what is saved, or begins again"
+
 
 class UserError(Exception):
     """What a user can mend: one line that names the key, file or row and the fix."""

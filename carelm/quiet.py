@@ -27,7 +27,8 @@ LOG_LINES = {
 
 
 def silence(*, has_gpu: bool, is_first_rank: bool) -> None:
-    """Silences them in this process; everything else is shown. To be called before DeepSpeed is imported."""
+    """Silences them in this process; everything else is shown. To be called before DeepSpeed and bitsandbytes are
+    imported."""
     for message, category in WARNINGS.items():
         warnings.filterwarnings("ignore", message=message, category=category)
     for logger, start in LOG_LINES.items():

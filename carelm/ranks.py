@@ -17,7 +17,7 @@ import psutil
 import yaml
 from tqdm import tqdm
 
-from carelm.errors import UserError
+from carelm.errors import INTERRUPTED, UserError
 from carelm.files import locate
 
 if TYPE_CHECKING:
@@ -76,13 +76,15 @@ def check_variables() -> None:
 
 def run_main(main: Callable[[], None]) -> None:
     """Runs a launched file's `main`; a UserError or a full disk becomes one line, printed once, and its exit status."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of carelm.interrupts'
     try:
         check_variables()
         return main()
     except UserError as caught:
         error = caught
     except KeyboardInterrupt:
-        error = UserError("interrupted; the same command goes on with what is saved, or begins again")
+        error = UserError(INTERRUPTED)
     except Exception as caught:
         if getattr(caught, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             traceback.print_exc()

@@ -15,7 +15,7 @@ exit status: 0 the report is written, 2 something in the recipe, the data, the m
 import json
 import sys
 
-from carelm import ranks
+from carelm import interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.recipe_file import load_also_tests, load_recipe
 
@@ -35,13 +35,12 @@ def main() -> None:
     import torch
 
     ranks.check_gpus(launch)
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_cpu(launch)
-    from carelm import quiet
     from carelm.evaluation import answers, api, report, results
     from carelm.models.precision import choose_precision
     from carelm.training import stops
 
-    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank())
     ranks.join()

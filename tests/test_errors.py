@@ -2,9 +2,17 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import types
 
 import pytest
 from launching import PROJECT, launch, script
+
+from carelm.errors import UserError
+from carelm.recipe_file import load_recipe
+from carelm.training import runs
 
 ROWS = [{"question": f"Where is order {i}?", "answer": f"Order {i} is on its way.", "kind": "order"} for i in range(40)]
 RECIPE = {
@@ -167,6 +175,34 @@ def test_a_run_that_never_saved_does_not_block_its_folder(finished):
     _, done = finished
     assert "ended before its first checkpoint; it begins anew" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["global_step"] == 2
+
+
+def test_a_second_start_at_once_is_told_of_the_first_one_and_not_that_it_begins_anew(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 7.0\n")
+    recipe = load_recipe(["--output_dir", str(tmp_path)], usage="")
+    code = f"import fcntl, time; file = open({str(tmp_path / '.lock')!r}, 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); " \
+           f"file.write('process 7 on {socket.gethostname()}'); file.flush(); print(flush=True); time.sleep(60)"  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as first:
+        try:
+            first.stdout.readline()
+            assert runs.find_finished(recipe) is None
+            with pytest.raises(UserError, match="is in use by process 7 on"):
+                runs.open_output(recipe, types.SimpleNamespace(device=None))
+        finally:
+            first.kill()
+    assert capsys.readouterr().err == ""
+
+
+def test_losses_are_shown_with_four_decimals_and_written_in_full(finished):
+    _, done = finished
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert f"eval loss {metrics['eval_loss_before']:.4f} -> {metrics['eval_loss']:.4f}\n" in done.stderr
+    assert metrics["eval_loss"] != round(metrics["eval_loss"], 4)
+
+
+def test_a_run_without_validation_rows_is_told_what_it_misses(tmp_path, rows):
+    done = script("--config", recipe_file(tmp_path, dataset_name=rows, validation_fraction=0, precision="fp16"))
+    assert done.returncode == 2 and "no validation rows" in done.stderr and "(validation_fraction)" in done.stderr
 
 
 def test_another_run_in_the_folder_and_restart(finished, tmp_path):

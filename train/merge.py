@@ -18,11 +18,12 @@ exit status: 0 the checkpoint is there, 1 it is beyond its tolerance (and is not
 import argparse
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
-from carelm import ranks
+from carelm import interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.files import write_whole
@@ -47,6 +48,14 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
+    """What is wrong with the adapter is said of the key that names it here; the evaluator has it in `models`."""
+    try:
+        make()
+    except UserError as error:
+        raise UserError(re.sub("^models:", "--adapter:", str(error))) from None
+
+
+def make() -> None:
     options, keys = parse()
     if not (options.adapter / "adapter_config.json").exists():
         if (options.adapter / "config.json").exists() and any(options.adapter.glob("*.safetensors")):
@@ -67,15 +76,15 @@ def main() -> None:
     import torch
     from safetensors import SafetensorError
 
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     ranks.use_cpu(None)
-    from carelm import files, quiet
+    from carelm import files
     from carelm.evaluation import candidates, certificate
     from carelm.evaluation.questions import make_questions
     from carelm.models import merge
     from carelm.models.precision import choose_precision
     from carelm.training import checkpoints
 
-    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     adapter = candidates.find(recipe, str(options.adapter), is_own=True)
     adapter.check_base()
     adapter.check_finite()

@@ -21,7 +21,7 @@ import time
 
 STARTED = time.time()
 
-from carelm import quiet, ranks  # noqa: E402
+from carelm import interrupts, quiet, ranks  # noqa: E402, F401
 from carelm.chat.chat import make_chat  # noqa: E402
 from carelm.chat.preview import preview  # noqa: E402
 from carelm.data.report import format_report  # noqa: E402
@@ -46,14 +46,18 @@ def main() -> None:
         return print(preview(recipe, chat, recipe.preview)) if ranks.rank() == 0 else None
     prepared = prepare(recipe, chat)
     ranks.say("data\n" + format_report(prepared.report))
-    if prepared.validation is not None and len(prepared.validation) < 20:
+    if prepared.validation is None:
+        ranks.say(
+            "no validation rows: no eval loss says whether it learns more than its own rows (validation_fraction)"
+        )
+    elif len(prepared.validation) < 20:
         ranks.say(f"the eval loss is that of {len(prepared.validation)} examples only: it moves by chance")
 
     import torch
 
     ranks.check_gpus(launch)
-    ranks.use_cpu(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
+    ranks.use_cpu(launch)
     # Libraries that take seconds, after every check without them.
     from carelm.models import adapters, base, flops, memory
     from carelm.models.precision import choose_precision
@@ -109,7 +113,8 @@ def main() -> None:
     ranks.leave()
     if ranks.rank() == 0:
         metrics = runs.finish(recipe, metrics, prepared.report)
-        ranks.say(f"finished: {recipe.output_dir}, eval loss {metrics['eval_loss_before']} -> {metrics['eval_loss']}")
+        losses = [f"{loss:.4f}" for loss in (metrics["eval_loss_before"], metrics["eval_loss"]) if loss is not None]
+        ranks.say(f"finished: {recipe.output_dir}, eval loss {' -> '.join(losses) or 'not known'}")
         report(metrics)
 
 

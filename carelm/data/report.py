@@ -13,6 +13,7 @@ class SplitReport:
     rows: int = 0
     used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    first_dropped: dict[str, str] = field(default_factory=dict)  # where the first of each stands
     fitted: dict[str, int] = field(default_factory=dict)
     first_without_answer: list[str] = field(default_factory=list)
     first_in_other_split: list[str] = field(default_factory=list)
@@ -26,8 +27,10 @@ class SplitReport:
     trained_tokens: int = 0
 
 
-def list_counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{number} {what}" for what, number in counts.items()) or "none dropped"
+def list_counts(counts: dict[str, int], first: dict[str, str] | None = None) -> str:
+    """`2 duplicate (first: rows.csv:3), 1 too long`: the counts, with where the first of each stands."""
+    where = {what: f" (first: {source})" for what, source in (first or {}).items()}
+    return ", ".join(f"{number} {what}{where.get(what, '')}" for what, number in counts.items()) or "none dropped"
 
 
 def shortened(names: list[str], number: int = 8) -> str:
@@ -45,7 +48,9 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
             if r["tokens"]
             else " " * 45
         )
-        lines.append(f"{split:<11}{r['rows']:>7}{r['used']:>7}{tokens}  {list_counts(r['dropped'])}")
+        lines.append(
+            f"{split:<11}{r['rows']:>7}{r['used']:>7}{tokens}  {list_counts(r['dropped'], r['first_dropped'])}"
+        )
         if r["files"]:
             lines.append(f"{'':<11}from {shortened(list(r['files']))}")
         lines += [f"{'':<11}{note}" for note in r["notes"]]

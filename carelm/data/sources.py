@@ -3,10 +3,15 @@
 import hashlib
 import os
 import re
+import threading
 from collections import defaultdict
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
+from ssl import SSLError
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from carelm.data.conversations import join_messages
 from carelm.data.readers import Rows, data_suffix, read_file
@@ -18,7 +23,10 @@ from carelm.data.templates import template_columns
 from carelm.data.values import as_text, as_word, cell_text
 from carelm.errors import UserError, first_line
 from carelm.files import locate
+from carelm.ranks import say
 from carelm.recipe import Recipe
+
+HUB_PATIENCE = 5.0  # seconds
 
 
 def is_hub_id(dataset_name: str) -> bool:
@@ -63,11 +71,40 @@ def changed_files(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
 
 
 def stay_offline(recipe: Recipe, *others: Recipe) -> None:
-    """Where a run needs nothing from a hub, none is waited for; to be called before any library of the Hub is imported.
-    `others` name more data."""
-    from_hub = any(is_hub_id(one.dataset_name) for one in (recipe, *others))
-    if os.path.exists(recipe.base) and not from_hub and not recipe.training.get("push_to_hub"):
+    """Where a run needs nothing from the Hub, or the Hub is silent, which is said, it is not waited for: its libraries try for
+    most of a minute. To be called before any of them is imported. `others` name more data."""
+    if recipe.training.get("push_to_hub"):
+        return
+    if os.path.exists(recipe.base) and not any(is_hub_id(one.dataset_name) for one in (recipe, *others)):
         os.environ["HF_HUB_OFFLINE"] = "1"
+    elif not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & os.environ.keys() and (reason := _why_silent()):
+        say(f"{_hub()} cannot be reached ({reason}): there is only what an earlier run has fetched from it")
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _why_silent() -> str | None:
+    """Why the Hub does not answer within a few seconds; None where it does, whatever it says. A name that cannot be looked up
+    takes longer than any time limit of a request, hence the thread."""
+    reasons: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            urlopen(Request(_hub(), method="HEAD"), timeout=HUB_PATIENCE).close()
+            reasons.append(None)
+        except HTTPError:
+            reasons.append(None)
+        except (OSError, HTTPException, ValueError) as error:
+            cause = getattr(error, "reason", error)
+            reasons.append(None if isinstance(cause, SSLError) else str(cause))  # whom to trust its library decides
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_PATIENCE)
+    return reasons[0] if reasons else f"no answer in {HUB_PATIENCE:g} s"
 
 
 def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:

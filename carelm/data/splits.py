@@ -45,7 +45,10 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
     if not examples["train"]:
         held_out = sum(len(examples[s]) for s in examples if "held out of train" in reports[s].notes)
         drawn = f", {held_out} held out by validation_fraction and test_fraction" if held_out else ""
-        raise UserError(f"dataset_name: nothing is left to train on ({list_counts(reports['train'].dropped)}{drawn})")
+        train = reports["train"]
+        raise UserError(
+            f"dataset_name: nothing is left to train on ({list_counts(train.dropped, train.first_dropped)}{drawn})"
+        )
     return examples, reports
 
 
@@ -71,6 +74,7 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
             raise UserError(f"{source}: the text holds {half}, half of a character; mend the row") from None
         if digest in seen:
             dropped["duplicate"] += 1
+            report.first_dropped.setdefault("duplicate", source)
         else:
             seen.add(digest)
             kept.append(example)

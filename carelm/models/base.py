@@ -111,6 +111,7 @@ def load_base(recipe: Recipe, precision: Precision, may_dequantize: bool = True)
             f"{missing[0]}, which would be drawn at random; get the base again, or take another one"
         )
     if recipe.bits == 4:
+        check_shapes_in_4_bits(model, recipe.base)
         model = keep_cpu_weights_plain(model, precision.dtype, may_dequantize)
     leave_out_added_losses(model)
     if generation is None:  # made of what older bases have in config.json
@@ -218,6 +219,20 @@ def quantization_config(recipe: Recipe, compute_dtype: torch.dtype) -> BitsAndBy
             bnb_4bit_quant_storage=model_args.bnb_4bit_quant_storage,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if recipe.bits == 8 else None
+
+
+def check_shapes_in_4_bits(model: PreTrainedModel, name: str) -> None:
+    """Raises UserError where weights that were saved in 4 bits are of another shape than the config says: packed as they are,
+    transformers does not compare them."""
+    from bitsandbytes.nn import Linear4bit
+
+    for path, module in model.named_modules():
+        state = getattr(module.weight, "quant_state", None) if isinstance(module, Linear4bit) else None
+        if state is not None and list(state.shape) != (said := [module.out_features, module.in_features]):
+            raise UserError(
+                f"model_name_or_path: {path} is {list(state.shape)} in the files of {name}, and {said} by its config.json; get "
+                "the base again, or take another one"
+            )
 
 
 def keep_cpu_weights_plain(model: PreTrainedModel, dtype: torch.dtype, may_dequantize: bool) -> PreTrainedModel:

@@ -153,9 +153,12 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
                 {"prompt": e.prompt, "completion": e.completion, "tools": e.tools}
                 for e in itertools.islice(fitting, 32)
             ]
+        if too_long := next((e.source for e, r in zip(examples[split], rendered) if r is None), None):
+            reports[split].first_dropped["too long"] = too_long
         _describe(reports[split], kept, counts)
         if not kept:
-            raise UserError(f"max_length: nothing is left of the {split} split ({list_counts(reports[split].dropped)})")
+            dropped = list_counts(reports[split].dropped, reports[split].first_dropped)
+            raise UserError(f"max_length: nothing is left of the {split} split ({dropped})")
         arrays = {
             "tokens": np.concatenate([r.input_ids for r in kept]),
             "trained": np.concatenate([r.trained for r in kept]),

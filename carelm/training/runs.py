@@ -47,8 +47,7 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         _check_unclaimed(recipe.output_dir)
     if not saved.exists() or restarts(recipe):
         return None
-    if _names(recipe.output_dir) <= {"recipe.yaml", "runs", *MADE_BESIDE}:
-        say(f"{recipe.output_dir} holds a run that ended before its first checkpoint; it begins anew")
+    if _has_saved_nothing(recipe.output_dir):
         return None
     check_identity(recipe, saved)
     file = recipe.output_dir / finished.METRICS
@@ -89,6 +88,11 @@ def restarts(recipe: Recipe) -> bool:
 def _names(folder: Path) -> set[str]:
     """What lies there, without requests, locks and marks."""
     return {p.name for p in folder.iterdir() if not p.name.startswith((".", "stop_request"))}
+
+
+def _has_saved_nothing(folder: Path) -> bool:
+    """Whether what lies there is of a run that ended, or is still, before its first checkpoint."""
+    return _names(folder) <= {"recipe.yaml", "runs", *MADE_BESIDE}
 
 
 def _check_unclaimed(folder: Path) -> None:
@@ -161,6 +165,8 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
                 aside = free_name(folder)
                 folder.rename(aside)
                 say(f"--restart: the earlier run is kept as {aside}")
+            if (folder / "recipe.yaml").exists() and _has_saved_nothing(folder):
+                say(f"{folder} holds a run that ended before its first checkpoint; it begins anew")
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder)
             if recipe.restart and "SLURM_JOB_ID" in os.environ:

@@ -110,7 +110,7 @@ def test_nothing_left_to_train_on_is_an_error(tmp_path, make):
     write_jsonl(tmp_path / "folder/train.jsonl", pairs(3))
     write_jsonl(tmp_path / "folder/test.jsonl", pairs(3))
     assert "nothing is left" in error_of(make(tmp_path / "folder"))
-    with pytest.raises(UserError, match="max_length.*train"):
+    with pytest.raises(UserError, match=r"max_length.*train.*\(3 too long \(first: rows.jsonl:1\)\)"):
         prepare(make(write_jsonl(tmp_path / "rows.jsonl", pairs(3)), max_length=8))
 
 
@@ -189,6 +189,8 @@ def test_the_report_counts_what_a_person_counts(tmp_path, make, tokenizer):
     assert report["dropped"] == {"empty answer": 1, "duplicate": 1, "too long": 1}
     assert report["rows"] == report["used"] + sum(report["dropped"].values())
     assert report["first_without_answer"] == ["rows.jsonl:5"]
+    shown = format_report({"train": report})
+    assert "1 duplicate (first: rows.jsonl:7), 1 too long (first: rows.jsonl:6)" in shown
     assert (report["tokens"], report["length_max"], report["length_p50"]) == (sum(lengths), lengths[-1], lengths[1])
     answers_with_ends = [tokenizer(a + "<|eot_id|>", add_special_tokens=False)["input_ids"] for a in answers[:4]]
     assert report["trained_tokens"] == sum(map(len, answers_with_ends))

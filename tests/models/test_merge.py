@@ -231,7 +231,7 @@ def test_an_adapter_with_nan_is_named_before_anything_is_merged(merged, tmp_path
     words = ["--adapter", str(tmp_path / "run"), "--output_dir", str(tmp_path / "m"), "--num_prompts", "0"]
     monkeypatch.setattr(sys, "argv", ["train/merge.py", *words])
     monkeypatch.chdir(PROJECT)
-    with pytest.raises(UserError, match="adapter .*run holds NaN in 1 of"):
+    with pytest.raises(UserError, match="^--adapter: adapter .*run holds NaN in 1 of"):
         runpy.run_path("train/merge.py")["main"]()
     assert not (tmp_path / "m").exists()
 

@@ -128,6 +128,19 @@ def test_a_4bit_base_is_dequantised_once_on_a_cpu_and_computes_the_same(base, ca
     assert torch.equal(held(torch.arange(60)[None]).logits, whole(torch.arange(60)[None]).logits)
 
 
+def test_a_base_saved_in_4_bits_whose_weights_are_not_of_its_configs_shapes_is_refused(base, tmp_path):
+    recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
+    load_base(recipe, Precision("fp32", "test"), may_dequantize=False).save_pretrained(tmp_path)
+    held = load_recipe(["--config", "recipes/demo.yaml", "--model_name_or_path", str(tmp_path)], usage="")
+    load_base(held, Precision("fp32", "test"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    with pytest.raises(
+        UserError, match=r"model_name_or_path: model.layers.0.mlp.\w+ is \[.*\] in the files of .* config.json"
+    ):
+        load_base(held, Precision("fp32", "test"))
+
+
 @pytest.mark.parametrize("ranks, mebibytes", [(1, 10), (4, 60)])
 def test_a_4bit_base_stays_so_where_memory_does_not_suffice(base, capsys, monkeypatch, ranks, mebibytes):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
