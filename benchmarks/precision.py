@@ -4,8 +4,9 @@
     python benchmarks/precision.py --self_test    # two steps of few rows in each precision; writes nothing
 
 `precision: auto` may take bf16 on a CPU where this holds: after 100 steps of 8 rows its eval loss is within 0.5 % of fp32's.
-CARELM_DATA names the folder with the datasets. Nothing is timed, so the machine may be busy. Results, each written as soon as
-it is there, a run that is there and has these settings and this commit not made again: benchmarks/results/precision.json.
+CARELM_DATA names the folder with the datasets. Nothing is timed, so the machine may be busy (OMP_NUM_THREADS=1 helps there).
+Results, each written as soon as it is there: benchmarks/results/precision.json. The same command again makes what is missing,
+or was made with other settings or another commit.
 """
 
 import argparse
@@ -67,7 +68,11 @@ def train(name: str, rows: Path, precision: str, settings: dict[str, object]) ->
     with tempfile.TemporaryDirectory(prefix="carelm-precision-") as folder:
         files = ["--config", f"recipes/datasets/{name}.yaml", "--config", OVERLAY]
         own = keys(**settings, dataset_name=rows, precision=precision, output_dir=folder, save_strategy="no")
-        done = run(accelerate(ONE_PROCESS, "train/sft.py", *files, *own), {"OMP_NUM_THREADS": threads(1)}, RUN_S)
+        done = run(
+            accelerate(ONE_PROCESS, "train/sft.py", *files, *own),
+            {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads(1))},
+            RUN_S,
+        )
     if done.status != 0:
         sys.exit(f"{name} in {precision}: {done.refusal or done.last_error}")
     metrics = json.loads(done.stdout.strip().splitlines()[-1])
