@@ -71,7 +71,7 @@ def test_names_lead_where_they_did_less_what_the_job_has_a_copy_of(keep, tmp_pat
         ("accelerate_configs/cpu_zero2.yaml", PROJECT, copy / "accelerate_configs/cpu_zero2.yaml"),
         (str(PROJECT / "train/../ds_configs/zero2.json"), here, copy / "ds_configs/zero2.json"),
         ("demo/data", here, copy / "demo/data"),
-        ("recipes/datasets/sgd.yaml", here, here / "recipes/datasets/sgd.yaml"),  # the user's own, as seen from where it was submitted
+        ("recipes/datasets/sgd.yaml", here, here / "recipes/datasets/sgd.yaml"),  # the user's own, as seen from there
         ("demo/base", PROJECT, PROJECT / "demo/base"),  # not copied: a result names it
         ("demo/base", here, PROJECT / "demo/base"),
         ("benchmarks", here, PROJECT / "benchmarks"),
