@@ -64,7 +64,16 @@ def main() -> None:
 
 def train_and_evaluate(name: str, rows: Path, folder: Path) -> dict[str, object]:
     training, evaluating = RUNS[name]
-    common = ["--config", f"recipes/datasets/{name}.yaml", "--config", OVERLAY, "--dataset_name", rows, "--output_dir", folder]
+    common = [
+        "--config",
+        f"recipes/datasets/{name}.yaml",
+        "--config",
+        OVERLAY,
+        "--dataset_name",
+        rows,
+        "--output_dir",
+        folder,
+    ]
     launch(accelerate(PROJECT / "accelerate_configs/cpu_zero2.yaml", "train/sft.py", *common, *training), ranks=2)
     launch(accelerate(ONE_PROCESS, "eval/run.py", *common, *evaluating, "--max_eval_samples", ROWS,
                       "--num_latency_prompts", 1), ranks=1)  # fmt: skip

@@ -123,7 +123,9 @@ def test_the_real_base_has_a_chat_template_splits_digits_and_answers_a_shop_ques
 @pytest.mark.real_base
 def test_the_overlay_finds_it_and_training_sees_what_the_template_writes(real_base, monkeypatch):
     monkeypatch.setenv("CARELM_CACHE", str(real_base.parent.parent))
-    recipe = load_recipe(["--config", "recipes/datasets/sgd.yaml", "--config", "recipes/overlays/real_base.yaml"], usage="")
+    recipe = load_recipe(
+        ["--config", "recipes/datasets/sgd.yaml", "--config", "recipes/overlays/real_base.yaml"], usage=""
+    )
     chat = make_chat(recipe)
     messages = [{"role": "user", "content": "Hi  12"}, {"role": "assistant", "content": "Yes."}]
     (rendered,), _ = chat.render(
