@@ -5,6 +5,7 @@ import sys
 from carelm import ranks
 from carelm.data.templates import fill
 from carelm.errors import UserError
+from carelm.models.generation import Answer
 from carelm.talk.question import asked_columns, compose, tags_of
 from carelm.talk.session import Said, Session
 from carelm.talk.speaker import Speaker
@@ -82,7 +83,10 @@ class Dialogue:
                     print(f"[{speaker.name}]", flush=True)
                 messages = [*self.session.messages(speaker.name), {"role": "user", "content": question}]
                 screen = Screen()
-                answer = speaker.answer(messages, screen.show, again=self.session.undone)
+                try:
+                    answer = speaker.answer(messages, screen.show, again=self.session.undone)
+                except KeyboardInterrupt:  # before there was a token
+                    answer = Answer("", 0, "cancelled")
                 screen.end(answer.text)
                 reasons.add(answer.finish_reason)
                 if answer.finish_reason == "length":

@@ -91,6 +91,18 @@ def test_ctrl_c_ends_an_answer_and_what_is_there_is_kept(dialogue, monkeypatch, 
     assert dialogue.ask(["Where is my order?"]) <= {"stop", "length"}
 
 
+def test_ctrl_c_before_the_first_token_takes_the_message_back(dialogue, monkeypatch, capsys):
+    base, adapter = dialogue.speakers
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(base.chat, "fit_prompt", interrupted)
+    dialogue.ask(["Where is my order?"])
+    assert "base has said nothing: the message is not in its conversation" in capsys.readouterr().err
+    assert dialogue.session.messages("base") == [] and len(dialogue.session.messages("adapter")) == 2
+
+
 def test_history_leaves_the_window_as_in_training_and_it_is_said(dialogue, capsys):
     speaker = dialogue.speakers[0]
     for number in range(4):
