@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,10 +23,12 @@ from tqdm import tqdm
 from carelm import ranks
 from carelm.errors import UserError, first_line
 from carelm.evaluation.predictions import PredictionFile
-from carelm.evaluation.questions import Question
 from carelm.files import fingerprint, read_json, write_whole
 from carelm.recipe import Recipe
 from carelm.training.stops import HangWatch
+
+if TYPE_CHECKING:
+    from carelm.evaluation.questions import Question  # with the scores' libraries, seconds to import
 
 KEY = "OPENAI_API_KEY"
 TIMEOUT_S = 120.0  # of one request, whole
@@ -66,7 +68,7 @@ class AskedApi:
     """A model of an endpoint, what it is asked, and where its answers are kept."""
 
     candidate: ApiModel
-    questions: list[Question]
+    questions: list["Question"]
     bodies: dict[str, dict[str, Any]]  # by the question's id
     file: PredictionFile
 
@@ -112,7 +114,7 @@ def find_api(recipe: Recipe, name: str) -> ApiModel:
     )
 
 
-def prepare(recipe: Recipe, model: ApiModel, questions: list[Question], folder: Path) -> AskedApi:
+def prepare(recipe: Recipe, model: ApiModel, questions: list["Question"], folder: Path) -> AskedApi:
     """The requests of all questions; an endpoint that is down is found here, before any weights.
 
     Raises:
@@ -192,7 +194,7 @@ def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch) ->
     started, tokens = time.perf_counter(), 0
     with tqdm(total=len(left), desc=asked.candidate.name, unit="example", dynamic_ncols=True) as bar:
 
-        def ask(question: Question, is_alone: bool) -> int:
+        def ask(question: "Question", is_alone: bool) -> int:
             line = _ask(asked, question, is_alone)
             asked.file.append(line)
             watch.look()
@@ -217,7 +219,7 @@ def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch) ->
     }))  # fmt: skip
 
 
-def _ask(asked: AskedApi, question: Question, is_alone: bool) -> dict[str, Any]:
+def _ask(asked: AskedApi, question: "Question", is_alone: bool) -> dict[str, Any]:
     """The line of one question; `_Unusable` after the last try."""
     body = json.dumps(asked.bodies[question.id]).encode()
     request = urllib.request.Request(asked.candidate.url + "/chat/completions", body, _headers())
@@ -245,7 +247,7 @@ def _ask(asked: AskedApi, question: Question, is_alone: bool) -> dict[str, Any]:
     }
 
 
-def _body(recipe: Recipe, model: ApiModel, question: Question) -> dict[str, Any]:
+def _body(recipe: Recipe, model: ApiModel, question: "Question") -> dict[str, Any]:
     messages = [{key: _calls(m[key]) if key == "tool_calls" else m[key] for key in OF_MESSAGES if key in m} for m in
                 question.messages]  # fmt: skip
     body = {"model": model.model, "messages": messages, "max_tokens": recipe.max_new_tokens}

@@ -39,6 +39,8 @@ def test_a_model_that_said_nothing_was_not_asked(session):
     assert session.messages("adapter")[-1]["content"] == "adapter on two?"
 
 
+FOLDERS = (PROJECT / "recipes", PROJECT / "recipes/datasets")
+RECIPES = sorted(str(f.relative_to(FOLDERS[0]).with_suffix("")) for folder in FOLDERS for f in folder.glob("*.yaml"))
 OTHER = {
     "keys of its own": "messages_column: turns\nrole_key: from\ncontent_key: value\ntrained_turns: all\n",
     "one message a row": "text_column: t\nrole_column: r\nconversation_column: c\n",
@@ -47,7 +49,7 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("name", [*sorted(file.stem for file in (PROJECT / "recipes").glob("*.yaml")), *OTHER])
+@pytest.mark.parametrize("name", [*RECIPES, *OTHER])
 def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session, name, tmp_path):
     file = PROJECT / f"recipes/{name}.yaml"
     if name in OTHER:
