@@ -18,7 +18,7 @@ from launches import ONE_PROCESS, PROJECT, accelerate, describe_machine, say, th
 from real_rows import EVALUATED, TRAINED
 
 RECIPE = "bitext_support"
-FILES = [f"recipes/{RECIPE}.yaml", "recipes/overlays/real_base.yaml"]
+FILES = [f"recipes/datasets/{RECIPE}.yaml", "recipes/overlays/real_base.yaml"]
 SETTINGS = ["--learning_rate", "5e-4", "--max_length", "384", "--max_samples", "1200", "--global_batch_size", "8"]
 FEWER_ROWS = ["--max_eval_samples", "100"]
 ANSWERS = ["--max_new_tokens", "128", "--num_latency_prompts", "5"]
