@@ -63,10 +63,14 @@ def check(recipe: Recipe) -> None:
     labels = [" ".join(label.split()) for label in recipe.labels]
     if "" in labels or "unparsable" in labels or len(set(labels)) < len(labels):
         raise UserError(f"labels: {recipe.labels}: each needs a name of its own that is neither empty nor 'unparsable'")
-    if recipe.primary_metric in ("accuracy", "macro_f1") and not recipe.labels:
+    if recipe.primary_metric.endswith(("accuracy", "macro_f1")) and not recipe.labels:
         raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
     parse_checks(recipe.checks)
     check_tags(recipe)
+    if recipe.overlap_columns and (len(recipe.overlap_columns) != 2 or len(recipe.labels) != 2):
+        raise UserError(
+            f"overlap_columns: {len(recipe.overlap_columns)} columns and {len(recipe.labels)} labels; it takes two of each"
+        )
     for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")

@@ -22,7 +22,7 @@ from carelm.recipe import Recipe
 # Keys that the evaluator alone reads.
 EVALUATION_KEYS = (
     "models", "num_shots", "max_new_tokens", "max_batch_tokens", "temperature", "top_p", "reference_columns", "labels",
-    "primary_metric", "num_resamples", "num_latency_prompts", "checks",
+    "overlap_columns", "primary_metric", "num_resamples", "num_latency_prompts", "checks",
     "also_test", "api_url",
 )  # fmt: skip
 # Keys that may change when a run goes on: where it runs, how much, what it shows.
@@ -54,7 +54,8 @@ NOT_ABOUT_DATA = {
 }  # fmt: skip
 # What a recipe in also_test says beside its data: how its questions are asked and scored.
 OF_A_TEST = (
-    "reference_columns", "labels", "primary_metric", "max_new_tokens", "checks", "max_empty_share", "max_length",
+    "reference_columns", "labels", "overlap_columns", "primary_metric", "max_new_tokens", "checks",
+    "max_empty_share", "max_length",
 )  # fmt: skip
 # Keys of SFTConfig and ModelConfig that CareLM derives or that have no effect here, and what to use instead.
 REFUSED = {

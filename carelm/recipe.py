@@ -147,13 +147,34 @@ class Recipe:
     temperature: float = _key(0.0, "0 takes the likeliest token; above it answers are drawn by `seed`.")
     top_p: float = _key(1.0, "Draw from the likeliest tokens that make up this probability.")
     reference_columns: list[str] = _key(
-        [], "Columns of the test rows that hold references, where there are several: the best one counts."
+        [],
+        "Columns of the test rows that hold references, where there are several: the best one counts. One of them "
+        "that completion_template names stands there for each.",
     )
-    labels: list[str] = _key([], "The labels that answers end with, for accuracy, macro F1 and the confusion table.")
+    labels: list[str] = _key(
+        [],
+        "The labels that answers end with, for accuracy, macro F1 and the confusion table; of two the first is positive. "
+        "Where completion_template ends in the label, each is also scored by its probability.",
+    )
+    overlap_columns: list[str] = _key(
+        [], "Two text columns whose word overlap is a baseline for two labels: the more words they share, the first."
+    )
     primary_metric: str = _key(
         "rougeL",
         "The score that decides which model is better.",
-        ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "accuracy", "macro_f1"),
+        (
+            "rouge1",
+            "rouge2",
+            "rougeL",
+            "rougeLsum",
+            "bleu",
+            "chrf",
+            "exact_match",
+            "accuracy",
+            "macro_f1",
+            "constrained_accuracy",
+            "constrained_macro_f1",
+        ),
     )
     also_test: list[str] = _key(
         [],

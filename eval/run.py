@@ -37,7 +37,8 @@ def main() -> None:
     ranks.check_gpus(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_cpu(launch)
-    from carelm.evaluation import answers, api, report, results
+    from carelm.evaluation import answers, api, constrained, report, results
+    from carelm.evaluation.label_results import Labelled
     from carelm.models.precision import choose_precision
     from carelm.training import stops
 
@@ -54,8 +55,12 @@ def main() -> None:
     def way(model):
         return api if isinstance(model, api.ApiModel) else answers
 
-    asked = {s: [way(m).prepare(s.recipe, m.asked_by(s.recipe), s.questions, folder / s.name) for m in models]
-             for s in (own, *elsewhere)}  # fmt: skip
+    def prepare(s, m):
+        if way(m) is api:
+            return api.prepare(s.recipe, m, s.questions, folder / s.name)
+        return answers.prepare(s.recipe, m.asked_by(s.recipe), s.questions, folder / s.name, s.form, s.validation)
+
+    asked = {s: [prepare(s, m) for m in models] for s in (own, *elsewhere)}
     watch = stops.HangWatch(recipe.stall_timeout)
     lines, measured = {}, {}
     for one, of_models in asked.items():
@@ -66,11 +71,12 @@ def main() -> None:
         lines[one.name], measured[one.name] = ({name: pair[k] for name, pair in answered.items()} for k in (0, 1))
     ranks.leave()
     if ranks.rank() == 0:
-        of_sets = {
-            s.name: results.make_results(s.recipe, s.questions, lines[s.name], measured[s.name], s.checks)
-            | {"test": s.about}
-            for s in asked
-        }
+        of_sets = {}
+        for s, of_models in asked.items():
+            scored = [m for m in of_models if way(m.candidate) is answers]
+            labelled = Labelled(s.form, s.validation, {m.candidate.name: constrained.read(m) for m in scored if s.form})
+            found = results.make_results(s.recipe, s.questions, lines[s.name], measured[s.name], s.checks, labelled)
+            of_sets[s.name] = found | {"test": s.about}
         found = of_sets.pop("") | {"tests": of_sets}
         found["cautions"] += [
             f"{model.name} was trained with other {', '.join(keys)} than this evaluation has."

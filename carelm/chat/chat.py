@@ -114,9 +114,15 @@ class Chat:
         template writes them."""
         if not answer.get("tool_calls") and not any(closing in answer["content"] for closing in self._habits.closings):
             return answer["content"]
+        return self.spoken(self.answer_ids(messages, answer, tools=tools))
+
+    def answer_ids(
+        self, messages: list[dict[str, Any]], answer: dict[str, Any], *, tools: list[dict] | None = None
+    ) -> list[int]:
+        """The ids of an answer to `messages` up to its end of turn, as they are trained behind `prompt_ids`."""
         example = Example(messages, [answer], id="", category=None, source="the answer")
         rendered = self._render_one(replace(example, tools=tools) if tools else example)
-        return self.spoken(rendered.input_ids[rendered.trained].tolist())
+        return rendered.input_ids[rendered.trained].tolist()
 
     def spoken(self, ids: list[int]) -> str:
         """The text of an answer's ids without special tokens and without what the template puts around an answer's text: a

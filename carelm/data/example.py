@@ -14,6 +14,7 @@ class Example:
     category: str | None
     source: str  # file:row, for messages to people
     references: tuple[str, ...] = ()  # of a test row with several; else the completion is the reference
+    compared: tuple[str, ...] = ()  # the texts of the recipe's `overlap_columns`
     tools: list[dict[str, Any]] | None = None  # what the model may call, as OpenAI writes it
     words: str | None = (
         None  # with tag_column, what the question is compared by: its columns, without tags and template

@@ -24,9 +24,7 @@ def to_example(
             one of `optional_columns`.
         UserError: for a message of an unknown shape or role, and for a value that cannot be text.
     """
-    references = [
-        text for c in reference_columns if (text := cell_text(row, c, source, recipe.labels)) and text.strip()
-    ]
+    references = [text for c in reference_columns if (text := _reference(recipe, source, row, c)).strip()]
     instead = reference_columns and split == "test"
     if instead and not references:
         raise NoAnswer("no reference")
@@ -56,6 +54,7 @@ def to_example(
         category=cell_text(row, recipe.category_column, source, recipe.labels) if recipe.category_column else None,
         source=source,
         references=tuple(references),
+        compared=tuple(cell_text(row, column, source) or "" for column in recipe.overlap_columns),
         tools=_tools(recipe, source, row),
         words=_words(recipe, source, row),
         unused=frozenset(unused),
@@ -78,6 +77,16 @@ def _answer(recipe: Recipe, source: str, row: dict[str, Any]) -> str:
     if not any((cell_text(row, column, source, recipe.labels) or "").strip() for column in columns):
         raise NoAnswer("empty answer")
     return _fill(recipe, "completion_template", source, row)
+
+
+def _reference(recipe: Recipe, source: str, row: dict[str, Any], column: str) -> str:
+    """The column's text; where `completion_template` names one of `reference_columns`, the template with it in that place."""
+    text = cell_text(row, column, source, recipe.labels) or ""
+    columns = template_columns(recipe.completion_template or "", "completion_template")
+    named = next((c for c in columns if c in recipe.reference_columns), None)
+    if named is None or not text.strip():
+        return text
+    return _fill(recipe, "completion_template", source, row | {named: row[column]})
 
 
 def _fill(recipe: Recipe, key: str, source: str, row: dict[str, Any]) -> str:
@@ -113,6 +122,6 @@ def _unused_columns(recipe: Recipe, row: dict[str, Any]) -> set[str]:
     """What a row holds beside its messages and nothing in the recipe names, such as a system message of its own."""
     used = {recipe.messages_column, recipe.category_column, recipe.id_column, *_tools_columns(recipe)}
     used |= {recipe.tag_column, *used_tags(recipe)}
-    used |= {*(recipe.row_filter or {}), *recipe.reference_columns}
+    used |= {*(recipe.row_filter or {}), *recipe.reference_columns, *recipe.overlap_columns}
     used |= set(template_columns(recipe.system_prompt or "", "system_prompt"))
     return {f"column {column}" for column, value in row.items() if column not in used and not is_empty(value)}

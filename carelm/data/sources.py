@@ -234,6 +234,7 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, ref
         needed[key] = [getattr(recipe, key)] if getattr(recipe, key) else []
     needed["row_filter"] = list(recipe.row_filter or {})
     needed["reference_columns"] = references
+    needed["overlap_columns"] = recipe.overlap_columns
     if split == "test" and references:  # such rows may have no other answer
         needed["completion_template"] = []
     for file, there in by_file.items():

@@ -25,3 +25,11 @@ def literals(template: str) -> list[str]:
 def fill(template: str, values: dict[str, str]) -> str:
     """The template with each column's text in its place."""
     return _PART.sub(lambda m: values.get(m[0][1:-1], "") if len(m[0]) > 2 else m[0][0], template)
+
+
+def around_last_column(template: str) -> tuple[bool, str, str]:
+    """Whether another column stands before the template's last one, the text right before that one, and the text behind it."""
+    columns = [part for part in _PART.finditer(template) if len(part[0]) > 2]
+    before = columns[-2].end() if len(columns) > 1 else 0
+    between, behind = template[before : columns[-1].start()], template[columns[-1].end() :]
+    return len(columns) > 1, fill(between, {}), fill(behind, {})

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ import torch
 from carelm import ranks
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
+from carelm.evaluation import constrained
 from carelm.evaluation.candidates import Candidate
+from carelm.evaluation.label_form import Form
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.files import fingerprint, read_json, write_whole
@@ -35,6 +38,8 @@ class Prepared:
         prompts: token ids of each question.
         lengths: p50, p95 and max of them, and how many did not fit.
         file: where its answers are kept.
+        form: how its answers hold their labels, where these are scored.
+        validation: the same for the validation split's questions, where there are such and labels are scored.
     """
 
     candidate: Candidate
@@ -44,10 +49,22 @@ class Prepared:
     prompts: list[list[int]]
     lengths: dict[str, Any]
     file: PredictionFile
+    form: Form | None = None
+    validation: "Prepared | None" = None
 
 
-def prepare(recipe: Recipe, candidate: Candidate, questions: list[Question], folder: Path) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    candidate: Candidate,
+    questions: list[Question],
+    folder: Path,
+    form: Form | None = None,
+    validation: Sequence[Question] = (),
+) -> Prepared:
     """Renders the questions for one model; all that can be wrong with it is found here, before any weights.
+
+    Args:
+        form: how answers hold their labels; each label is scored then, for the `validation` questions too.
 
     Raises:
         UserError: for a base that is not there or is another one, no chat template, a precision that the hardware lacks, or
@@ -57,13 +74,18 @@ def prepare(recipe: Recipe, candidate: Candidate, questions: list[Question], fol
     candidate.check_finite()
     chat = candidate.make_chat()
     decoding = Decoding(recipe.max_new_tokens, recipe.temperature, recipe.top_p, recipe.seed)
-    prompts, lengths = _make_prompts(recipe, candidate, chat, questions)
     made_by = [candidate.fingerprint(), sorted(chat.end_of_turn_ids), decoding.arguments(), recipe.seed]
-    file = PredictionFile(
-        folder / f"predictions-{candidate.name}.jsonl",
-        {q.id: fingerprint(*made_by, q.references, ids) for q, ids in zip(questions, prompts)},
-    )
-    return Prepared(candidate, chat, decoding, questions, prompts, lengths, file)
+
+    def part(questions: list[Question], name: str, of_validation: Prepared | None = None) -> Prepared:
+        prompts, lengths = _make_prompts(recipe, candidate, chat, questions)
+        file = PredictionFile(
+            folder / f"predictions-{name}.jsonl",
+            {q.id: fingerprint(*made_by, q.references, ids) for q, ids in zip(questions, prompts)},
+        )
+        return Prepared(candidate, chat, decoding, questions, prompts, lengths, file, form, of_validation)
+
+    name = candidate.name
+    return part(questions, name, part([*validation], f"{name}.validation") if form and validation else None)
 
 
 def answer(
@@ -83,7 +105,11 @@ def answer(
     measured = ranks.share(read_json(saved) if ranks.rank() == 0 else None)
     measured = measured if measured.get("key") == key else {}
     timed = asked.prompts[:: max(1, number // max(1, recipe.num_latency_prompts))][: recipe.num_latency_prompts]
-    if len(done) == number and measured.get("latency", {}).get("prompts") == len(timed):
+    scored = [part for part in (asked, asked.validation) if part and part.form]
+    labels_missing = ranks.share(
+        any(constrained.missing(part, part.form) for part in scored) if ranks.rank() == 0 else None
+    )
+    if len(done) == number and not labels_missing and measured.get("latency", {}).get("prompts") == len(timed):
         ranks.say(f"{name}: all {number} answers are there; nothing to do")
     else:
         model, about = asked.candidate.load(asked.chat)
@@ -96,10 +122,20 @@ def answer(
             measured["peak_memory_bytes"] = max(ranks.gather(memory.peak_memory_bytes()))
         if ranks.rank() == 0:
             write_whole(saved, json.dumps(measured, indent=1))
-            watch.look()
-            measured["latency"] = {
-                "prompts": len(timed), **latency(model, asked.chat, timed, asked.decoding, device=device, done=watch.look)
-            }  # fmt: skip
+        for part in scored if labels_missing else ():
+            if part.form.has_reason and part is not asked:
+                there = ranks.share(part.file.open() if ranks.rank() == 0 else None)
+                if len(there) < len(part.prompts):
+                    _answer_share(recipe, part, model, there, device, watch)
+            spent = constrained.score_labels(recipe, part, part.form, model, device, watch)
+            measured |= {"labels": spent} if part is asked else {}
+        if ranks.rank() == 0:
+            if measured.get("latency", {}).get("prompts") != len(timed):
+                watch.look()
+                measured["latency"] = {
+                    "prompts": len(timed),
+                    **latency(model, asked.chat, timed, asked.decoding, device=device, done=watch.look),
+                }
             write_whole(saved, json.dumps(measured, indent=1))
         del model
         gc.collect()

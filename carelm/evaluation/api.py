@@ -118,8 +118,13 @@ def prepare(recipe: Recipe, model: ApiModel, questions: list["Question"], folder
     """The requests of all questions; an endpoint that is down is found here, before any weights.
 
     Raises:
-        UserError: where nothing answers at `api_url`.
+        UserError: where nothing answers at `api_url`, or what is to decide is not known of its answers.
     """
+    if recipe.primary_metric.startswith("constrained"):
+        raise UserError(
+            f"primary_metric: {recipe.primary_metric} is not known of {model.name}, which tells no probabilities of labels; "
+            f"set {recipe.primary_metric.removeprefix('constrained_')}"
+        )
     problem = None
     if ranks.rank() == 0:
         try:

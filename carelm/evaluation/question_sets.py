@@ -1,6 +1,6 @@
 """What the models of a comparison are asked: the recipe's own test split, and those of the recipes in `also_test`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from carelm import ranks
@@ -8,7 +8,8 @@ from carelm.chat.chat import Chat, make_chat
 from carelm.data.leaks import find_leaks
 from carelm.errors import UserError
 from carelm.evaluation.check_scores import AskedCheck, ask
-from carelm.evaluation.questions import Question, make_questions
+from carelm.evaluation.label_form import Form, find_form
+from carelm.evaluation.questions import Question, make_questions_of_both
 from carelm.recipe import Recipe
 
 
@@ -19,6 +20,8 @@ class QuestionSet:
     Attributes:
         name: of the file in `also_test`; empty for the recipe's own.
         about: how the questions came about, for results.json.
+        form: how answers hold their labels, where these are scored by their probability.
+        validation: the validation split's questions, where the recipe has labels.
     """
 
     name: str
@@ -26,6 +29,8 @@ class QuestionSet:
     questions: list[Question]
     about: dict[str, Any]
     checks: list[AskedCheck]
+    form: Form | None
+    validation: list[Question]
 
 
 def make_question_sets(recipe: Recipe, others: dict[str, Recipe]) -> list[QuestionSet]:
@@ -44,12 +49,13 @@ def make_question_sets(recipe: Recipe, others: dict[str, Recipe]) -> list[Questi
             raise UserError(f"also_test: {name}: {error}") from None
         if leaks["near_duplicates"]:
             ranks.say(f"also_test: {name}: {leaks['sentence']}")
-        sets.append(QuestionSet(name, other, found.questions, found.about | {"leaks": leaks}, found.checks))
+        sets.append(replace(found, about=found.about | {"leaks": leaks}))
     return sets
 
 
 def _make(name: str, recipe: Recipe, chat: Chat) -> QuestionSet:
-    questions, about = make_questions(recipe, chat)
+    questions, validation, about = make_questions_of_both(recipe, chat)
     where = f"{name}: " if name else ""
     ranks.say(f"{where}{about['questions']} questions of {about['conversations']} conversations")
-    return QuestionSet(name, recipe, questions, about, ask(recipe, questions))
+    form = find_form(recipe, questions)
+    return QuestionSet(name, recipe, questions, about, ask(recipe, questions), form, validation)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from carelm.chat.chat import Chat
+from carelm.data.example import Example
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.evaluation.scores import kind_of_request, parse_label
@@ -16,7 +17,7 @@ from carelm.recipe import Recipe
 @dataclass(frozen=True)
 class Question:
     """What a model is asked (`messages`, ending before the answer), and the references that its answer is scored by; `tools`
-    are what it may call."""
+    are what it may call, `compared` the texts of `overlap_columns`."""
 
     id: str
     conversation: str
@@ -24,6 +25,7 @@ class Question:
     messages: list[dict[str, Any]]
     references: list[str]
     tools: list[dict[str, Any]] | None = None
+    compared: tuple[str, ...] = ()
 
     def last_words(self) -> str:
         """What the user says last."""
@@ -40,6 +42,12 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
     Raises:
         UserError: where there is no test split, not enough shots, or a reference without one of the recipe's labels.
     """
+    questions, _, about = make_questions_of_both(recipe, chat)
+    return questions, about
+
+
+def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], list[Question], dict[str, Any]]:
+    """`make_questions`, with the questions of the validation split, where the recipe has labels, in between."""
     examples, reports = make_examples(recipe)
     if not examples.get("test"):
         raise UserError(
@@ -47,9 +55,24 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
             "test_fraction above 0"
         )
     shots = _shots(recipe, examples["train"])
+    questions = _ask(recipe, chat, examples["test"], shots)
+    validation = _ask(recipe, chat, examples.get("validation", []), shots) if recipe.labels else []
+    about = {
+        "dataset": recipe.dataset_name,
+        "split": recipe.dataset_test_split,
+        "conversations": len(examples["test"]),
+        "questions": len(questions),
+        "num_shots": recipe.num_shots,
+        "categories_from": recipe.category_column or "the words of the request (complaint, question, other)",
+        "dropped": reports["test"].dropped,
+    }
+    return questions, validation, about
+
+
+def _ask(recipe: Recipe, chat: Chat, examples: list[Example], shots: list[dict[str, Any]]) -> list[Question]:
     questions = []
     has_categories = recipe.category_column is not None
-    for example in examples["test"]:
+    for example in examples:
         messages = example.prompt + example.completion
         turns = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
         for turn in chat.trained_answers(example):
@@ -69,6 +92,7 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
                     messages=system + shots + before[len(system) :],
                     references=references,
                     tools=example.tools,
+                    compared=example.compared,
                 )
             )
     questions = _number_repeated(questions)
@@ -78,16 +102,7 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
                 f"labels: the reference of {question.id} ({question.references[0][:60]!r}) holds none of "
                 f"{', '.join(recipe.labels)}"
             )
-    about = {
-        "dataset": recipe.dataset_name,
-        "split": recipe.dataset_test_split,
-        "conversations": len(examples["test"]),
-        "questions": len(questions),
-        "num_shots": recipe.num_shots,
-        "categories_from": recipe.category_column or "the words of the request (complaint, question, other)",
-        "dropped": reports["test"].dropped,
-    }
-    return questions, about
+    return questions
 
 
 def _number_repeated(questions: list[Question]) -> list[Question]:

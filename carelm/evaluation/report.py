@@ -11,9 +11,10 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
+from carelm.evaluation import label_report
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import LABEL_SCORES, NAMES, TEXT_SCORES
-from carelm.evaluation.tables import FEWEST_OF_A_PART, make_tables, ranged
+from carelm.evaluation.tables import FEWEST_OF_A_PART, make_tables, ranged, shared_scores
 from carelm.files import write_whole
 from carelm.recipe import Recipe
 
@@ -23,6 +24,11 @@ WORDS = {
     "ROUGE-1, -2, -L, -Lsum": "words, pairs of words and longest run of words in order that answer and reference share, 0 to 1",
     "BLEU, chrF": "runs of words (characters, where there are no spaces) and of letters that they share, 0 to 100; chrF reads "
     "all scripts",
+    "accuracy and macro F1, constrained": "of the label that the model finds likeliest of the list, behind its own reason "
+    "where it gives one",
+    "calibration error": "how far the probability of the chosen label is from the share that is right, in the mean over 15 "
+    "bins of as many questions each; 0 is perfect",
+    "average precision": "precision in the mean over all thresholds, by the recall that each adds",
     "exact match, accuracy": "share of answers that are the reference, or hold the right label",
     "macro F1": "right and complete for each label, in the mean over the labels: a rare one counts as much",
     "95 % interval": "the middle 95 % of the figures over resampled test sets",
@@ -46,6 +52,7 @@ def write(
     curves = loss_curves(recipe.output_dir / "runs")
     with matplotlib.rc_context(STYLE):
         plots = {"scores": plot_scores(results), "latency": plot_latency(results)}
+        plots |= label_report.plots(results, COLOURS)
         if curves:
             plots["loss"] = plot_loss(curves)
         svgs = {name: _svg(figure) for name, figure in plots.items()}
@@ -55,7 +62,9 @@ def write(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html.j2")
     page = template.render(
-        shown=shown, results=results, plots={k: jinja2.utils.markupsafe.Markup(v) for k, v in svgs.items()}
+        shown=shown,
+        results=results,
+        plots={k: jinja2.utils.markupsafe.Markup(v) for k, v in svgs.items()},
     )
     write_whole(folder / "report.html", page)
     for name, svg in svgs.items():
@@ -96,7 +105,7 @@ def loss_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def plot_scores(results: dict[str, Any]) -> Figure:
     """Every score of every model with its interval, ROUGE and shares on one axis, BLEU and chrF on another."""
     models = results["models"]
-    there = [s for s in (*TEXT_SCORES, *LABEL_SCORES) if s in next(iter(models.values()))]
+    there = shared_scores(models)
     groups = [[s for s in there if s not in ("bleu", "chrf")], [s for s in there if s in ("bleu", "chrf")]]
     figure = Figure(figsize=(9, 0.55 + 0.16 * len(models) * len(there) + 0.14 * len(there)), layout="constrained")
     axes = figure.subplots(2, 1, height_ratios=[len(g) for g in groups])
@@ -170,9 +179,8 @@ class _Shown:
         self.names, self.words = NAMES, WORDS
         self.questions = {q.id: i for i, q in enumerate(questions)}
         self._questions = questions
-        first = next(iter(self.models.values()))
-        self.scores = [s for s in (*TEXT_SCORES, *LABEL_SCORES) if s in first]
-        self.tables = make_tables(results)
+        self.scores = shared_scores(self.models)
+        self.tables = label_report.tables(results) + make_tables(results)
         self.ranged = ranged
 
     def speed_rows(self) -> list[tuple[str, list[str]]]:
@@ -332,11 +340,6 @@ def _markdown(shown: _Shown, results: dict[str, Any], plots: list[str]) -> str:
     for t in shown.tables:
         rows = table([*map(_cell, t.head)], [[*map(_cell, row)] for row in t.rows])
         parts.append(f"## {_cell(t.title)}\n\n{_cell(t.text)}\n\n{rows}")
-    for name, model in shown.models.items():
-        if "confusion" in model:
-            columns = list(next(iter(model["confusion"].values())))
-            rows = [[_cell(true), *map(str, counts.values())] for true, counts in model["confusion"].items()]
-            parts.append(f"## Labels, {_cell(name)}\n\n" + table(["true \\ answered", *map(_cell, columns)], rows))
     parts.append("## Examples")
     for title, examples in shown.example_groups():
         parts.append(f"### {_cell(title)}")

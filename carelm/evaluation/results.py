@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from carelm.evaluation import check_scores, repetition, scores, scripts
+from carelm.evaluation import check_scores, label_results, repetition, scores, scripts
+from carelm.evaluation.label_results import Labelled
 from carelm.evaluation.questions import Question
 from carelm.recipe import Recipe
 
@@ -23,6 +24,7 @@ def make_results(
     lines: dict[str, list[dict[str, Any]]],
     measured: dict[str, dict[str, Any]],
     checks: Sequence[check_scores.AskedCheck] = (),
+    labelled: Labelled | None = None,
 ) -> dict[str, Any]:
     """The content of `results.json`, less what is known of the test split and the conditions.
 
@@ -32,7 +34,9 @@ def make_results(
         lines: for each model its predictions in the order of the questions.
         measured: for each model what was measured while it answered.
         checks: the recipe's, for these questions.
+        labelled: what is known of labels beside the answers.
     """
+    labelled = labelled or Labelled()
     conversations, references = [q.conversation for q in questions], [q.references for q in questions]
     tokenizer = scripts.bleu_tokenizer(references)
     deciding = _deciding(recipe, references)
@@ -41,6 +45,7 @@ def make_results(
     for name, predicted in lines.items():
         answers = scores.Answers(conversations, [p["prediction"] for p in predicted], references)
         turns = scores.per_turn(answers, recipe.labels, tokenizer)
+        turns |= label_results.constrained_scores(recipe, questions, labelled, name)
         turns |= repetition.per_turn(answers.predictions, [p["new_tokens"] for p in predicted])
         scored[name] = scores.resample(scores.by_conversation(turns, conversations), drawn)
         models[name] = {
@@ -53,7 +58,15 @@ def make_results(
         ranked[name] = turns[deciding].score(turns[deciding].table)
         if recipe.labels:
             models[name]["confusion"] = scores.confusion(turns, recipe.labels)
-    pairs = scores.compare(scored)
+        if name in labelled.log_probabilities:
+            models[name]["constrained_confusion"] = scores.confusion(turns, recipe.labels, scores.CONSTRAINED)
+            models[name] |= label_results.certainty(recipe, questions, labelled, name, drawn)
+    of_baselines, baselines = label_results.baselines(recipe, questions, labelled, drawn)
+    all_pairs = scores.compare(of_baselines | scored, baselines)
+    for a, b, compared in ((*pair["models"], pair["scores"]) for pair in all_pairs):
+        if a in baselines:
+            baselines[a]["differences"][b] = compared
+    pairs = [pair for pair in all_pairs if pair["models"][0] in models]
     for pair in pairs:
         a, b = pair["models"]
         pair["changed_by"] = deciding
@@ -67,11 +80,15 @@ def make_results(
     return {
         "primary_metric": recipe.primary_metric,
         "models": models,
+        "baselines": baselines,
         "pairs": pairs,
         "checks": checked,
         "tests": {},
         "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
-        "cautions": _cautions(recipe, measured, len(pairs)) + _about_answers(recipe, questions, models) + unchecked,
+        "cautions": _cautions(recipe, measured, len(all_pairs))
+        + _about_answers(recipe, questions, models)
+        + label_results.cautions(recipe, labelled, models)
+        + unchecked,
         "examples": {name: _extremes(questions, values) for name, values in ranked.items()},
         "signatures": {
             "rouge": f"rouge_score {version('rouge-score')}, no stemmer, F-measure",

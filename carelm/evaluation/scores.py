@@ -9,7 +9,7 @@ the same draws, which takes the difficulty of a conversation out of their differ
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,10 +23,12 @@ from carelm.evaluation.rouge import ROUGE_TYPES, rouge
 from carelm.evaluation.scripts import bleu_tokenizer, unify
 
 TEXT_SCORES = (*ROUGE_TYPES, "bleu", "chrf", "exact_match")
-LABEL_SCORES = ("accuracy", "macro_f1")
+CONSTRAINED = "constrained_"
+LABEL_SCORES = ("accuracy", "macro_f1", f"{CONSTRAINED}accuracy", f"{CONSTRAINED}macro_f1")
 UNREFERENCED = ("repeated_4grams", "answer_words", "answer_tokens")  # no score: neither more nor less is better
 NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU",
          "chrf": "chrF", "exact_match": "exact match", "accuracy": "accuracy", "macro_f1": "macro F1",
+         "constrained_accuracy": "accuracy, constrained", "constrained_macro_f1": "macro F1, constrained",
          "repeated_4grams": "repeated 4-grams", "answer_words": "answer length, words",
          "answer_tokens": "answer length, tokens"}  # fmt: skip
 UNPARSABLE = "unparsable"
@@ -101,16 +103,26 @@ def per_turn(answers: Answers, labels: Sequence[str] = (), tokenizer: str | None
     found["bleu"] = Statistics(_in_parts(answers, lambda p, r: _bleu_rows(words, p, r)), _bleu)
     found["chrf"] = Statistics(_in_parts(answers, _chrf_rows), _chrf)
     if labels:
-        columns = np.array(labels, object)
         given, true = (
-            np.array([parse_label(text, labels) for text in texts], object)[:, None] == columns
+            [parse_label(text, labels) for text in texts]
             for texts in (predictions, [several[0] for several in references])
         )
-        right = (given & true).any(1)
-        found["accuracy"] = mean_of(right.astype(float))
-        counts = np.stack([given & true, given & ~true, true & ~given], 2).astype(float)
-        found["macro_f1"] = Statistics(counts.reshape(len(right), -1), _macro_f1)
+        found |= label_scores(given, true, labels)
     return found
+
+
+def label_scores(
+    given: Sequence[str | None], true: Sequence[str], labels: Sequence[str], prefix: str = ""
+) -> dict[str, Statistics]:
+    """Accuracy and macro F1 of the labels given (None: none) with a row for each question, named with `prefix` in front."""
+    columns = np.array(labels, object)
+    given, true = (np.array([*several], object)[:, None] == columns for several in (given, true))
+    right = (given & true).any(1)
+    counts = np.stack([given & true, given & ~true, true & ~given], 2).astype(float)
+    return {
+        f"{prefix}accuracy": mean_of(right.astype(float)),
+        f"{prefix}macro_f1": Statistics(counts.reshape(len(right), -1), macro_f1),
+    }
 
 
 def by_conversation(turns: dict[str, Statistics], conversations: Sequence[str]) -> dict[str, Statistics]:
@@ -194,22 +206,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def compare(models: dict[str, dict[str, Scored]]) -> list[dict[str, Any]]:
-    """Every two models: for each score the paired difference (second less first), Holm-adjusted over the pairs."""
-    pairs = [{"models": [a, b], "scores": {}} for a, b in itertools.combinations(models, 2)]
-    for name in next(iter(models.values())) if pairs else ():
-        for pair in pairs:
+def compare(models: dict[str, dict[str, Scored]], baselines: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Every two models, and every one with each of the `baselines` among them (those stand first): for each score that both
+    have the paired difference (second less first), Holm-adjusted over these pairs."""
+    pairs = [{"models": [a, b], "scores": {}} for a, b in itertools.combinations(models, 2) if b not in baselines]
+    for name in dict.fromkeys(score for scored in models.values() for score in scored):
+        having = [pair for pair in pairs if all(name in models[model] for model in pair["models"])]
+        for pair in having:
             a, b = pair["models"]
             pair["scores"][name] = difference(models[a][name], models[b][name])
-        adjusted = holm([pair["scores"][name]["p_value"] for pair in pairs])
-        for pair, p_value in zip(pairs, adjusted):
+        adjusted = holm([pair["scores"][name]["p_value"] for pair in having])
+        for pair, p_value in zip(having, adjusted):
             pair["scores"][name]["p_value_holm"] = p_value
     return pairs
 
 
-def confusion(turns: dict[str, Statistics], labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How often each true label was answered with each label, or with nothing that is one; from `per_turn(...)`."""
-    hit, wrong, missed = np.moveaxis(turns["macro_f1"].table.reshape(-1, len(labels), 3), -1, 0)
+def confusion(turns: dict[str, Statistics], labels: Sequence[str], prefix: str = "") -> dict[str, dict[str, int]]:
+    """How often each true label was answered with each label, or with nothing that is one; from `label_scores(...)`."""
+    hit, wrong, missed = np.moveaxis(turns[f"{prefix}macro_f1"].table.reshape(-1, len(labels), 3), -1, 0)
     given, true = hit + wrong, hit + missed
     table = true.T @ np.column_stack([given, 1 - given.sum(1)])
     return {label: dict(zip((*labels, UNPARSABLE), map(int, row))) for label, row in zip(labels, table)}
@@ -225,7 +239,7 @@ def share_of(counts: np.ndarray) -> Statistics:
     return Statistics(counts, lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1))
 
 
-def _macro_f1(sums: np.ndarray) -> np.ndarray:
+def macro_f1(sums: np.ndarray) -> np.ndarray:
     """Mean of 2 tp / (2 tp + fp + fn) over the labels that occur or are predicted, as scikit-learn's f1_score has it."""
     tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
     weight = 2 * tp + fp + fn

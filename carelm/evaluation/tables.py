@@ -26,6 +26,11 @@ def ranged(score: str, figure: dict[str, float], key: str = "value") -> tuple[st
     return value, f"{low} to {high}"
 
 
+def shared_scores(models: dict[str, dict[str, Any]]) -> list[str]:
+    """The scores that all models have: an endpoint's model tells no probabilities of labels."""
+    return [score for score in (*TEXT_SCORES, *LABEL_SCORES) if all(score in model for model in models.values())]
+
+
 def make_tables(results: dict[str, Any]) -> list[Table]:
     """What is shown below scores, speed and categories."""
     elsewhere = (
@@ -37,7 +42,7 @@ def make_tables(results: dict[str, Any]) -> list[Table]:
 def _elsewhere(name: str, test: dict[str, Any], said: list[str]) -> list[Table]:
     """One of `also_test`: what the models do on questions that they were not trained for."""
     models, pairs, about = test["models"], test["pairs"], test["test"]
-    scores = [score for score in (*TEXT_SCORES, *LABEL_SCORES) if score in next(iter(models.values()))]
+    scores = shared_scores(models)
     rows = [
         [NAMES[score] + (" (decides)" if score == test["primary_metric"] else ""),
          *(_cell(score, m[score]) for m in models.values()),

@@ -213,3 +213,10 @@ def test_it_stands_beside_the_base_in_the_report_and_its_key_nowhere(endpoint, t
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5 and not any(SECRET.encode() in path.read_bytes() for path in files)
     assert SECRET not in "".join(capsys.readouterr())
+
+
+def test_a_label_that_is_chosen_by_its_probability_cannot_decide_over_an_endpoint(tmp_path):
+    keys = ["--labels", "yes", "no", "--primary_metric", "constrained_macro_f1", "--api_url", "http://127.0.0.1:9/v1"]
+    recipe = load_recipe(keys, usage="")
+    with pytest.raises(UserError, match="api:small, which tells no probabilities of labels; set macro_f1"):
+        api.prepare(recipe, api.find_api(recipe, "api:small"), QUESTIONS, tmp_path)

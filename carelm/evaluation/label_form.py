@@ -1,0 +1,63 @@
+"""How a recipe's answers hold their labels. Imports no torch."""
+
+from dataclasses import dataclass
+
+from carelm import ranks
+from carelm.data.templates import around_last_column
+from carelm.errors import UserError
+from carelm.evaluation.labels import parse_label
+from carelm.evaluation.questions import Question
+from carelm.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an answer holds its label: the reason, where there is one, `between`, the label, `behind`.
+
+    Attributes:
+        labels: in the recipe's order.
+    """
+
+    labels: tuple[str, ...]
+    has_reason: bool
+    between: str
+    behind: str
+
+    def answer(self, label: str, reason: str = "") -> str:
+        return f"{reason}{self.between}{label}{self.behind}"
+
+    def reason(self, text: str) -> str:
+        """What a free answer says before its label: all of it, where it does not come to one; nothing without a reason."""
+        if not self.has_reason:
+            return ""
+        before, found, _ = text.rpartition(self.between.rstrip() or self.between)
+        return before if found else text
+
+    def true_label(self, question: Question) -> str:
+        return parse_label(question.references[0], self.labels)
+
+
+def find_form(recipe: Recipe, questions: list[Question]) -> Form | None:
+    """How the recipe's answers hold their labels; None, which is said, where they do not end in one.
+
+    Raises:
+        UserError: where a constrained score is to decide and there is none.
+    """
+    if not recipe.labels:
+        return None
+    parts = around_last_column(recipe.completion_template) if recipe.completion_template else (False, "", "")
+    form = Form(tuple(recipe.labels), *parts)
+    for question in questions:
+        reference, end = question.references[0], form.answer(form.true_label(question))
+        fits = reference.endswith(end) if form.has_reason else reference == end
+        if form.has_reason and not form.between:
+            why = "completion_template has no text between the reason and the label"
+        elif not fits and not recipe.reference_columns:
+            why = f"the answer of {question.id} does not end in a label as the list has it ({end.strip()!r})"
+        else:
+            continue
+        if recipe.primary_metric.startswith("constrained"):
+            raise UserError(f"primary_metric: {recipe.primary_metric} cannot be had: {why}")
+        ranks.say(f"labels are read from free answers and not scored by their probability: {why}")
+        return None
+    return form

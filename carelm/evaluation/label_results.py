@@ -1,0 +1,171 @@
+"""Label scores -> what `results.json` says of labels: chosen from the list, how sure, what they decide, and the baselines."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from carelm.evaluation import calibration, overlap, scores
+from carelm.evaluation.label_form import Form
+from carelm.evaluation.labels import parse_label
+from carelm.evaluation.questions import Question
+from carelm.evaluation.scores import CONSTRAINED, Scored, Statistics
+from carelm.recipe import Recipe
+
+PRECISION = 0.95  # at which a help desk lets labels decide
+FEWEST_VALIDATION = 50  # questions, below which a temperature or threshold says little
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What is known of labels beside the free answers.
+
+    Attributes:
+        form: how answers hold their labels; None where labels are read from free answers alone.
+        validation: the validation split's questions.
+        log_probabilities: for each model and split ("test", "validation") those of the labels, [questions, labels].
+    """
+
+    form: Form | None = None
+    validation: list[Question] = field(default_factory=list)
+    log_probabilities: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+def constrained_scores(
+    recipe: Recipe, questions: list[Question], labelled: Labelled, model: str
+) -> dict[str, Statistics]:
+    """Accuracy and macro F1 of the likeliest labels, with a row for each question; none where the model's are not scored."""
+    if model not in labelled.log_probabilities:
+        return {}
+    likeliest = labelled.log_probabilities[model]["test"].argmax(1)
+    given = [recipe.labels[k] for k in likeliest]
+    return scores.label_scores(given, [recipe.labels[k] for k in _true(recipe, questions)], recipe.labels, CONSTRAINED)
+
+
+def certainty(
+    recipe: Recipe, questions: list[Question], labelled: Labelled, model: str, drawn: np.ndarray
+) -> dict[str, Any]:
+    """How far one model's probabilities can be trusted: `calibration`, for two labels `precision_recall`, and `decided`, the
+    share of the test questions that is left to the model at a precision of 0.95.
+
+    The temperature and the threshold are chosen on the validation questions, and all else is of the test questions. What is
+    decided is, of two labels, every question that gets the first one with a probability from the threshold on; of more labels,
+    every question whose likeliest label has one.
+
+    Args:
+        drawn: how often each conversation is in each resample, [resamples, conversations].
+    """
+    found = labelled.log_probabilities[model]
+    true, probability = _true(recipe, questions), calibration.probabilities(found["test"])
+    about: dict[str, Any] = {"calibration": {"before": _reliability(probability, true)}}
+    conversations = [q.conversation for q in questions]
+    names = {name: k for k, name in enumerate(sorted(set(conversations)))}
+    if labelled.validation:
+        of_validation = _true(recipe, labelled.validation)
+        temperature = calibration.fit_temperature(found["validation"], of_validation)
+        probability = calibration.probabilities(found["test"], temperature)
+        about["calibration"] |= {
+            "temperature": temperature,
+            "validation_questions": len(of_validation),
+            "after": _reliability(probability, true),
+        }
+        of_validation = _decidable(calibration.probabilities(found["validation"], temperature), of_validation)
+        about["decided"] = _decided(of_validation, _decidable(probability, true), conversations, drawn)
+    if len(recipe.labels) == 2:
+        owner = np.array([names[name] for name in conversations])
+        average, precision, resampled = calibration.precision_recall(probability[:, 0], true == 0, owner, drawn)
+        low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+        about["precision_recall"] = {
+            "positive": recipe.labels[0],
+            "average_precision": scores.interval(average),
+            "curve": [
+                dict(zip(("recall", "precision", "low", "high"), map(float, point)))
+                for point in zip(calibration.RECALLS, precision, low, high)
+            ],
+        }
+    return about
+
+
+def baselines(
+    recipe: Recipe, questions: list[Question], labelled: Labelled, drawn: np.ndarray
+) -> tuple[dict[str, dict[str, Scored]], dict[str, Any]]:
+    """The scores of the word overlap of `overlap_columns`, on the same resamples as the models', and what to know of it; none
+    where the recipe names no such columns or there are no validation rows."""
+    if not recipe.overlap_columns or not labelled.validation:
+        return {}, {}
+    scored, about = {}, {}
+    for name in overlap.MEASURES:
+        threshold = overlap.choose_threshold(
+            overlap.overlaps(labelled.validation, name), _true(recipe, labelled.validation) == 0
+        )
+        given = [recipe.labels[int(value < threshold)] for value in overlap.overlaps(questions, name)]
+        true = [recipe.labels[k] for k in _true(recipe, questions)]
+        # it has one answer to each question, with which the models' free and constrained ones are both compared
+        turns = {
+            k: v
+            for prefix in ("", CONSTRAINED)
+            for k, v in scores.label_scores(given, true, recipe.labels, prefix).items()
+        }
+        scored[name] = scores.resample(scores.by_conversation(turns, [q.conversation for q in questions]), drawn)
+        about[name] = {"threshold": threshold, "validation_questions": len(labelled.validation),
+                       **{score: scores.interval(scored[name][score]) for score in ("accuracy", "macro_f1")},
+                       "confusion": scores.confusion(turns, recipe.labels), "differences": {}}  # fmt: skip
+    return scored, about
+
+
+def cautions(recipe: Recipe, labelled: Labelled, models: dict[str, Any]) -> list[str]:
+    """What the figures of certainty do not say by themselves."""
+    found, number = [], len(labelled.validation)
+    if (labelled.form or recipe.overlap_columns) and number < FEWEST_VALIDATION:
+        instead = (
+            "labels are neither calibrated nor thresholds chosen"
+            if not number
+            else "thresholds and temperatures say little"
+        )
+        found.append(
+            f"{number or 'No'} validation questions: {instead}; set validation_fraction or max_eval_samples higher."
+        )
+    for name, model in models.items():
+        if model.get("decided", {}).get("threshold", 0) is None:
+            found.append(
+                f"{name} decides no question: at no threshold is it {PRECISION:.0%} right on the validation questions."
+            )
+    return found
+
+
+def _true(recipe: Recipe, questions: list[Question]) -> np.ndarray:
+    return np.array([recipe.labels.index(parse_label(q.references[0], recipe.labels)) for q in questions])
+
+
+def _reliability(probability: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+    bins = calibration.reliability(probability.max(1), probability.argmax(1) == true)
+    return {
+        "expected_calibration_error": calibration.expected_calibration_error(bins),
+        "negative_log_likelihood": calibration.negative_log_likelihood(probability, true),
+        "bins": bins,
+    }
+
+
+def _decidable(probability: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The probability by which a question is decided, and whether it would be rightly."""
+    if probability.shape[1] == 2:
+        return probability[:, 0], true == 0
+    return probability.max(1), probability.argmax(1) == true
+
+
+def _decided(
+    validation: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    conversations: list[str],
+    drawn: np.ndarray,
+) -> dict[str, Any]:
+    threshold = calibration.threshold_for(PRECISION, *validation)
+    probability, right = test
+    decided = probability >= (np.inf if threshold is None else threshold)
+    counts = np.stack([right & decided, decided], 1).astype(float)
+    turns = {"share": scores.mean_of(decided.astype(float)), "precision": scores.share_of(counts)}
+    found = scores.resample(scores.by_conversation(turns, conversations), drawn)
+    figures = {"share": scores.interval(found["share"])}
+    if decided.any():
+        figures["precision"] = scores.interval(found["precision"])
+    return {"at_precision": PRECISION, "threshold": threshold, **figures}

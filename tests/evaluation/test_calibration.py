@@ -1,0 +1,80 @@
+"""Temperatures, calibration errors, precision and recall, thresholds and word overlap against figures made by hand."""
+
+import numpy as np
+import pytest
+
+from carelm.evaluation import calibration, overlap, scores
+from carelm.evaluation.questions import Question
+
+
+def test_the_temperature_that_made_the_labels_is_found():
+    random = np.random.default_rng(0)
+    real = random.normal(size=(20000, 3)) * 2
+    true = np.array([random.choice(3, p=p) for p in calibration.probabilities(real)])
+    for factor in (0.4, 1.0, 5.0):
+        found = calibration.fit_temperature(real * factor, true)
+        assert found == pytest.approx(factor, rel=0.05)
+        after = calibration.negative_log_likelihood(calibration.probabilities(real * factor, found), true)
+        for other in (found * 0.9, found * 1.1):
+            assert after < calibration.negative_log_likelihood(calibration.probabilities(real * factor, other), true)
+
+
+def test_labels_that_are_always_right_and_always_wrong_have_a_temperature_at_the_end_of_its_range():
+    sure = np.array([[0.0, -3.0], [-2.0, 0.0]])
+    assert calibration.fit_temperature(sure, np.array([0, 1])) == pytest.approx(1 / 100)
+    assert calibration.fit_temperature(sure, np.array([1, 0])) == pytest.approx(100)
+
+
+def test_the_calibration_error_is_the_mean_distance_over_bins_of_equal_counts():
+    confidence = np.repeat([0.9, 0.6], 30)
+    right = np.array([True] * 15 + [False] * 15 + [True] * 30)
+    random = np.random.default_rng(1).permutation(60)
+    bins = calibration.reliability(confidence[random], right[random])
+    assert len(bins) == 15 and {b["questions"] for b in bins} == {4}
+    by_hand = [abs(b["accuracy"] - b["confidence"]) for b in bins]
+    assert calibration.expected_calibration_error(bins) == pytest.approx(np.mean(by_hand))
+    perfect = calibration.reliability(np.full(20, 0.5), np.tile([True, False], 10)[:20])
+    assert sum(b["questions"] for b in perfect) == 20 and len(calibration.reliability(confidence[:3], right[:3])) == 3
+
+
+def test_average_precision_and_the_curve_are_those_of_a_count_by_hand_and_ties_are_decided_together():
+    score, positive = np.array([0.9, 0.8, 0.8, 0.3]), np.array([True, False, True, False])
+    owner, drawn = np.arange(4), np.array([[1, 1, 1, 1], [2, 0, 1, 1], [0, 2, 0, 2]], np.uint8)
+    average, precision, resampled = calibration.precision_recall(score, positive, owner, drawn)
+    assert average.value == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert precision[0] == 1 and precision[9] == 1 and precision[10] == precision[19] == pytest.approx(2 / 3)
+    assert average.resampled == pytest.approx([average.value, 1.0, 0.0]) and resampled.shape == (3, 20)
+
+
+def test_the_threshold_is_the_lowest_from_which_on_enough_is_right():
+    score = np.array([0.99, 0.9, 0.8, 0.8, 0.2])
+    assert calibration.threshold_for(0.75, score, np.array([True, False, True, True, False])) == 0.8
+    assert calibration.threshold_for(0.95, score, np.array([True, True, True, False, False])) == 0.9
+    assert calibration.threshold_for(0.95, score, np.array([False, True, True, True, True])) is None
+
+
+def asked(*pairs):
+    return [Question(str(i), str(i), "none", [], ["yes"], compared=pair) for i, pair in enumerate(pairs)]
+
+
+def test_words_overlap_whatever_their_case_and_in_scripts_without_spaces():
+    both, shorter = overlap.MEASURES
+    questions = asked(("Where is my order?", "My ORDER, where"), ("退款", "我要退款"), ("", "a"), ("lamp", "kettle"))
+    assert overlap.overlaps(questions, both).tolist() == [3 / 4, 2 / 4, 0, 0]
+    assert overlap.overlaps(questions, shorter).tolist() == [1, 1, 0, 0]
+
+
+def test_the_threshold_of_overlap_is_the_best_of_all_that_there_are():
+    random = np.random.default_rng(2)
+    for _ in range(20):
+        found = random.integers(0, 8, 40) / 8
+        positive = random.random(40) < found
+        threshold = overlap.choose_threshold(found, positive)
+
+        def macro_f1(at, found=found, positive=positive):
+            given = ["yes" if value >= at else "no" for value in found]
+            table = scores.label_scores(given, ["yes" if p else "no" for p in positive], ["yes", "no"])["macro_f1"]
+            return float(table.score(table.table.sum(0)))
+
+        assert macro_f1(threshold) == pytest.approx(max(macro_f1(at) for at in np.unique(found)))
+        assert threshold not in found or threshold == found.min()
