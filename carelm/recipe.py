@@ -178,8 +178,8 @@ class Recipe:
     )
     also_test: list[str] = _key(
         [],
-        "Recipes whose test questions the models answer too: data, references, labels, checks, lengths and primary_metric are "
-        "theirs; the smaller max_eval_samples counts.",
+        "Recipes whose test questions the models answer too: data (or RECIPE=DATA), references, labels, checks, lengths and "
+        "primary_metric are theirs; the smaller max_eval_samples counts.",
     )
     checks: list[dict[str, Any]] = _key(
         [],

@@ -107,21 +107,22 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
 
 def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
     """The recipes in `also_test` by their files' names, each as this run with the other's data, references, labels, checks,
-    lengths and primary metric. Nothing is timed there.
+    lengths and primary metric. RECIPE=DATA puts other data in the place of the recipe's. Nothing is timed there.
 
     Raises:
         UserError: for one that cannot be read, is there twice or has `also_test` itself, and for keys that do not agree.
     """
     tests: dict[str, Recipe] = {}
     paths: list[Path] = []
-    for file in recipe.also_test:
+    for entry in recipe.also_test:
+        file, _, data = (entry, "", "") if Path(locate(entry)).exists() else entry.partition("=")
         path = Path(locate(file))
         if path.resolve() in paths:
             raise UserError(f"also_test: {file} stands there twice; remove one")
         if path.stem in tests:
             raise UserError(f"also_test: two are called '{path.stem}'; rename one of the files")
         paths.append(path.resolve())
-        own = _read_keys(path)
+        own = _read_keys(path) | ({"dataset_name": data} if data else {})
         if own.get("also_test"):
             raise UserError(
                 f"also_test: {file} has also_test itself; name its recipes here too, and a recipe without it"

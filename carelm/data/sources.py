@@ -198,7 +198,7 @@ def _load_hub(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
         reason = first_line(error)
         raise UserError(
             f"dataset_name: {recipe.dataset_name} is no file here and cannot be had from the Hub ({reason}); "
-            "--dataset_name FILE puts a file in its place"
+            "name a file or folder in its place"
         ) from None
     names, words = SplitNames(recipe), {str(name).casefold(): name for name in loaded}
     names.check(words.items(), recipe.dataset_name)

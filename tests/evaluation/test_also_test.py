@@ -64,6 +64,13 @@ def test_the_other_recipe_gives_data_labels_lengths_and_metric_and_this_one_the_
     assert recipe.max_length == 128 and recipe.labels == []
 
 
+def test_other_data_may_stand_in_the_place_of_the_recipes(files):
+    (files / "odd=name.yaml").write_text((files / "clinic.yaml").read_text())
+    recipe = load(files, "--also_test", f"{files}/clinic.yaml=elsewhere/rows=1", f"{files}/odd=name.yaml")
+    found = load_also_tests(recipe)
+    assert found["clinic"].dataset_name == "elsewhere/rows=1" and found["odd=name"].dataset_name.endswith("rows/clinic")
+
+
 @pytest.mark.parametrize("own, others, counts", [(None, 5, 5), (2, 5, 2), (5, 2, 2), (2, None, 2), (None, None, None)])
 def test_the_smaller_limit_of_test_rows_counts(files, own, others, counts):
     with open(files / "clinic.yaml", "a") as file:
