@@ -1,12 +1,17 @@
 """{priority} and {sentiment} in templates: made of the customer's words, the same wherever a prompt is made."""
 
 import importlib.util
+import itertools
+from pathlib import Path
 
 import pytest
+import yaml
 from small_rows import write_jsonl
 
 from carelm.data import splits, tags
 from carelm.errors import UserError
+from carelm.files import locate
+from carelm.recipe_file import load_recipe
 
 TEMPLATE = "[PRIORITY: {priority}] [SENTIMENT: {sentiment}] {question}"
 TEXTS = [
@@ -110,6 +115,17 @@ def test_sentiment_without_textblob_is_one_line_with_the_command(tagged, monkeyp
 def test_tags_without_their_column_are_one_line(tagged, keys, problem):
     with pytest.raises(UserError, match=problem):
         splits.make_examples(tagged(**keys))
+
+
+def test_the_ready_sweep_is_one_run_without_tags_and_one_with_both():
+    sweep = yaml.safe_load(Path(locate("recipes/sweeps/tags.yaml")).read_text())
+    named = []
+    for run in sweep["runs"]:
+        words = [["--" + key, *([value] if isinstance(value, str) else value)] for key, value in
+                 (sweep["overrides"] | run).items()]  # fmt: skip
+        recipe = load_recipe(["--config", sweep["recipe"], *itertools.chain(*words)], usage="")
+        named.append(tags.used_tags(recipe))
+    assert named == [[], ["priority", "sentiment"]]
 
 
 def test_a_column_of_a_tags_name_is_a_column_without_tag_column_and_refused_beside_it(make, tmp_path):
