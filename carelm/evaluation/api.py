@@ -99,15 +99,19 @@ def find_api(recipe: Recipe, name: str) -> ApiModel:
         raise UserError("models: 'api:' names no model; write api:NAME, as the endpoint calls it")
     if not recipe.api_url:
         raise UserError(f"models: '{name}' needs api_url, the endpoint's address, such as https://api.openai.com/v1")
-    parts = urllib.parse.urlsplit(recipe.api_url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UserError(f"api_url: {recipe.api_url!r} is no address; write it as https://api.openai.com/v1")
-    if "@" in parts.netloc or parts.query:
+    try:
+        parts = urllib.parse.urlsplit(recipe.api_url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of brackets and ports
+        is_address = False
+    if "@" in recipe.api_url or "?" in recipe.api_url:
         raise UserError(
             f"api_url: it may hold no password and no query, because it is written down; the key is read from {KEY}"
         )
+    if not (is_address and recipe.api_url.isascii() and recipe.api_url.isprintable() and " " not in recipe.api_url):
+        raise UserError(f"api_url: {recipe.api_url!r} is no address; write it as https://api.openai.com/v1")
     key = os.environ.get(KEY, "").strip()
-    if not (key.isascii() and (key + " ").isprintable()):
+    if not (key.isascii() and key.isprintable()):
         raise UserError(f"{KEY}: the environment holds a key with signs that no key has; set it again")
     return ApiModel(
         f"api:{model.replace('/', '-')}", model, recipe.api_url.rstrip("/").removesuffix("/chat/completions")

@@ -188,6 +188,9 @@ def test_an_empty_answer_and_tool_calls_are_answers(endpoint, tmp_path):
     ("api:gpt", None, "models: 'api:gpt' needs api_url"),
     ("api:gpt", "x.example/v1", "api_url: 'x.example/v1' is no address"),
     ("api:gpt", "file:///etc/passwd", "api_url: 'file:///etc/passwd' is no address"),
+    ("api:gpt", "http://[::1/v1", "api_url: 'http://[::1/v1' is no address"),
+    ("api:gpt", "http://x.example:99999/v1", "api_url: 'http://x.example:99999/v1' is no address"),
+    ("api:gpt", "http://x.example /v1", "api_url: 'http://x.example /v1' is no address"),
     ("api:gpt", "https://me:secret@x.example/v1", "api_url: it may hold no password and no query"),
     ("api:gpt", "https://x.example/v1?key=1", "api_url: it may hold no password and no query"),
 ])  # fmt: skip
@@ -196,6 +199,12 @@ def test_an_address_that_is_none_is_one_line(name, url, problem):
     with pytest.raises(UserError) as caught:
         api.find_api(recipe, name)
     assert str(caught.value).startswith(problem) and "secret" not in str(caught.value)
+
+
+def test_a_key_that_cannot_be_sent_is_one_line_without_it(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\nagain")
+    problem = error_of(endpoint, tmp_path)
+    assert problem.startswith("OPENAI_API_KEY: the environment holds a key with signs") and SECRET not in problem
 
 
 def test_it_stands_beside_the_base_in_the_report_and_its_key_nowhere(endpoint, tmp_path, monkeypatch, capsys):
