@@ -82,6 +82,10 @@ def check(recipe: Recipe) -> None:
             f"load_in_{recipe.bits}bit: false"
         )
     _check_lora(recipe)
+    if recipe.adapter == "":
+        raise UserError("adapter: it names no folder; leave it out to begin with a new one")
+    if recipe.adapter and recipe.method == "full":
+        raise UserError("adapter: method: full trains no adapter; leave out one of the two")
     smoothing = recipe.training.get("label_smoothing_factor") or 0
     if not 0 <= smoothing < 1:
         raise UserError(f"label_smoothing_factor: {smoothing} is not at least 0 and below 1")

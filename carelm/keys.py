@@ -50,7 +50,7 @@ LORA_KEYS = (
 )  # fmt: skip
 NOT_ABOUT_DATA = {
     "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
-    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", *LORA_KEYS, *EVALUATION_KEYS,
+    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", "adapter", *LORA_KEYS, *EVALUATION_KEYS,
 }  # fmt: skip
 # What a recipe in also_test says beside its data: how its questions are asked and scored.
 OF_A_TEST = (

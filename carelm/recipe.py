@@ -37,6 +37,10 @@ class Recipe:
     group_by_length: bool = _key(True, "Batch examples of like length; the groups depend on batch and seed alone.")
     num_virtual_tokens: int = _key(20, "Length of the trained prompt (method: prompt_tuning).")
     prompt_tuning_init_text: str | None = _key(None, "Text whose embeddings the trained prompt starts from.")
+    adapter: str | None = _key(
+        None,
+        "Folder of an adapter that the run goes on from, on this recipe's rows: it decides method, rank, alpha and modules.",
+    )
     layers_to_transform: list[int] | None = _key(None, "Layers that LoRA changes, by number from 0 (default: all).")
     layers_pattern: list[str] | None = _key(
         None, "What the base calls its list of layers, where it has several (layers, h): goes with layers_to_transform."

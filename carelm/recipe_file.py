@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from carelm.adapter_folder import decided_of_run
 from carelm.checks import check
 from carelm.errors import UserError
 from carelm.files import locate, write_whole
@@ -95,9 +96,9 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
         say(
             "the recipe names no base: demo/base is taken, a toy; set model_name_or_path, or add one of recipes/overlays/"
         )
-    values = {**DEFAULTS, **values}
     name = "+".join(path.stem for path in paths)
     values.setdefault("output_dir", f"outputs/{name}")
+    values = {**DEFAULTS, **_decided_by_adapter(values), **values}
     by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
                 ("own", "training", "model")}  # fmt: skip
     recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=name)
@@ -176,6 +177,16 @@ def check_identity(recipe: Recipe, path: Path) -> None:
             f"output_dir {path.parent} holds another run, made with other values of {', '.join(changed)}: set another "
             "output_dir, or --restart to begin anew (the old folder is renamed and kept)"
         )
+
+
+def _decided_by_adapter(values: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe's `adapter` decides; that a key of the recipe says otherwise is found when the run begins."""
+    if not values.get("adapter"):
+        return {}
+    saved = Path(values["output_dir"]) / "recipe.yaml"
+    decided = decided_of_run(values["adapter"], _read_yaml(saved) if saved.is_file() else {})
+    decided = {key: value for key, value in decided.items() if value is not None or key in DEFAULTS}
+    return {key: typed(known_keys()[key], value, f"adapter {values['adapter']}: ") for key, value in decided.items()}
 
 
 def _print_help(usage: str, only_own: bool) -> NoReturn:

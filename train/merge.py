@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 from carelm import interrupts, quiet, ranks  # noqa: F401
+from carelm.adapter_folder import adapter_fingerprint
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.files import write_whole
@@ -101,7 +102,7 @@ def make() -> None:
     about = {
         "onto": onto,
         "dtype": dtype,
-        "adapter": candidates.adapter_fingerprint(options.adapter),
+        "adapter": adapter_fingerprint(options.adapter),
         "bits": held.bits,
     }
     tolerance = (

@@ -22,6 +22,7 @@ import time
 STARTED = time.time()
 
 from carelm import interrupts, quiet, ranks  # noqa: E402, F401
+from carelm.adapter_folder import check_adapter  # noqa: E402
 from carelm.chat.chat import make_chat  # noqa: E402
 from carelm.chat.preview import preview  # noqa: E402
 from carelm.data.report import format_report  # noqa: E402
@@ -41,6 +42,8 @@ def main() -> None:
         ranks.say(f"{recipe.output_dir} holds this run, finished at step {finished['global_step']}; nothing to do")
         return report(runs.publish(recipe, finished))
 
+    if recipe.adapter:
+        check_adapter(recipe)
     chat = make_chat(recipe)
     if recipe.preview:
         return print(preview(recipe, chat, recipe.preview)) if ranks.rank() == 0 else None
@@ -107,6 +110,8 @@ def main() -> None:
         "total_parameters": total,
         "trainable_percent": round(100 * trainable / total, 4),
         "base_fingerprint": fingerprint,
+        "adapter": recipe.adapter,
+        "adapter_fingerprint": run.adapter_fingerprint,
         "data_fingerprint": prepared.fingerprint,
         "data_files": prepared.files,
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from carelm.adapter_folder import adapter_fingerprint
 from carelm.chat.chat import Chat
 from carelm.chat.tokenizer import load_tokenizer
 from carelm.data.sources import changed_files, hash_files
@@ -284,11 +285,6 @@ def _candidate(
     changed = dataclasses.replace(recipe, model=model, precision=precision, method="lora")
     home = adapter if adapter is not None and (adapter / "tokenizer_config.json").exists() else base
     return Candidate(name=label, kind=kind, recipe=changed, adapter=adapter, home=str(home))
-
-
-def adapter_fingerprint(folder: Path) -> str:
-    """A hash of an adapter's weights and settings."""
-    return fingerprint(*((folder / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")))
 
 
 def _keys_of(folder: Path) -> dict[str, Any]:

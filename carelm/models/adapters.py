@@ -20,7 +20,7 @@ from trl import ModelConfig
 
 from carelm.chat.chat import Chat
 from carelm.errors import UserError, first_line
-from carelm.models import targets
+from carelm.models import start, targets
 from carelm.models.attention import use_recomputed_attention
 from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config, no_language_model
 from carelm.models.lora import use_fused_lora
@@ -60,7 +60,12 @@ def check_base(recipe: Recipe) -> PreTrainedModel:
     if recipe.method == "lora":
         targets.check_names(model, recipe)
         with torch.device("meta"):
-            targets.check_patterns(add_adapter(model, recipe), recipe)
+            settings = adapter_config(recipe, model)
+            targets.check_patterns(changed := add_adapter(model, recipe), recipe)
+        if recipe.adapter:
+            start.check_start(changed, settings, recipe)
+    elif recipe.adapter:
+        start.check_start(model, adapter_config(recipe, model), recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and recipe.max_length > positions:
         say(f"max_length {recipe.max_length} is beyond the {positions} positions that the base was trained on")
@@ -166,6 +171,8 @@ def load_model(
     if precision.name == "bf16" and base.device.type == "cpu":
         use_recomputed_attention(base)
     model = base if recipe.method == "full" else add_adapter(base, recipe, zero_stage)
+    if recipe.adapter:
+        start.load_start(model, recipe)
     for module in model.modules():
         if isinstance(module, LoraLayer) and precision.name != "fp32" and zero_stage == 0:
             module.cast_input_dtype_enabled = False  # autocast would take back the cast to the adapter's fp32

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from carelm.adapter_folder import start_fingerprint
 from carelm.data.report import shortened
 from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
@@ -39,6 +40,13 @@ def check(recipe: Recipe, metrics: dict[str, Any]) -> None:
         raise UserError(
             f"output_dir: the result of this finished run is not what it was: {shortened(changes)}; put it back, "
             f"{write if any(folder.glob('checkpoint-*')) else ''}{anew}"
+        )
+    begun_with = metrics.get("adapter_fingerprint")
+    if begun_with and (now := start_fingerprint(recipe)) is None:
+        say(f"the adapter that this finished run has gone on from is not here and is not compared ({recipe.adapter})")
+    elif begun_with and now != begun_with:
+        raise UserError(
+            f"adapter: {recipe.adapter} is not what this finished run has gone on from; put it back, or {anew}"
         )
     if changes := _changed_data(recipe, metrics, same_code):
         raise UserError(

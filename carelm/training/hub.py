@@ -31,6 +31,9 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
         ("ranks, ZeRO stage", f"{metrics['world_size']}, {metrics['zero_stage']}"),
         ("wall seconds", metrics["wall_seconds"]),
     ]
+    went_on = ""
+    if recipe.adapter:
+        went_on = f"It goes on from the adapter `{recipe.adapter}` (fingerprint {metrics['adapter_fingerprint']}).\n\n"
     table = "\n".join(f"| {name} | {value} |" for name, value in figures if value is not None)
     keys = {k: v for k, v in recipe.keys().items() if v not in (None, [], {})}
     return f"""---
@@ -40,7 +43,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
 
 A chat assistant fine-tuned with CareLM: {method}, from `{base}`.
 
-**Data.** `{recipe.dataset_name}`, rows used: {used}.
+{went_on}**Data.** `{recipe.dataset_name}`, rows used: {used}.
 
 | figure | value |
 |---|---|

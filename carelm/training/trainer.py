@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from trl import SFTConfig
 
+from carelm.adapter_folder import start_fingerprint
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.ranks import say, share
@@ -66,6 +67,7 @@ class Trainer(transformers.Trainer):
     ):
         self.recipe, self.prepared, self.chat = recipe, prepared, chat
         self.base_fingerprint, self.stops = base_fingerprint, stops
+        self.adapter_fingerprint = start_fingerprint(recipe)
         self.saved_step, self.evaluation_is_due = 0, False
         self.started = time.time()
         self.wall_seconds_before = 0.0
@@ -213,6 +215,7 @@ class Trainer(transformers.Trainer):
             "is_loss_chunked": self.model.is_loss_chunked,
             "data_fingerprint": self.prepared.fingerprint,
             "base_fingerprint": self.base_fingerprint,
+            "adapter_fingerprint": self.adapter_fingerprint,
         }
         checkpoints.save(self, folder, about)
         self.saved_step = self.state.global_step
@@ -237,8 +240,9 @@ class Trainer(transformers.Trainer):
         for key, now, what in (
             ("data_fingerprint", self.prepared.fingerprint, "dataset_name: the training rows"),
             ("base_fingerprint", self.base_fingerprint, "model_name_or_path: the base's weights"),
+            ("adapter_fingerprint", self.adapter_fingerprint, "adapter: the weights that the run begins with"),
         ):
-            if mark[key] != now:
+            if mark.get(key) != now:
                 raise UserError(f"{what} are not those of {folder}; --restart begins anew, the old folder is kept")
         was, now = (mark["world_size"], mark["zero_stage"]), (self.args.world_size, zero_stage(self))
         if is_full(self) and was != now and (was[1] or now[1]):
