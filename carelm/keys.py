@@ -57,6 +57,8 @@ OF_A_TEST = (
     "reference_columns", "labels", "overlap_columns", "primary_metric", "max_new_tokens", "checks",
     "max_empty_share", "max_length",
 )  # fmt: skip
+# What a recipe in also_train says beside its data.
+OF_MIXED = ("labels", "max_empty_share")
 # Keys of SFTConfig and ModelConfig that CareLM derives or that have no effect here, and what to use instead.
 REFUSED = {
     "deepspeed": "name an accelerate file that holds it: accelerate launch --config_file accelerate_configs/zero2.yaml",

@@ -80,6 +80,11 @@ class Recipe:
     split_seed: int = _key(42, "Seed of these shares and of max_samples.")
     max_samples: int | None = _key(None, "Use at most this many training rows, drawn by split_seed.")
     max_eval_samples: int | None = _key(None, "Use at most this many validation rows, and as many test rows.")
+    also_train: dict[str, Any] | None = _key(
+        None,
+        "Recipes whose rows are trained on too, with how many of them: {recipes/shop.yaml: 500}, or all; each is mapped by its "
+        "own data keys, validation and test stay this recipe's.",
+    )
     row_filter: dict[str, Any] | None = _key(None, "Keep rows by column: {category: [ORDER, REFUND], lang: en}.")
     system_prompt: str | None = _key(
         None, "System message of every conversation that has none; {column} is filled in, {{ is a brace."
@@ -202,6 +207,7 @@ class Recipe:
     preview: int = _key(0, "Print this many rendered examples with the trained tokens marked, and exit.")
 
     name: str = ""
+    mixed: dict[str, "Recipe"] = field(default_factory=dict)  # those of also_train, by their names there
     training: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
 

@@ -21,6 +21,7 @@ from carelm.keys import (
     FREE_PREFIXES,
     NOT_ABOUT_DATA,
     OF_A_TEST,
+    OF_MIXED,
     REFUSED,
     Key,
     known,
@@ -103,7 +104,36 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
                 ("own", "training", "model")}  # fmt: skip
     recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=name)
     check(recipe)
+    recipe.mixed = _load_mixed(recipe)
     return recipe
+
+
+def _load_mixed(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipes in `also_train` by their names there, each as this run with the other's data."""
+    mixed: dict[str, Recipe] = {}
+    paths: list[Path] = []
+    for file, rows in (recipe.also_train or {}).items():
+        if rows != "all" and (type(rows) is not int or rows < 1):
+            raise UserError(f"also_train: {file}: {rows!r} is neither a whole number of at least 1 nor all")
+        path = Path(locate(str(file)))
+        if path.resolve() in paths:
+            raise UserError(f"also_train: {file} stands there twice; remove one")
+        paths.append(path.resolve())
+        try:
+            own = _read_keys(path)
+            if own.get("also_train"):
+                raise UserError("it has also_train itself; name its recipes here too, and a recipe without it")
+            template, ours = own.get("chat_template_path"), recipe.training.get("chat_template_path")
+            if template and (not ours or Path(locate(template)).resolve() != Path(locate(ours)).resolve()):
+                raise UserError(
+                    f"chat_template_path: {template} is not this run's ({ours}), and a run has one; set it here too"
+                )
+            values = _about_data(own, OF_MIXED) | {"max_samples": None, "also_train": None}
+            mixed[file] = dataclasses.replace(recipe, **values, name=str(file))
+            check(mixed[file])
+        except UserError as error:
+            raise UserError(f"also_train: {file}: {error}") from None
+    return mixed
 
 
 def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
@@ -136,19 +166,25 @@ def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def _with_test_of(recipe: Recipe, own: dict[str, Any], name: str) -> Recipe:
-    fields = {f.name: f for f in dataclasses.fields(Recipe) if "help" in f.metadata}
-    about_data = [key for key in fields if key not in NOT_ABOUT_DATA | FREE_KEYS]
-    values = {}
-    for key in (*about_data, *(key for key in OF_A_TEST if key in fields)):
-        field = fields[key]
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        values[key] = own.get(key, DEFAULTS.get(key, default))
+    values = _about_data(own, OF_A_TEST)
     limits = [limit for limit in (recipe.max_eval_samples, values["max_eval_samples"]) if limit is not None]
     values["max_eval_samples"] = min(limits, default=None)
     training = recipe.training | {"max_length": own.get("max_length", DEFAULTS["max_length"])}
     test = dataclasses.replace(recipe, **values, training=training, also_test=[], name=name)
     check(test)
     return dataclasses.replace(test, num_latency_prompts=0)
+
+
+def _about_data(own: dict[str, Any], more: tuple[str, ...]) -> dict[str, Any]:
+    """CareLM's keys about data, and `more` of them, as another recipe's file has them or by default."""
+    fields = {f.name: f for f in dataclasses.fields(Recipe) if "help" in f.metadata}
+    about_data = [key for key in fields if key not in NOT_ABOUT_DATA | FREE_KEYS]
+    values = {}
+    for key in (*about_data, *(key for key in more if key in fields)):
+        field = fields[key]
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        values[key] = own.get(key, DEFAULTS.get(key, default))
+    return values
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

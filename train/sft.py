@@ -112,6 +112,7 @@ def main() -> None:
         "base_fingerprint": fingerprint,
         "adapter": recipe.adapter,
         "adapter_fingerprint": run.adapter_fingerprint,
+        "shares": {part: r["share"] for part, r in prepared.report.items() if r["share"] is not None} or None,
         "data_fingerprint": prepared.fingerprint,
         "data_files": prepared.files,
     }

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 
 from carelm.chat.chat import Chat
+from carelm.data.mixture import draw_mixed
 from carelm.data.report import format_report
 from carelm.data.splits import make_examples
 from carelm.recipe import Recipe
@@ -23,5 +24,8 @@ def preview(recipe: Recipe, chat: Chat, number: int) -> str:
             )
     for split, report in reports.items():
         report.used = len(examples[split])
+    for name, (rows, report) in draw_mixed(recipe, examples).items():
+        report.used = len(rows)
+        reports[f"train of {name}"] = report
     parts.append("--- data, before tokens are counted\n" + format_report({s: asdict(r) for s, r in reports.items()}))
     return "\n".join(parts)

@@ -110,6 +110,8 @@ def prefetch(recipe: Recipe) -> None:
         folder = snapshot_download(recipe.base, revision=revision, ignore_patterns=ignored)
         ranks.say(f"model_name_or_path: {recipe.base} is in {folder}")
     _, reports = make_examples(recipe)
+    for other in recipe.mixed.values():
+        make_examples(other)
     ranks.say(
         f"dataset_name: {recipe.dataset_name} is here, " + ", ".join(f"{n} {r.rows} rows" for n, r in reports.items())
     )

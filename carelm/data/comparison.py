@@ -21,6 +21,14 @@ class Comparison:
             self._tools_count |= example.tools != tools
             self.have_turns |= sum(m["role"] == "assistant" for m in (*example.prompt, *example.completion)) > 1
 
+    @classmethod
+    def of_two(cls, examples: list[Example], others: list[Example]) -> "Comparison":
+        """For rows of two datasets: a system message that is the same in all rows of one is aside, whatever the other has."""
+        both, one, other = cls([*examples, *others]), cls(examples), cls(others)
+        both._system_counts = one._system_counts or other._system_counts
+        both._tools_count = one._tools_count or other._tools_count
+        return both
+
     def question(self, example: Example) -> str:
         """Everything before the answer, as JSON; `["What the user says"]` for a row with one turn."""
         return json.dumps(self._parts(example)[:-1], sort_keys=True, ensure_ascii=False)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from carelm.data.example import Example
+from carelm.data.mixture import draw_mixed
 from carelm.data.near_duplicates import NearDuplicates
 from carelm.data.splits import make_examples
 from carelm.data.templates import literals
@@ -16,8 +17,11 @@ def find_leaks(trained: Recipe, tested: Recipe) -> dict[str, Any]:
     sentence. What the users say is compared, without what the templates put around it."""
     test = [e for e in make_examples(tested)[0].get("test", []) if _asked(tested, e)]
     index = NearDuplicates(_asked(tested, e) for e in test)
-    train = make_examples(trained)[0]["train"]
-    found = [(e, test[match[0]]) for e in train if (text := _asked(trained, e)) and (match := index.find(text))]
+    examples, _ = make_examples(trained)
+    train = [(trained, e) for e in examples["train"]]
+    for name, (rows, _) in draw_mixed(trained, examples).items():
+        train += [(trained.mixed[name], e) for e in rows]
+    found = [(e, test[match[0]]) for by, e in train if (text := _asked(by, e)) and (match := index.find(text))]
     first = [f"{e.source} and {other.source}" for e, other in found[:MOST_NAMED]]
     sentence = f"{len(found)} of {len(train)} training rows are near-duplicates of its test questions"
     sentence += (

@@ -25,6 +25,8 @@ class SplitReport:
     truncated_share: float = 0.0
     tokens: int = 0
     trained_tokens: int = 0
+    share: float | None = None  # of all training examples, where also_train adds some
+    share_of_trained_tokens: float | None = None
 
 
 def list_counts(counts: dict[str, int], first: dict[str, str] | None = None) -> str:
@@ -51,6 +53,9 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"{split:<11}{r['rows']:>7}{r['used']:>7}{tokens}  {list_counts(r['dropped'], r['first_dropped'])}"
         )
+        if r["share"] is not None:
+            shares = f"{r['share']:.1%} of the examples, {r['share_of_trained_tokens']:.1%} of the trained tokens"
+            lines.append(f"{'':<11}{shares}")
         if r["files"]:
             lines.append(f"{'':<11}from {shortened(list(r['files']))}")
         lines += [f"{'':<11}{note}" for note in r["notes"]]

@@ -22,7 +22,8 @@ from carelm.data.tags import TAGS, add_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.data.values import as_text, as_word, cell_text
 from carelm.errors import UserError, first_line
-from carelm.files import locate
+from carelm.files import fingerprint, locate
+from carelm.keys import FREE_KEYS, NOT_ABOUT_DATA, OF_MIXED
 from carelm.ranks import say
 from carelm.recipe import Recipe
 
@@ -38,7 +39,8 @@ def is_hub_id(dataset_name: str) -> bool:
 
 
 def hash_files(recipe: Recipe) -> dict[str, str] | None:
-    """A hash of each file of the data, by its name; None for a Hub dataset.
+    """A hash of each file of the data, by its name; None for a Hub dataset. With those of `also_train`, and of how each of its
+    recipes maps them.
 
     Raises:
         UserError: where there is none, or one cannot be read.
@@ -53,7 +55,20 @@ def hash_files(recipe: Recipe) -> dict[str, str] | None:
                 hashes[name] = _hash(file, status.st_size, status.st_mtime_ns)
             except OSError as error:
                 raise UserError(f"dataset_name: {file} cannot be read ({error.strerror})") from None
+    for name, other in recipe.mixed.items():
+        try:
+            of_other = hash_files(other) or {}
+        except UserError as error:
+            raise UserError(f"also_train: {name}: {error}") from None
+        hashes[name] = fingerprint(recipe_keys_about_data(other))
+        hashes |= {f"{name}: {file}": digest for file, digest in of_other.items()}
     return hashes
+
+
+def recipe_keys_about_data(recipe: Recipe) -> dict[str, Any]:
+    """The keys that map another recipe's rows, for `also_train`."""
+    own = {key: value for key, value in recipe.keys().items() if key in Recipe.__dataclass_fields__}
+    return {key: value for key, value in own.items() if key not in NOT_ABOUT_DATA | FREE_KEYS or key in OF_MIXED}
 
 
 @lru_cache
@@ -75,7 +90,8 @@ def stay_offline(recipe: Recipe, *others: Recipe) -> None:
     most of a minute. To be called before any of them is imported. `others` name more data."""
     if recipe.training.get("push_to_hub"):
         return
-    if os.path.exists(recipe.base) and not any(is_hub_id(one.dataset_name) for one in (recipe, *others)):
+    recipes = (recipe, *recipe.mixed.values(), *others)
+    if os.path.exists(recipe.base) and not any(is_hub_id(one.dataset_name) for one in recipes):
         os.environ["HF_HUB_OFFLINE"] = "1"
     elif not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & os.environ.keys() and (reason := _why_silent()):
         say(f"{_hub()} cannot be reached ({reason}): there is only what an earlier run has fetched from it")

@@ -31,8 +31,8 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
         splits[split] = []  # rows need more room than examples
     compare = Comparison(e for of_split in examples.values() for e in of_split)
     loose = _cut_splits(recipe, examples, reports, compare)
-    _keep_apart(recipe, examples, reports, compare, loose)
-    _find_near_duplicates(recipe, examples, reports, compare)
+    keep_apart(recipe, examples, reports, compare, loose)
+    find_near_duplicates(recipe, examples, reports, compare)
     for split, limit in (
         ("train", recipe.max_samples),
         ("validation", recipe.max_eval_samples),
@@ -125,7 +125,7 @@ def _cut_splits(
     return groups.loose
 
 
-def _keep_apart(
+def keep_apart(
     recipe: Recipe,
     examples: dict[str, list[Example]],
     reports: dict[str, SplitReport],
@@ -171,7 +171,7 @@ def _keep_apart(
         examples["train"] = [e for row, e in enumerate(examples["train"]) if row not in asked and row not in continued]
 
 
-def _find_near_duplicates(
+def find_near_duplicates(
     recipe: Recipe, examples: dict[str, list[Example]], reports: dict[str, SplitReport], compare: Comparison
 ) -> None:
     """Names the rows of train whose question is nearly one of validation or test, and takes them out on demand."""

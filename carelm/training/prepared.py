@@ -20,8 +20,10 @@ import psutil
 
 from carelm import ranks
 from carelm.chat.chat import FORGOTTEN, Chat, Rendered
+from carelm.data.example import Example
+from carelm.data.mixture import draw_mixed
 from carelm.data.report import SplitReport, list_counts
-from carelm.data.sources import hash_files
+from carelm.data.sources import hash_files, recipe_keys_about_data
 from carelm.data.split_files import find_files
 from carelm.data.split_names import SPLITS
 from carelm.data.splits import make_examples
@@ -128,9 +130,13 @@ def _fingerprint(recipe: Recipe, chat: Chat, files: dict[str, str] | None) -> st
         chat.tokenizer.backend_tokenizer.to_str().encode() if chat.tokenizer.is_fast else chat.tokenizer.get_vocab()
     )
     parts.append(code_fingerprint("carelm/data", "carelm/chat", "carelm/training/prepared.py"))
+    for name, other in recipe.mixed.items():
+        files_of_it = hash_files(other)
+        parts += [name, recipe_keys_about_data(other), files_of_it]
+        parts.append(sorted(find_files(other).by_split) if files_of_it is not None else _day())
     if files is None:
         # A Hub dataset is looked at again every day; the launcher's day, so that all ranks have one.
-        parts.append([recipe.dataset_name, psutil.Process(os.getppid()).create_time() // 86400])
+        parts.append([recipe.dataset_name, _day()])
     else:
         found = find_files(recipe)
         # where each of them counts, and those that the report names
@@ -138,14 +144,24 @@ def _fingerprint(recipe: Recipe, chat: Chat, files: dict[str, str] | None) -> st
     return fingerprint(*parts)
 
 
+def _day() -> float:
+    return psutil.Process(os.getppid()).create_time() // 86400
+
+
 def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
     examples, reports = make_examples(recipe)
+    mixed = draw_mixed(recipe, examples)
     prepared, content, samples = [], [], []
     for split in ("train", "validation"):
         if not examples.get(split):
             continue
         rendered, counts = chat.render(examples[split])
         kept = [r for r in rendered if r is not None]
+        if too_long := next((e.source for e, r in zip(examples[split], rendered) if r is None), None):
+            reports[split].first_dropped["too long"] = too_long
+        _describe(reports[split], kept, counts)
+        if split == "train" and mixed:
+            kept += _render_mixed(recipe, chat, mixed, reports)
         if split == "validation":
             fitting = (e for e, r in zip(examples[split], rendered) if r is not None)
             fitting = (e for e in fitting if len(chat.prompt_ids(e.prompt, tools=e.tools)) <= chat.max_length)
@@ -153,9 +169,6 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
                 {"prompt": e.prompt, "completion": e.completion, "tools": e.tools}
                 for e in itertools.islice(fitting, 32)
             ]
-        if too_long := next((e.source for e, r in zip(examples[split], rendered) if r is None), None):
-            reports[split].first_dropped["too long"] = too_long
-        _describe(reports[split], kept, counts)
         if not kept:
             dropped = list_counts(reports[split].dropped, reports[split].first_dropped)
             raise UserError(f"max_length: nothing is left of the {split} split ({dropped})")
@@ -173,10 +186,41 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
     about = {
         "prepared": prepared,
         "samples": samples,
-        "report": {split: asdict(reports[split]) for split in SPLITS if split in reports},
+        "report": {part: asdict(reports[part]) for part in (*SPLITS, *map(_part, mixed)) if part in reports},
         "fingerprint": fingerprint(*content),
     }
     (folder / "report.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _part(name: str) -> str:
+    return f"train of {name}"
+
+
+def _render_mixed(
+    recipe: Recipe, chat: Chat, mixed: dict[str, tuple[list[Example], SplitReport]], reports: dict[str, SplitReport]
+) -> list[Rendered]:
+    """The rows of `also_train` in tokens, each recipe's by its own rules in this run's window; reports them and the shares."""
+    kept = []
+    for name, (examples, report) in mixed.items():
+        other = recipe.mixed[name]
+        own = Chat(
+            chat.tokenizer, trained_turns=other.trained_turns, max_length=chat.max_length, too_long=other.too_long
+        )
+        try:
+            rendered, counts = own.render(examples)
+        except UserError as error:
+            raise UserError(f"also_train: {name}: {error}") from None
+        fitting = [r for r in rendered if r is not None]
+        if not fitting:
+            raise UserError(f"also_train: {name}: max_length: nothing is left of its rows ({list_counts(counts)})")
+        _describe(report, fitting, counts)
+        reports[_part(name)] = report
+        kept += fitting
+    parts = [reports["train"], *(reports[_part(name)] for name in mixed)]
+    for report in parts:
+        report.share = round(report.used / sum(r.used for r in parts), 4)
+        report.share_of_trained_tokens = round(report.trained_tokens / sum(r.trained_tokens for r in parts), 4)
+    return kept
 
 
 def _describe(report: SplitReport, kept: list[Rendered], counts: Counter) -> None:

@@ -1,0 +1,67 @@
+"""Rows of other recipes beside a recipe's own (`also_train`): each mapped by its own recipe, none that is tested on here."""
+
+import json
+import random
+
+from carelm.data.comparison import Comparison
+from carelm.data.example import Example
+from carelm.data.report import SplitReport
+from carelm.data.splits import find_near_duplicates, keep_apart, make_examples
+from carelm.errors import UserError
+from carelm.recipe import Recipe
+
+
+def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, tuple[list[Example], SplitReport]]:
+    """The rows that `also_train` adds, by the recipe that maps them, with what became of that one's training rows.
+
+    Only its own training split is drawn from, by this recipe's `split_seed`. Questions of this recipe's validation and test are
+    out, as within one recipe, and so are rows that are here already.
+
+    Args:
+        examples: this recipe's own, by split.
+
+    Raises:
+        UserError: for data that cannot be read, and fewer rows than are asked for.
+    """
+    mixed: dict[str, tuple[list[Example], SplitReport]] = {}
+    held_out = {split: examples[split] for split in ("validation", "test") if split in examples}
+    here = {_content(e) for of_split in examples.values() for e in of_split}
+    for name, other in recipe.mixed.items():
+        try:
+            found, reports = make_examples(other)
+        except UserError as error:
+            raise UserError(f"also_train: {name}: {error}") from None
+        report, across = reports["train"], SplitReport()
+        compare = Comparison.of_two(_all(examples), _all(found))
+        parts = {"train": found["train"], **held_out}
+        keep_apart(recipe, parts, {"train": across}, compare, set())
+        find_near_duplicates(recipe, parts, {"train": across}, compare)
+        rows = [e for e in parts["train"] if _content(e) not in here]
+        if twice := len(parts["train"]) - len(rows):
+            across.dropped["there already"] = twice
+        asked = recipe.also_train[name]
+        if asked != "all":
+            if asked > len(rows):
+                raise UserError(
+                    f"also_train: {name}: {asked} rows are asked for, and {len(rows)} can be trained on; all takes them"
+                )
+            chosen = sorted(random.Random(recipe.split_seed).sample(range(len(rows)), asked))
+            across.dropped |= {"not drawn": len(rows) - asked} if asked < len(rows) else {}
+            rows = [rows[i] for i in chosen]
+        here.update(map(_content, rows))
+        for what, number in across.dropped.items():
+            report.dropped[what] = report.dropped.get(what, 0) + number
+        report.fitted |= across.fitted
+        report.first_in_other_split += across.first_in_other_split
+        report.near_duplicates += across.near_duplicates
+        report.first_near_duplicates += across.first_near_duplicates
+        mixed[name] = rows, report
+    return mixed
+
+
+def _all(examples: dict[str, list[Example]]) -> list[Example]:
+    return [e for of_split in examples.values() for e in of_split]
+
+
+def _content(example: Example) -> str:
+    return json.dumps([example.prompt, example.completion, example.tools], sort_keys=True)

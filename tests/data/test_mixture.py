@@ -1,0 +1,179 @@
+"""Rows of other recipes beside a recipe's own: mapped by their own recipe, drawn once, and none that is tested on here."""
+
+import json
+
+import pytest
+import yaml
+from small_rows import pairs, prepare, write_jsonl
+
+from carelm.chat.chat import make_chat
+from carelm.chat.preview import preview
+from carelm.data.mixture import draw_mixed
+from carelm.data.sources import changed_files, hash_files
+from carelm.data.splits import make_examples
+from carelm.errors import UserError
+from carelm.recipe_file import check_identity, save_recipe
+
+
+@pytest.fixture
+def shop(tmp_path, make):
+    """A recipe with validation and test of its own, and one to mix in whose columns are called otherwise."""
+    for split, number, start in (("train", 30, 0), ("validation", 4, 100), ("test", 4, 200)):
+        write_jsonl(tmp_path / f"own/{split}.jsonl", pairs(number, start))
+    asked = [{"ask": f"What does item {i} cost today?", "say": f"Item {i} is {i} euros."} for i in range(20)]
+    write_jsonl(tmp_path / "prices/train.jsonl", asked)
+
+    def shop(rows=5, of_own=None, **of_other):
+        other = {"dataset_name": str(tmp_path / "prices"), "prompt_template": "{ask}", "completion_template": "{say}",
+                 "validation_fraction": 0, "test_fraction": 0}  # fmt: skip
+        (tmp_path / "prices.yaml").write_text(yaml.safe_dump(other | of_other))
+        return make(tmp_path / "own", **{"also_train": {str(tmp_path / "prices.yaml"): rows}} | (of_own or {}))
+
+    return shop
+
+
+def mixed_of(recipe):
+    ((rows, report),) = draw_mixed(recipe, make_examples(recipe)[0]).values()
+    return [e.completion[0]["content"] for e in rows], report
+
+
+def test_so_many_rows_are_drawn_by_split_seed_and_mapped_by_their_own_recipe(shop):
+    rows, report = mixed_of(shop())
+    assert len(rows) == 5 and all(row.endswith("euros.") for row in rows)
+    assert report.dropped == {"not drawn": 15}
+    assert mixed_of(shop())[0] == rows
+    assert mixed_of(shop(of_own={"split_seed": 1}))[0] != rows
+    assert len(mixed_of(shop("all"))[0]) == 20
+
+
+def test_the_mix_is_in_the_tokens_and_its_shares_in_the_report(shop, tmp_path):
+    recipe = shop()
+    found = prepare(recipe)
+    part = f"train of {tmp_path / 'prices.yaml'}"
+    assert len(found.train) == 35 and len(found.validation) == 4
+    assert list(found.report) == ["train", "validation", "test", part]
+    assert (found.report["train"]["share"], found.report[part]["share"]) == (0.8571, 0.1429)
+    tokens = found.report["train"]["trained_tokens"] + found.report[part]["trained_tokens"]
+    assert sum(int(found.train[i][1].sum()) for i in range(35)) == tokens
+    assert found.report[part]["share_of_trained_tokens"] == round(found.report[part]["trained_tokens"] / tokens, 4)
+    assert "14.3% of the examples" in preview_of(recipe, found)
+    text = make_chat(recipe).tokenizer.decode(found.train[34][0])
+    assert "What does item" in text
+    assert f"train of {tmp_path / 'prices.yaml'}" in preview(recipe, make_chat(recipe), 1)
+
+
+def preview_of(recipe, found):
+    from carelm.data.report import format_report
+
+    return format_report(found.report)
+
+
+def test_without_it_nothing_of_the_report_changes(shop, make, tmp_path):
+    found = prepare(make(tmp_path / "own"))
+    assert list(found.report) == ["train", "validation", "test"] and found.report["train"]["share"] is None
+
+
+def test_validation_and_test_stay_those_of_the_recipe(shop, make, tmp_path):
+    (tmp_path / "own/validation.jsonl").unlink()
+    (tmp_path / "own/test.jsonl").unlink()
+    cut = {"validation_fraction": 0.2, "test_fraction": 0.2}
+    alone, mixed = (
+        make_examples(r)[0] for r in (make(tmp_path / "own", **cut), shop(of_own=cut, system_prompt="Be kind."))
+    )
+    assert mixed == alone and alone["validation"] and alone["test"]
+
+
+def test_questions_of_validation_and_test_are_taken_out_of_the_others_rows_whatever_the_system_message(shop, tmp_path):
+    asked = [{"ask": "Question 200?", "say": "Answer A."}, {"ask": "Question 100?", "say": "Answer B."},
+             {"ask": "Question 1?", "say": "Answer 1."}, {"ask": "Another?", "say": "Answer D."}]  # fmt: skip
+    write_jsonl(tmp_path / "prices/train.jsonl", asked)
+    rows, report = mixed_of(shop("all", system_prompt="Be kind."))
+    assert rows == ["Answer 1.", "Answer D."]
+    assert report.dropped == {"question also in validation or test": 2}
+    rows, report = mixed_of(shop("all"))
+    assert rows == ["Answer D."] and report.dropped["there already"] == 1
+    rows, report = mixed_of(shop("all", of_own={"keep_test_questions": True}))
+    assert rows == ["Answer A.", "Answer B.", "Answer D."]
+
+
+def test_near_duplicates_of_test_are_named_and_dropped_on_demand(shop, tmp_path):
+    long = "Where is the parcel that I ordered on Monday with the two blue lamps and the chair of oak, number 17?"
+    write_jsonl(tmp_path / "own/test.jsonl", [{"question": long, "answer": "On its way."}])
+    write_jsonl(
+        tmp_path / "prices/train.jsonl", [{"ask": long[:-1] + "!", "say": "A."}, {"ask": "Another?", "say": "B."}]
+    )
+    rows, report = mixed_of(shop("all"))
+    assert (rows, report.near_duplicates) == (["A.", "B."], 1)
+    rows, report = mixed_of(shop("all", of_own={"drop_near_duplicates": True}))
+    assert rows == ["B."] and report.dropped == {"near-duplicates of validation or test": 1}
+
+
+def test_its_own_test_rows_are_never_trained_on(shop, tmp_path):
+    rows, _ = mixed_of(shop("all", test_fraction=0.3))
+    assert 0 < len(rows) < 20
+
+
+def test_each_recipe_has_its_own_rules_for_turns_and_length(shop, tmp_path):
+    turns = [{"role": r, "content": f"{r} {i} says this."} for i in range(2) for r in ("user", "assistant")]
+    write_jsonl(tmp_path / "prices/train.jsonl", [{"messages": turns}])
+    keys = {"prompt_template": None, "completion_template": None, "messages_column": "messages"}
+    last, every = (prepare(shop("all", **keys, trained_turns=t)).report for t in ("last", "all"))
+    part = f"train of {tmp_path / 'prices.yaml'}"
+    assert every[part]["trained_tokens"] > last[part]["trained_tokens"]
+    assert every["train"] == last["train"] | {k: every["train"][k] for k in ("share", "share_of_trained_tokens")}
+
+
+@pytest.mark.parametrize(
+    "rows, keys, line",
+    [
+        (21, {}, "also_train: .*prices.yaml: 21 rows are asked for, and 20 can be trained on; all takes them"),
+        (0, {}, "also_train: .*prices.yaml: 0 is neither a whole number"),
+        (-1, {}, "also_train: .*: -1 is neither"),
+        (2.5, {}, "also_train: .*: 2.5 is neither"),
+        (True, {}, "also_train: .*: True is neither"),
+        ("half", {}, "also_train: .*: 'half' is neither"),
+        (None, {}, "also_train: .*: None is neither"),
+        (5, {"also_train": {"x.yaml": 1}}, "also_train: .*prices.yaml: it has also_train itself"),
+        (5, {"prompt_template": "{q}"}, "also_train: .*prices.yaml: prompt_template: .* no column 'q'"),
+        (5, {"prompt_template": None}, "also_train: .*prices.yaml: completion_template is set and prompt_template is not"),
+        (5, {"messages_column": "m"}, "also_train: .*prices.yaml: prompt_template and messages_column"),
+        (5, {"chat_template_path": "x.jinja"}, "also_train: .*prices.yaml: chat_template_path: x.jinja is not this run's"),
+        (5, {"dataset_name": "/nowhere/x.csv"}, "also_train: .*prices.yaml: dataset_name: .*nowhere"),
+        (5, {"colour": "red"}, "also_train: .*prices.yaml: .* unknown key 'colour'"),
+        (5, {"max_length": "long"}, "also_train: .*prices.yaml: .*max_length: 'long' is not of type"),
+        (5, {"row_filter": {"ask": "nothing"}}, "also_train: .*prices.yaml: row_filter: .* leaves no training row"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_mixed_in_is_one_line(shop, rows, keys, line):
+    with pytest.raises(UserError, match=line) as caught:
+        prepare(shop(rows, **keys))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_or_there_twice_is_named(shop, make, tmp_path):
+    shop()
+    with pytest.raises(UserError, match="also_train: no.yaml: recipe no.yaml cannot be read"):
+        make(tmp_path / "own", also_train={"no.yaml": 1})
+    here = str(tmp_path / "prices.yaml")
+    with pytest.raises(UserError, match="also_train: .* stands there twice"):
+        make(tmp_path / "own", also_train={here: 1, here.replace("prices.yaml", "./prices.yaml"): 2})
+    with pytest.raises(UserError, match="also_train: .* is not of type"):
+        make(tmp_path / "own", also_train=[here])
+
+
+def test_what_is_mixed_in_is_part_of_what_makes_it_this_run(shop, make, tmp_path):
+    recipe = shop()
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    check_identity(shop(), tmp_path / "recipe.yaml")
+    for other in (shop(6), make(tmp_path / "own")):
+        with pytest.raises(UserError, match="also_train"):
+            check_identity(other, tmp_path / "recipe.yaml")
+    before, found = hash_files(recipe), prepare(recipe)
+    changed = shop(system_prompt="Be kind.")
+    assert changed_files(before, hash_files(changed)) == {str(tmp_path / "prices.yaml"): "has changed"}
+    assert prepare(changed).fingerprint != found.fingerprint
+    write_jsonl(tmp_path / "prices/train.jsonl", json.loads('[{"ask": "A?", "say": "B."}]') * 1)
+    file = f"{tmp_path / 'prices.yaml'}: train.jsonl"
+    assert changed_files(before, hash_files(shop())) == {file: "has changed"}
+    with pytest.raises(UserError, match="5 rows are asked for, and 1 can"):
+        prepare(shop())
