@@ -60,7 +60,7 @@ def check_base(recipe: Recipe) -> PreTrainedModel:
     if recipe.method == "lora":
         targets.check_names(model, recipe)
         with torch.device("meta"):
-            settings = adapter_config(recipe, model)
+            settings = adapter_config(recipe, model) if recipe.adapter else None
             targets.check_patterns(changed := add_adapter(model, recipe), recipe)
         if recipe.adapter:
             start.check_start(changed, settings, recipe)
@@ -97,7 +97,7 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
         use_dora=model_args.use_dora,
         exclude_modules=targets.exclude_names(model, recipe),
         layers_to_transform=recipe.layers_to_transform,
-        layers_pattern=recipe.layers_pattern,
+        layers_pattern=recipe.layers_pattern or None,
         rank_pattern=recipe.rank_pattern or {},
         alpha_pattern=recipe.alpha_pattern or {},
         init_lora_weights="gaussian" if recipe.init_lora_weights == "gaussian" else True,

@@ -28,7 +28,7 @@ def check_names(model: PreTrainedModel, recipe: Recipe) -> None:
             continue  # may be an expression, or all-linear; PEFT refuses one that matches nothing
         for name in names or []:
             is_expression = key == "exclude_modules" and len(names) == 1
-            if not _ends(there, name) and not (is_expression and any(re.fullmatch(name, n) for n in there)):
+            if not name or not _ends(there, name) and not (is_expression and any(re.fullmatch(name, n) for n in there)):
                 raise UserError(f"{key}: {type(model).__name__} has no '{name}' (there: {_last_parts(there)})")
     if recipe.layers_to_transform is not None:
         _check_layers(model, recipe, modules)
@@ -86,7 +86,7 @@ def target_names(model: PreTrainedModel, recipe: Recipe) -> list[str] | str | No
         UserError: for an expression beside `layers_to_transform`.
     """
     names = recipe.model.get("lora_target_modules")
-    if names is None or len(names) > 1:
+    if not names or len(names) > 1:
         return names
     is_all = names[0].lower() == ALL_LINEAR
     if not is_all and _ends((name for name, _ in model.named_modules()), names[0]):

@@ -54,6 +54,11 @@ def test_the_trained_parameters_are_those_of_the_named_layers_and_ranks(config, 
     assert count_parameters(on_meta(config, *keys))[0] == trained
 
 
+@pytest.mark.parametrize("keys", [("--layers_pattern", "[]"), ("--rank_pattern", "{}"), ("--exclude_modules", "[]")])
+def test_an_empty_list_is_none(keys):
+    assert count_parameters(on_meta(GPT2, *keys)) == count_parameters(on_meta(GPT2))
+
+
 def test_a_pattern_changes_rank_and_alpha_of_its_modules_alone():
     keys = ("--lora_r", "8", "--lora_alpha", "16", "--rank_pattern", '{"q_proj": 4}')
     model = on_meta(TINYLLAMA, *keys, "--alpha_pattern", '{"layers.0.self_attn.v_proj": 64}')
