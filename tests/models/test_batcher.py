@@ -25,7 +25,7 @@ from transformers import (
 from carelm.models import key_values
 from carelm.models.batcher import Batcher, why_not
 from carelm.models.decoding import Decoding, choose
-from carelm.models.key_values import Layer, attend_by_products
+from carelm.models.key_values import Layer, attend_by_groups
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
@@ -232,7 +232,7 @@ def test_what_was_drawn_before_memory_ended_is_drawn_again(llama, prompts):
 
 @pytest.mark.parametrize("dtype, difference", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("heads, key_heads", [(4, 2), (9, 3), (3, 3), (4, 1)])
-def test_attention_by_products_is_attention(dtype, difference, heads, key_heads):
+def test_attention_by_groups_is_attention(dtype, difference, heads, key_heads):
     torch.manual_seed(0)
     query, wide = torch.randn(5, heads, 1, 16, dtype=dtype), torch.randn(2, 8, key_heads, 40, 16, dtype=dtype)
     key, value = wide[:, :5, :, :33]
@@ -240,7 +240,7 @@ def test_attention_by_products_is_attention(dtype, difference, heads, key_heads)
         expected = torch.nn.functional.scaled_dot_product_attention(
             query.double(), key.double(), value.double(), mask, scale=0.3, enable_gqa=True
         )
-        found, _ = attend_by_products(None, query, key, value, mask, scaling=0.3)
+        found, _ = attend_by_groups(None, query, key, value, mask, scaling=0.3)
         assert found.dtype == dtype
         assert (found.transpose(1, 2) - expected).abs().max() < difference
 
