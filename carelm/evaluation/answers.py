@@ -4,7 +4,6 @@ import gc
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from carelm import ranks
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.evaluation import constrained
+from carelm.evaluation.asked import Prepared
 from carelm.evaluation.candidates import Candidate
 from carelm.evaluation.label_form import Form
 from carelm.evaluation.predictions import PredictionFile
@@ -28,29 +28,6 @@ from carelm.training.stops import HangWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model and what it is asked, rendered by its own tokenizer.
-
-    Attributes:
-        prompts: token ids of each question.
-        lengths: p50, p95 and max of them, and how many did not fit.
-        file: where its answers are kept.
-        form: how its answers hold their labels, where these are scored.
-        validation: the same for the validation split's questions, where there are such and labels are scored.
-    """
-
-    candidate: Candidate
-    chat: Chat
-    decoding: Decoding
-    questions: list[Question]
-    prompts: list[list[int]]
-    lengths: dict[str, Any]
-    file: PredictionFile
-    form: Form | None = None
-    validation: "Prepared | None" = None
 
 
 def prepare(

@@ -10,6 +10,7 @@ import torch
 from carelm import ranks
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
+from carelm.evaluation.asked import Prepared
 from carelm.evaluation.label_form import Form
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
@@ -22,10 +23,8 @@ from carelm.training.stops import HangWatch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from carelm.evaluation.answers import Prepared
 
-
-def open_file(part: "Prepared", form: Form, said: dict[str, str]) -> PredictionFile:
+def open_file(part: Prepared, form: Form, said: dict[str, str]) -> PredictionFile:
     """The file of label scores, {"id", "reason", "log_probabilities", "made_by"} a line.
 
     Args:
@@ -38,19 +37,19 @@ def open_file(part: "Prepared", form: Form, said: dict[str, str]) -> PredictionF
     return PredictionFile(part.file.path.with_name(part.file.path.name.replace("predictions", "labels", 1)), made_by)
 
 
-def said(part: "Prepared", form: Form) -> dict[str, str]:
+def said(part: Prepared, form: Form) -> dict[str, str]:
     """The free answers that are there, by id; none where no reason is asked for."""
     return {i: line["prediction"] for i, line in part.file.read().items()} if form.has_reason else {}
 
 
-def missing(part: "Prepared", form: Form) -> bool:
+def missing(part: Prepared, form: Form) -> bool:
     """Whether label scores are not there, or not those of the answers that are."""
     file = open_file(part, form, said(part, form))
     return len(file.read()) < len(file.made_by)
 
 
 def score_labels(
-    recipe: Recipe, part: "Prepared", form: Form, model: "PreTrainedModel", device: torch.device, watch: HangWatch
+    recipe: Recipe, part: Prepared, form: Form, model: "PreTrainedModel", device: torch.device, watch: HangWatch
 ) -> dict[str, float]:
     """This rank scores the labels of every so-manieth question that is left; the free answers are there. Returns how many
     `examples` were left, and the `seconds` of the slowest rank."""
@@ -110,7 +109,7 @@ def _answers(chat: Chat, form: Form, question: Question, reason: str, room: int)
         reason = reason[:-over]
 
 
-def read(asked: "Prepared") -> dict[str, np.ndarray]:
+def read(asked: Prepared) -> dict[str, np.ndarray]:
     """The log-probabilities of the labels by split, float64 [questions, labels]; all of them are there (rank 0 only)."""
     parts = {"test": asked, **({"validation": asked.validation} if asked.validation else {})}
     found = {}
