@@ -14,8 +14,9 @@ Three pieces of work on the CPU, 8 rows a step, the same rows and settings for a
 A run is two epochs over the same rows, and the second is timed, step ends written down by the same callback for all
 (benchmarks/timed.py): everything is warm, and each has trained on every row exactly once. Tokens are counted once, by the
 base's chat template, without padding, and are the same for all. The start is timed from the launcher's to the end of the
-first step, with nothing prepared or cached. Writes benchmarks/results/speed.json after every run; prints medians, and what
-was reached of what is asked for. LLaMA-Factory is timed where --llamafactory names the Python of such an environment:
+first step, with nothing prepared or cached. Writes benchmarks/results/speed.json after every run; what it holds of sides that
+are not timed now is kept, with its commit and date, where rows, settings, machine and versions are the same. Prints medians,
+and what was reached of what is asked for. LLaMA-Factory is timed where --llamafactory names the Python of such an environment:
 
     python3.11 -m venv ENV && ENV/bin/pip install torch==2.13.0 transformers==5.6.0 trl==0.24.0 peft==0.18.1 accelerate==1.11.0
     ENV/bin/pip install datasets==4.0.0 torchdata==0.11.0 'tyro<0.9' 'av<=16' einops fastapi fire modelscope omegaconf
@@ -46,8 +47,8 @@ from carelm.files import write_whole
 COLUMNS = {"bitext_support": ("instruction", "response"), "medquad": ("Question", "Answer")}
 WORK = {  # and the steps of an epoch
     "llama_27m/bitext_support": 12,
-    "smollm2/bitext_support": 4,
-    "smollm2/medquad": 3,
+    "smollm2/bitext_support": 8,
+    "smollm2/medquad": 6,
 }
 FIGURES = ("tokens_per_second", "rows_per_second", "peak_memory_bytes", "seconds_to_first_step")
 
@@ -176,6 +177,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for work, side in dict.fromkeys((r["work"], r["side"]) for r in runs):
         these = [r for r in runs if (r["work"], r["side"]) == (work, side)]
         line: dict[str, Any] = {"work": work, "side": side, "runs": len(these)}
+        line["measured"] = sorted({f"{r['date'][:10]} at {r['git_commit'][:7]}" for r in these})
         for figure in FIGURES:
             values = [r[figure] for r in these]
             line[figure] = {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
@@ -217,13 +219,14 @@ def targets(summary: list[dict[str, Any]], beside: str) -> Iterator[dict[str, An
 
 def report(summary: list[dict[str, Any]], asked: list[dict[str, Any]]) -> Iterator[str]:
     """The results as markdown, line by line."""
-    yield "| work | side | runs | tokens/s (lowest to highest) | rows/s | peak GiB | s to first step |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| work | side | runs | tokens/s (lowest to highest) | rows/s | peak GiB | s to first step | measured |"
+    yield "|---|---|---|---|---|---|---|---|"
     for line in summary:
         tokens, rows, peak, start = (line[figure] for figure in FIGURES)
         yield (
             f"| {line['work']} | {line['side']} | {line['runs']} | {tokens['median']:.0f} ({tokens['lowest']:.0f} to "
-            f"{tokens['highest']:.0f}) | {rows['median']:.2f} | {peak['median'] / 2**30:.2f} | {start['median']:.1f} |"
+            f"{tokens['highest']:.0f}) | {rows['median']:.2f} | {peak['median'] / 2**30:.2f} | {start['median']:.1f} | "
+            f"{', '.join(line['measured'])} |"
         )
     yield from ("", "| work | figure | ours / theirs | asked | measured | reached |", "|---|---|---|---|---|---|")
     for t in asked:
@@ -235,22 +238,37 @@ def report(summary: list[dict[str, Any]], asked: list[dict[str, Any]]) -> Iterat
             yield f"| {t['work']} | {t['figure']} | {shown} |"
 
 
-def take_over(output: Path, results: dict[str, Any]) -> None:
-    """Takes over what the JSON holds; not the runs of CareLM at another commit.
+def take_over(output: Path, results: dict[str, Any], pieces: list[tuple[str, Side]]) -> None:
+    """Takes over the runs that the JSON holds, each with its own commit and date: those at this commit, and of other commits
+    those of sides that are neither CareLM's own nor timed now.
 
     Raises:
-        SystemExit: where the machine or the settings differ.
+        SystemExit: where the machine, the versions or the settings differ.
     """
     if not output.exists():
         return
-    before = json.loads(output.read_text())
-    if before["machine"]["cpu"] != results["machine"]["cpu"] or before["settings"] != results["settings"]:
-        sys.exit(f"{output} is of another machine or other settings; --restart begins a new one")
-    commit = results["machine"]["git_commit"]
-    kept = [r for r in before["runs"] if not r["side"].startswith("carelm-") or r["git_commit"] == commit]
+    before, machine = json.loads(output.read_text()), results["machine"]
+    is_same = before["settings"] == results["settings"] and before["beside"] == results["beside"]
+    if not is_same or any(before["machine"][key] != machine[key] for key in ("cpu", "cores", "versions")):
+        sys.exit(f"{output} is of another machine or other versions or settings; --restart begins a new one")
+    timed_now = {(work, side.name) for work, side in pieces}
+
+    def is_kept(run: dict[str, Any]) -> bool:
+        is_ours_or_timed = run["side"].startswith("carelm-") or (run["work"], run["side"]) in timed_now
+        return run["git_commit"] == machine["git_commit"] or not is_ours_or_timed
+
+    kept = list(filter(is_kept, before["runs"]))
     if len(kept) < len(before["runs"]):
-        say(f"{len(before['runs']) - len(kept)} runs of CareLM at another commit are dropped")
-    results |= before | {"machine": results["machine"], "runs": kept}
+        say(f"{len(before['runs']) - len(kept)} runs at another commit, of CareLM or timed anew, are dropped")
+    results |= before | {"machine": machine, "runs": kept}
+
+
+def keep_work(results: dict[str, Any], work: str, inputs: dict[str, Any]) -> None:
+    """Notes the rows of a piece of work; runs over other rows are dropped."""
+    if results["inputs"].get(work, inputs) != inputs:
+        say(f"{work}: the runs over other rows are dropped")
+        results["runs"] = [run for run in results["runs"] if run["work"] != work]
+    results["inputs"][work] = inputs
 
 
 def main() -> None:
@@ -280,7 +298,7 @@ def main() -> None:
     results = {"machine": describe_machine(), "settings": settings, "beside": options.beside}
     results |= {"inputs": {}, "runs": []}
     if not options.restart:
-        take_over(options.output, results)
+        take_over(options.output, results, pieces)
     if options.only == ["*"]:
         results["short_commands_seconds"] = time_short_commands()
     with tempfile.TemporaryDirectory(prefix="carelm-speed-") as name:
@@ -291,13 +309,14 @@ def main() -> None:
             for work, side in pieces:
                 here = folder / work.replace("/", "-")
                 inputs = write_inputs(work, data, here)
+                keep_work(results, work, inputs)
                 code = {"carelm": PROJECT, options.beside: folder / options.beside}.get(side.who)
-                about = {"work": work, "side": side.name, "git_commit": results["machine"]["git_commit"]}
+                about = {"work": work, "side": side.name}
+                about |= {key: results["machine"][key] for key in ("git_commit", "date")}
                 about["load_average"] = [round(load, 2) for load in os.getloadavg()]
                 about |= measure(work, side, inputs, here, code, options.llamafactory, options.timeout_s)
                 results["runs"].append(about)
                 say(json.dumps(about))
-                results["inputs"][work] = inputs
                 results["summary"] = summarize(results["runs"])
                 results["targets"] = list(targets(results["summary"], options.beside))
                 write_whole(options.output, json.dumps(results, indent=1) + "\n")

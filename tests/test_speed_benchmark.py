@@ -19,7 +19,7 @@ WORK = "smollm2/bitext_support"
 
 
 def a_run(side, tokens_per_second, peak=1000, start=10.0, commit="now"):
-    about = {"work": WORK, "side": side, "git_commit": commit, "peak_memory_bytes": peak}
+    about = {"work": WORK, "side": side, "git_commit": commit, "date": "2026-01-02T03:04:05", "peak_memory_bytes": peak}
     return about | {"tokens_per_second": tokens_per_second, "rows_per_second": 1.0, "seconds_to_first_step": start}
 
 
@@ -51,15 +51,49 @@ def test_what_was_not_timed_is_neither_reached_nor_missed():
     assert "not measured" in "\n".join(speed.report([], targets))
 
 
-def test_later_pieces_add_to_the_runs_but_not_to_those_of_other_code_of_ours(tmp_path):
+HERE = {
+    "machine": {"cpu": "this", "cores": 2, "versions": {"trl": "1"}, "git_commit": "now"},
+    "settings": {"seed": 42},
+    "beside": "old",
+}
+
+
+def taken_over(tmp_path, runs, pieces=(), **changes):
     file = tmp_path / "speed.json"
-    runs = [a_run("carelm-bf16", 1, commit="then"), a_run("carelm-fp32", 2), a_run("trl-bf16", 3, commit="then")]
-    results = {"machine": {"cpu": "this", "git_commit": "now"}, "settings": {"seed": 42}}
-    file.write_text(json.dumps({**results, "inputs": {}, "runs": runs}))
-    speed.take_over(file, results)
-    assert [run["tokens_per_second"] for run in results["runs"]] == [2, 3]
-    with pytest.raises(SystemExit, match="another machine or other settings"):
-        speed.take_over(file, results | {"settings": {"seed": 1}})
+    file.write_text(json.dumps({**HERE, "inputs": {WORK: {"rows": 64}}, "runs": runs}))
+    results = {**HERE, "inputs": {}, "runs": [], **changes}
+    speed.take_over(file, results, list(pieces))
+    return results
+
+
+def test_later_pieces_add_to_the_runs_but_not_to_those_of_other_code_of_ours_nor_to_older_ones_of_the_same_side(
+    tmp_path,
+):
+    runs = [a_run("carelm-bf16", 1, commit="then"), a_run("carelm-fp32", 2), a_run("trl-bf16", 3, commit="then"),
+            a_run("trl-fp32", 4, commit="then"), a_run("old-fp32", 5)]  # fmt: skip
+    timed_now = [(WORK, speed.Side("trl", "bf16")), (WORK, speed.Side("old", "fp32"))]
+    kept = taken_over(tmp_path, runs, timed_now)["runs"]
+    assert [run["tokens_per_second"] for run in kept] == [2, 4, 5]
+    (line,) = [line for line in speed.report(speed.summarize(kept), []) if "trl-fp32" in line]
+    assert "2026-01-02 at then" in line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"settings": {"seed": 1}}, {"beside": "other"}, {"machine": HERE["machine"] | {"cores": 4}},
+     {"machine": HERE["machine"] | {"versions": {"trl": "2"}}}],
+)  # fmt: skip
+def test_runs_of_another_machine_versions_or_settings_are_not_added_to(tmp_path, changes):
+    with pytest.raises(SystemExit, match="another machine or other versions or settings"):
+        taken_over(tmp_path, [], **changes)
+
+
+def test_runs_over_other_rows_are_dropped(tmp_path):
+    results = taken_over(tmp_path, [a_run("trl-bf16", 3)])
+    speed.keep_work(results, WORK, {"rows": 64})
+    assert len(results["runs"]) == 1
+    speed.keep_work(results, WORK, {"rows": 32})
+    assert results["runs"] == [] and results["inputs"] == {WORK: {"rows": 32}}
 
 
 def test_a_benchmark_that_is_stopped_ends_what_it_started():
