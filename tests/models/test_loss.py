@@ -44,6 +44,7 @@ LORA = ("--lora_target_modules", "q_proj", "v_proj")
 @pytest.fixture(autouse=True)
 def chunks_of_seven_tokens(monkeypatch):
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 7 * 4 * WORDS)
+    monkeypatch.setitem(loss.PART_BYTES, "cpu", 3 * 4 * WORDS)
 
 
 def llama(tied=False, **keys):
