@@ -31,6 +31,8 @@ from carelm.keys import (
 from carelm.ranks import say
 from carelm.recipe import Recipe
 
+Layer = tuple[str, dict[str, Any]]  # where keys stand, and the keys
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as version 1.2 has it: booleans are true and false (a label may be yes or no), 01234 and 12:30 are text and no
@@ -83,21 +85,38 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
     """
     if "--help" in arguments or "-h" in arguments:
         _print_help(usage, only_own)
-    files, given = _split_command_line(arguments)
-    paths = [Path(locate(file)) for file in files or ["recipes/demo.yaml"]]
-    values: dict[str, Any] = {}
+    files, given = split_command_line(arguments)
+    files = files or ["recipes/demo.yaml"]
+    return resolve([*read_layers(files), command_line(given)], name="+".join(Path(file).stem for file in files))
+
+
+def read_layers(files: list[str]) -> list[Layer]:
+    """The keys of several files, each with its path; raises UserError for one that cannot be read or is named twice."""
+    paths = [Path(locate(file)) for file in files]
     for i, path in enumerate(paths):
         if path.resolve() in [p.resolve() for p in paths[:i]]:
             raise UserError(f"--config names {path} twice; remove one")
-        values = _lay_over(values, _read_keys(path), str(path))
-    keys = {name: known(name, "command line") for name in given}
-    own = {name: typed(key, _parse_texts(key, given[name]), "--") for name, key in keys.items()}
-    values = _lay_over(values, own, "command line")
+    return [(str(path), read_yaml(path)) for path in paths]
+
+
+def command_line(given: dict[str, list[str]]) -> Layer:
+    """The keys of the command line, from its words."""
+    return "command line", {name: _parse_texts(known(name, "command line"), words) for name, words in given.items()}
+
+
+def resolve(layers: list[Layer], name: str) -> Recipe:
+    """The checked recipe of these layers, of which a later one wins, key by key.
+
+    Raises:
+        UserError: for a key that is unknown, refused or wrongly typed, with the name of its layer; for keys at odds.
+    """
+    values: dict[str, Any] = {}
+    for where, keys in layers:
+        values = _lay_over(values, _typed_keys(where, keys), where)
     if "model_name_or_path" not in values:
         say(
             "the recipe names no base: demo/base is taken, a toy; set model_name_or_path, or add one of recipes/overlays/"
         )
-    name = "+".join(path.stem for path in paths)
     values.setdefault("output_dir", f"outputs/{name}")
     values = {**DEFAULTS, **_decided_by_adapter(values), **values}
     by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
@@ -120,7 +139,7 @@ def _load_mixed(recipe: Recipe) -> dict[str, Recipe]:
             raise UserError(f"also_train: {file} stands there twice; remove one")
         paths.append(path.resolve())
         try:
-            own = _read_keys(path)
+            own = _typed_keys(str(path), read_yaml(path))
             if own.get("also_train"):
                 raise UserError("it has also_train itself; name its recipes here too, and a recipe without it")
             template, ours = own.get("chat_template_path"), recipe.training.get("chat_template_path")
@@ -153,7 +172,11 @@ def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
         if path.stem in tests:
             raise UserError(f"also_test: two are called '{path.stem}'; rename one of the files")
         paths.append(path.resolve())
-        own = _read_keys(path) | ({"dataset_name": data} if data else {})
+<<<<<<< HEAD
+        own = _typed_keys(str(path), read_yaml(path)) | ({"dataset_name": data} if data else {})
+=======
+        own = _typed_keys(str(path), read_yaml(path))
+>>>>>>> 0b120cf (Sweep: runs of a recipe with other keys, each in processes of its own, that go on after a kill and end in one comparison; a search by Optuna; a job array)
         if own.get("also_test"):
             raise UserError(
                 f"also_test: {file} has also_test itself; name its recipes here too, and a recipe without it"
@@ -196,7 +219,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def check_identity(recipe: Recipe, path: Path) -> None:
     """Raises UserError where the run that wrote `path` (its recipe.yaml) is another run than this one."""
-    before, now = {**DEFAULTS, **_read_yaml(path)}, recipe.keys()
+    before, now = {**DEFAULTS, **read_yaml(path)}, recipe.keys()
     changed = []
     for key in sorted(before.keys() | now.keys()):
         if key in FREE_KEYS or key.startswith(FREE_PREFIXES) or key not in known_keys():
@@ -220,7 +243,7 @@ def _decided_by_adapter(values: dict[str, Any]) -> dict[str, Any]:
     if not values.get("adapter"):
         return {}
     saved = Path(values["output_dir"]) / "recipe.yaml"
-    decided = decided_of_run(values["adapter"], _read_yaml(saved) if saved.is_file() else {})
+    decided = decided_of_run(values["adapter"], read_yaml(saved) if saved.is_file() else {})
     decided = {key: value for key, value in decided.items() if value is not None or key in DEFAULTS}
     return {key: typed(known_keys()[key], value, f"adapter {values['adapter']}: ") for key, value in decided.items()}
 
@@ -259,7 +282,7 @@ def _lay_over(values: dict[str, Any], own: dict[str, Any], where: str) -> dict[s
     return {**values, **own}
 
 
-def _split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+def split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     """`--config X --config Y --a 1 --b=2 --flag` -> (["X", "Y"], {"a": ["1"], "b": ["2"], "flag": []})."""
     files: list[list[str]] = []
     given: dict[str, list[str]] = {}
@@ -287,23 +310,25 @@ def _split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list
     return [words[0] for words in files], given
 
 
-def _read_keys(path: Path) -> dict[str, Any]:
-    return {name: typed(known(name, str(path)), value, f"{path}: ") for name, value in _read_yaml(path).items()}
+def _typed_keys(where: str, keys: dict[str, Any]) -> dict[str, Any]:
+    place = "--" if where == "command line" else f"{where}: "
+    return {name: typed(known(name, where), value, place) for name, value in keys.items()}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The keys of a YAML file; `what` is its word in an error."""
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.load(file, Loader=_Loader)
     except OSError as error:
         raise UserError(
-            f"recipe {path} cannot be read ({error.strerror}); see recipes/ for those that come with CareLM"
+            f"{what} {path} cannot be read ({error.strerror}); see recipes/ for those that come with CareLM"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"recipe {path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(f"{what} {path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"recipe {path} holds no `key: value` lines")
+        raise UserError(f"{what} {path} holds no `key: value` lines")
     return values
 
 

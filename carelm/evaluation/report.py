@@ -11,7 +11,7 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from carelm.evaluation import label_report
+from carelm.evaluation import label_report, run_report
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import LABEL_SCORES, NAMES, TEXT_SCORES
 from carelm.evaluation.tables import FEWEST_OF_A_PART, make_tables, ranged, shared_scores
@@ -57,7 +57,29 @@ def write(
             plots["loss"] = plot_loss(curves)
         svgs = {name: _svg(figure) for name, figure in plots.items()}
         _write_tensorboard(folder, results, plots)
-    shown = _Shown(recipe, results, questions, lines)
+    shown = _Shown(f"{recipe.name}: is the tuned model better?", results, questions, lines)
+    _write_pages(folder, "report", shown, results, svgs)
+    write_whole(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
+
+
+def write_comparison(
+    folder: Path,
+    title: str,
+    results: dict[str, Any],
+    questions: list[Question],
+    lines: dict[str, list[dict[str, Any]]],
+    curves: dict[str, dict[str, list[tuple[int, float]]]],
+) -> None:
+    """The same of several runs: comparison.html, .md and .json, the last one last; `curves` are the losses of each run."""
+    with matplotlib.rc_context(STYLE):
+        svgs = {name: _svg(figure) for name, figure in run_report.plots(results, curves, COLOURS).items()}
+    _write_pages(
+        folder, "comparison", _Shown(f"{title}: which run is better?", results, questions, lines), results, svgs
+    )
+    write_whole(folder / "comparison.json", json.dumps(results, ensure_ascii=False, indent=1))
+
+
+def _write_pages(folder: Path, stem: str, shown: "_Shown", results: dict[str, Any], svgs: dict[str, str]) -> None:
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html.j2")
@@ -66,11 +88,10 @@ def write(
         results=results,
         plots={k: jinja2.utils.markupsafe.Markup(v) for k, v in svgs.items()},
     )
-    write_whole(folder / "report.html", page)
+    write_whole(folder / f"{stem}.html", page)
     for name, svg in svgs.items():
         write_whole(folder / f"{name}.svg", svg)
-    write_whole(folder / "report.md", _markdown(shown, results, list(svgs)))
-    write_whole(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
+    write_whole(folder / f"{stem}.md", _markdown(shown, results, list(svgs)))
 
 
 def summary(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
@@ -173,14 +194,18 @@ def plot_loss(curves: dict[str, list[tuple[int, float]]]) -> Figure:
 class _Shown:
     """The results in the words and rows in which both reports show them; text is escaped by whoever prints it."""
 
-    def __init__(self, recipe: Recipe, results: dict[str, Any], questions: list[Question], lines: dict[str, list]):
-        self.title, self.models, self.metric = recipe.name, results["models"], results["primary_metric"]
+    def __init__(self, title: str, results: dict[str, Any], questions: list[Question], lines: dict[str, list]):
+        self.title, self.models, self.metric = title, results["models"], results["primary_metric"]
         self.results, self.lines = results, lines
         self.names, self.words = NAMES, WORDS
         self.questions = {q.id: i for i, q in enumerate(questions)}
         self._questions = questions
-        self.scores = shared_scores(self.models)
-        self.tables = label_report.tables(results) + make_tables(results)
+        self.scores = shared_scores(self.models) if self.models else []
+        self.runs = run_report.table(results) if "runs" in results else None
+        of_best = [pair for pair in results["pairs"] if not self.runs or results["best"] in pair["models"]]
+        self.tables = []
+        if self.models:
+            self.tables = label_report.tables(results) + make_tables(results | {"pairs": of_best})
         self.ranged = ranged
 
     def speed_rows(self) -> list[tuple[str, list[str]]]:
@@ -255,7 +280,10 @@ class _Shown:
     def example_groups(self) -> list[tuple[str, list[dict[str, Any]]]]:
         """Title and examples: what changed most between each two models, and each model's best and worst."""
         groups = []
-        for pair in self.results["pairs"]:
+        pairs = self.results["pairs"]
+        if self.runs:  # too many: the best against what stands first
+            pairs = [pair for pair in pairs if set(pair["models"]) == {next(iter(self.models)), self.results["best"]}]
+        for pair in pairs:
             a, b = pair["models"]
             for way, word in (("better", "gained"), ("worse", "lost")):
                 groups.append((f"{b} {word} most against {a} ({NAMES[pair['changed_by']]})", pair[way]))
@@ -322,10 +350,16 @@ def _markdown(shown: _Shown, results: dict[str, Any], plots: list[str]) -> str:
          "{} ({})".format(*shown.ranged(s, pair["scores"][s], "difference")), f"{pair['scores'][s]['p_value_holm']:.3g}"]
         for pair in results["pairs"] for s in shown.scores
     ]  # fmt: skip
+    parts = [f"# {_cell(shown.title)}"]
+    parts += ["\n".join(f"- {_cell(sentence)}" for sentence in results["verdicts"] + results["cautions"])]
+    if shown.runs:
+        head, rows = shown.runs
+        cells = [[_cell(f"{text} ({small})" if small else text) for text, small in row] for row in rows]
+        parts.append("## The runs\n\n" + table([*map(_cell, head)], cells))
+    if not shown.models:
+        return "\n\n".join([*parts, *(f"![{name}]({name}.svg)" for name in plots)]) + "\n"
     test = results["test"]
-    parts = [
-        f"# {_cell(shown.title)}: is the tuned model better?",
-        "\n".join(f"- {_cell(sentence)}" for sentence in results["verdicts"] + results["cautions"]),
+    parts += [
         f"{test['questions']} questions of {test['conversations']} conversations from the {_cell(test['split'])} split of "
         f"{_cell(test['dataset'])}; 95 % percentile intervals over {results['conditions']['num_resamples']} resamples of "
         "conversations.",

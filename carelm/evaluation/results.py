@@ -25,6 +25,7 @@ def make_results(
     measured: dict[str, dict[str, Any]],
     checks: Sequence[check_scores.AskedCheck] = (),
     labelled: Labelled | None = None,
+    has_labels_only: bool = False,
 ) -> dict[str, Any]:
     """The content of `results.json`, less what is known of the test split and the conditions.
 
@@ -35,17 +36,20 @@ def make_results(
         measured: for each model what was measured while it answered.
         checks: the recipe's, for these questions.
         labelled: what is known of labels beside the answers.
+        has_labels_only: the references are labels, and no other score has a meaning.
     """
     labelled = labelled or Labelled()
     conversations, references = [q.conversation for q in questions], [q.references for q in questions]
     tokenizer = scripts.bleu_tokenizer(references)
-    deciding = _deciding(recipe, references)
+    deciding = "accuracy" if has_labels_only else _deciding(recipe, references)
     drawn = scores.draws(len(set(conversations)), recipe.num_resamples, recipe.split_seed)
     models, scored, ranked = {}, {}, {}
     for name, predicted in lines.items():
         answers = scores.Answers(conversations, [p["prediction"] for p in predicted], references)
         turns = scores.per_turn(answers, recipe.labels, tokenizer)
         turns |= label_results.constrained_scores(recipe, questions, labelled, name)
+        if has_labels_only:
+            turns = {score: turn for score, turn in turns.items() if score in scores.LABEL_SCORES}
         turns |= repetition.per_turn(answers.predictions, [p["new_tokens"] for p in predicted])
         scored[name] = scores.resample(scores.by_conversation(turns, conversations), drawn)
         models[name] = {

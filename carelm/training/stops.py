@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 
@@ -36,6 +37,16 @@ class StopRequested(UserError):
     def __init__(self, message: str, reason: str):
         super().__init__(message)
         self.reason = reason
+
+
+def write_request(folder: Path, reason: str, by: str) -> None:
+    """Asks the run in this folder to save and stop, for the first reason that is given; `by` tells those who ask apart."""
+    file = folder / FILE
+    if not file.exists():
+        aside = file.with_name(f"{FILE}.{by}.partial")
+        aside.write_text(reason + "\n")
+        with contextlib.suppress(FileNotFoundError):  # a second signal came in between and has asked
+            aside.replace(file)
 
 
 class StopRequests:
@@ -59,11 +70,7 @@ class StopRequests:
 
     def request(self, reason: str) -> None:
         """Writes the request; the first one's reason stands."""
-        if not self.file.exists():
-            aside = self.file.with_name(f"{FILE}.{ranks.rank()}.partial")
-            aside.write_text(reason + "\n")
-            with contextlib.suppress(FileNotFoundError):  # a second signal came in between and has asked
-                aside.replace(self.file)
+        write_request(self.file.parent, reason, by=str(ranks.rank()))
 
     def look(self, device) -> str | None:
         """The reason of a request, the same on every rank, or None; every rank calls it at the same place."""

@@ -1,0 +1,45 @@
+"""The base's answers, which runs that ask it the same lend one another: it answers once for a whole sweep."""
+
+import shutil
+from dataclasses import fields
+
+import yaml
+
+from carelm.evaluation.candidates import QUANTIZATION
+from carelm.keys import EVALUATION_KEYS, NOT_ABOUT_DATA
+from carelm.recipe import Recipe
+from carelm.sweep.sweep_file import Run
+
+OTHERS = (
+    "model_name_or_path",
+    "model_revision",
+    "max_length",
+    "chat_template_path",
+    "seed",
+    "precision",
+    *QUANTIZATION,
+)
+FILES = ("predictions-base.jsonl", "measured-base.json")
+
+
+def lend(run: Run) -> None:
+    """Copies them from a run whose evaluation is done into one whose evaluation is to begin. The evaluator looks at each answer
+    whether it is the one that would be made today: what is lent wrongly is made anew."""
+    here = run.recipe.output_dir / "eval"
+    if (here / FILES[0]).exists():
+        return
+    for results in sorted(here.parent.parent.glob("*/eval/results.json")):
+        there, recipe = results.parent, results.parent.parent.with_name(f"{results.parent.parent.name}.yaml")
+        if all((there / name).exists() for name in FILES) and recipe.exists() and _asked(recipe, run.recipe):
+            here.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                shutil.copy2(there / name, here / name)
+            return
+
+
+def _asked(file, recipe: Recipe) -> bool:
+    """Whether the recipe in this file asks the base the same."""
+    own = {f.name for f in fields(recipe) if "help" in f.metadata} - NOT_ABOUT_DATA
+    keys = (own | set(EVALUATION_KEYS) | set(OTHERS)) - {"models", "num_resamples", "primary_metric"}
+    before, now = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.keys()
+    return all(before.get(key) == now.get(key) for key in keys)

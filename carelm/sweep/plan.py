@@ -1,0 +1,38 @@
+"""What a sweep would do, in words: its runs and their steps. Imports no torch."""
+
+import math
+
+from carelm.chat.chat import make_chat
+from carelm.recipe import Recipe
+from carelm.sweep.sweep_file import Run, Sweep
+from carelm.training.prepared import prepare
+
+
+def format_plan(sweep: Sweep) -> str:
+    """A line per run, with its optimizer steps; the data of those whose steps follow from it is prepared."""
+    if sweep.search:
+        run = sweep.make_run("trial-000", {}, "search")
+        ranges = [f"{key}: {given}" for key, given in sweep.ranges.items()]
+        return "\n".join([f"{sweep.search['num_trials']} trials  {_what(run)} at most", *ranges])
+    width = max((len(run.name) for run in sweep.runs), default=0)
+    lines = [f"{run.name:{width}}  {_what(run)}  {_axes(run)}".rstrip() for run in sweep.runs]
+    return "\n".join(lines)
+
+
+def _what(run: Run) -> str:
+    if not run.is_trained:
+        return "only answers"
+    return f"{steps(run.recipe)} steps" + ("" if run.is_evaluated else ", no answers")
+
+
+def _axes(run: Run) -> str:
+    return " ".join(f"{key}={value}" for key, value in run.axes.items())
+
+
+def steps(recipe: Recipe) -> int:
+    """Optimizer steps of the run, as the trainer counts them; raises UserError where its data cannot be prepared."""
+    most = recipe.training.get("max_steps") or -1
+    if most > 0:
+        return most
+    rows = len(prepare(recipe, make_chat(recipe)).train)
+    return math.ceil(recipe.training.get("num_train_epochs", 3) * math.ceil(rows / recipe.global_batch_size))
