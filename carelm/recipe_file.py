@@ -172,11 +172,7 @@ def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
         if path.stem in tests:
             raise UserError(f"also_test: two are called '{path.stem}'; rename one of the files")
         paths.append(path.resolve())
-<<<<<<< HEAD
         own = _typed_keys(str(path), read_yaml(path)) | ({"dataset_name": data} if data else {})
-=======
-        own = _typed_keys(str(path), read_yaml(path))
->>>>>>> 0b120cf (Sweep: runs of a recipe with other keys, each in processes of its own, that go on after a kill and end in one comparison; a search by Optuna; a job array)
         if own.get("also_test"):
             raise UserError(
                 f"also_test: {file} has also_test itself; name its recipes here too, and a recipe without it"

@@ -136,4 +136,3 @@ def test_every_sweep_that_comes_with_carelm_can_be_run_and_says_how(path, tmp_pa
     assert sweep.runs or sweep.search
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert any(f"# Command: python train/sweep.py recipes/sweeps/{path.name}" in line for line in header)
-    assert any("# Data: " in line for line in header)
