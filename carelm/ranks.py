@@ -1,6 +1,7 @@
 """The ranks of a launch: which one this is, how many were asked for, and how they end together. Imports no torch."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -33,6 +34,8 @@ PROCESS_LAUNCHERS = {
     "jsrun": ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 }
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 START = "start the ranks with torchrun --nproc_per_node N, accelerate launch or slurm/train.sh"
 
@@ -294,11 +297,16 @@ def check_gpus(launch: Launch | None) -> None:
 def use_cpu(launch: Launch | None) -> None:
     """Where there is no GPU: shares the machine's cores among its ranks, as accelerate gives every CPU process one thread
     unless it is told; says where more threads are set than there are cores; and imports bitsandbytes, before PEFT does,
-    without torch.compile around functions that a CPU does not call, which takes seconds."""
+    without torch.compile around functions that a CPU does not call, which takes seconds. Memory that a step frees is kept for
+    the next one: given back and asked for again, its pages cost a tenth of a step of long rows."""
     import torch
 
     if torch.cuda.is_available():
         return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # its maximum
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     usable = psutil.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # a container or a batch job may have been given fewer
