@@ -200,8 +200,9 @@ def _word(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return "+".join(map(_word, value))
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^\w.+-]+", "-", text.rstrip("/").rpartition("/")[2])[:40].rstrip("-.").lstrip(".") or "none"
+    if isinstance(value, (int, float)):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]+", "-", str(value).rstrip("/").rpartition("/")[2])[:40].strip("-.") or "none"
 
 
 def _check(path: Path, sweep: Sweep) -> None:

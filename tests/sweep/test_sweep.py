@@ -64,7 +64,7 @@ def test_a_killed_sweep_goes_on_and_one_that_fails_does_not_end_the_others(tmp_p
     assert found == {"runs": 3, "finished": 2, "failed": ["none"], "comparison": str(out / "comparison.html")}
     assert (
         "carelm: none failed after" in done.stderr
-        and "error: dataset_name: there is no file, folder or glob no/rows.jsonl" in done.stderr
+        and ": dataset_name: there is no file, folder or glob no/rows.jsonl" in done.stderr
     )
     compared = json.loads((out / "comparison.json").read_text())
     assert list(compared["models"]) == ["base", "r4", "bare"] and compared["runs"]["none"]["state"] == "failed"
