@@ -86,6 +86,10 @@ def check(recipe: Recipe) -> None:
         raise UserError("adapter: it names no folder; leave it out to begin with a new one")
     if recipe.adapter and recipe.method == "full":
         raise UserError("adapter: method: full trains no adapter; leave out one of the two")
+    for number, question in enumerate(recipe.card_questions, 1):
+        if not question.strip() or question in recipe.card_questions[: number - 1]:
+            what = "stands there twice" if question.strip() else "is empty"
+            raise UserError(f"card_questions: question {number} {what}; remove it")
     smoothing = recipe.training.get("label_smoothing_factor") or 0
     if not 0 <= smoothing < 1:
         raise UserError(f"label_smoothing_factor: {smoothing} is not at least 0 and below 1")

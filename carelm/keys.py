@@ -25,6 +25,7 @@ EVALUATION_KEYS = (
     "overlap_columns", "primary_metric", "num_resamples", "num_latency_prompts", "checks",
     "also_test", "api_url",
 )  # fmt: skip
+CARD_KEYS = ("card_notes", "card_questions")
 # Keys that may change when a run goes on: where it runs, how much, what it shows.
 FREE_PREFIXES = (
     "logging_",
@@ -42,7 +43,7 @@ FREE_KEYS = {
     "output_dir", "max_steps", "num_train_epochs", "report_to", "run_name", "project", "push_to_hub", "disable_tqdm",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
     "max_empty_share", "max_hours", "stall_timeout", "torch_empty_cache_steps", "precision", "tf32", "debug",
-    "include_num_input_tokens_seen", "attn_implementation", *EVALUATION_KEYS,
+    "include_num_input_tokens_seen", "attn_implementation", *CARD_KEYS, *EVALUATION_KEYS,
 }  # fmt: skip
 # Which modules LoRA changes and how its weights start: CareLM's own keys, for method: lora alone.
 LORA_KEYS = (
@@ -50,7 +51,8 @@ LORA_KEYS = (
 )  # fmt: skip
 NOT_ABOUT_DATA = {
     "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
-    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", "adapter", *LORA_KEYS, *EVALUATION_KEYS,
+    "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", "adapter", *LORA_KEYS,
+    *CARD_KEYS, *EVALUATION_KEYS,
 }  # fmt: skip
 # What a recipe in also_test says beside its data: how its questions are asked and scored.
 OF_A_TEST = (
@@ -238,6 +240,10 @@ def typed(key: Key, value: Any, where: str) -> Any:
         if texts and None in values:
             raise UserError(
                 f"{where}{key.name}: one of its words is null, that is nothing; write it in quotes, '\"null\"'"
+            )
+        if texts and (odd := [v for v in values if isinstance(v, (dict, list))]):
+            raise UserError(
+                f"{where}{key.name}: {odd[0]!r} is no text; one with a colon, [ or {{ in it stands in quotes"
             )
         return [str(v).lower() if isinstance(v, bool) else str(v) if texts else v for v in values]
     if "int" in kinds and isinstance(value, int):

@@ -197,6 +197,15 @@ class Recipe:
     )
     num_resamples: int = _key(1000, "Resamples of the test conversations for the intervals.")
     num_latency_prompts: int = _key(50, "Prompts that are timed one at a time (all, where there are fewer).")
+    # the model card
+    card_notes: str | None = _key(
+        None, "Text that stands on top of the model card, as Markdown: what it is for, its data, its limits."
+    )
+    card_questions: list[str] = _key(
+        [],
+        "Questions that the finished model answers once, greedily, in at most max_new_tokens; the answers stand in the model "
+        "card and in train_metrics.json.",
+    )
     # the run
     max_hours: float | None = _key(None, "Save and stop in time to be done after this many hours from the launch.")
     stall_timeout: int = _key(

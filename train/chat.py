@@ -20,13 +20,13 @@ import sys
 import time
 
 from carelm import ranks
+from carelm.chat import question
 from carelm.data.sources import stay_offline
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
-from carelm.talk import question
 
 MOST_BYTES = 2**22  # of standard input: more is no message
 

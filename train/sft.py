@@ -29,7 +29,7 @@ from carelm.data.report import format_report  # noqa: E402
 from carelm.data.sources import stay_offline  # noqa: E402
 from carelm.recipe import micro_batch_size  # noqa: E402
 from carelm.recipe_file import load_recipe  # noqa: E402
-from carelm.training import runs, stops  # noqa: E402
+from carelm.training import card, runs, stops  # noqa: E402
 from carelm.training.prepared import check_nodes_agree, prepare  # noqa: E402
 
 
@@ -73,6 +73,7 @@ def main() -> None:
         ranks.join(recipe.training.get("ddp_timeout", 1800))
     precision = choose_precision(recipe.precision, recipe.output_dir, anew=runs.restarts(recipe))
     base.check_vocabulary(chat, base.load_config(recipe))
+    card_prompts = card.make_prompts(recipe, chat, base.load_config(recipe))
     shape = adapters.check_base(recipe)
     arguments = make_training_args(recipe, prepared, precision)
     check_optional(arguments, shape)
@@ -115,6 +116,7 @@ def main() -> None:
         "shares": {part: r["share"] for part, r in prepared.report.items() if r["share"] is not None} or None,
         "data_fingerprint": prepared.fingerprint,
         "data_files": prepared.files,
+        "card_answers": card.answer(recipe, card_prompts, run),
     }
     ranks.leave()
     if ranks.rank() == 0:

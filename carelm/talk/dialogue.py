@@ -3,10 +3,10 @@
 import sys
 
 from carelm import ranks
+from carelm.chat.question import asked_columns, compose, tags_of
 from carelm.data.templates import fill
 from carelm.errors import UserError
 from carelm.models.generation import Answer
-from carelm.talk.question import asked_columns, compose, tags_of
 from carelm.talk.session import Said, Session
 from carelm.talk.speaker import Speaker
 from carelm.talk.terminal import Screen, read_message

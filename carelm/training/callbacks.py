@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -11,8 +11,11 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from carelm import ranks
-from carelm.models.generation import Decoding, generate
+from carelm.models.generation import Answer, Decoding, generate
 from carelm.training import threads
+
+if TYPE_CHECKING:
+    from trl import SFTConfig
 
 
 class StepSeed(TrainerCallback):
@@ -228,6 +231,17 @@ class TensorBoard(TrainerCallback):
             self.writer = None
 
 
+def answer_in_training(
+    model, chat, prompts: list[list[int]], max_new_tokens: int, args: "SFTConfig", synced_gpus: bool
+) -> list[Answer]:
+    """Greedy answers of the model as it is, in the precision of its training; every rank calls it (`synced_gpus`: ZeRO-3)."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    with torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16):
+        return generate(
+            model, chat, prompts, Decoding(max_new_tokens), device=args.device, synced_gpus=synced_gpus
+        )  # fmt: skip
+
+
 class SampleAnswers(TrainerCallback):
     """Answers the same few validation prompts at every evaluation, as TensorBoard text."""
 
@@ -238,16 +252,8 @@ class SampleAnswers(TrainerCallback):
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if not self.samples or self.tensorboard is None:
             return
-        dtype = torch.float16 if args.fp16 else torch.bfloat16
-        with torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16):  # as in training
-            answers = generate(
-                model,
-                self.chat,
-                [self.chat.prompt_ids(sample["prompt"], tools=sample["tools"]) for sample in self.samples],
-                Decoding(self.max_new_tokens),
-                device=args.device,
-                synced_gpus=self.synced_gpus,
-            )
+        prompts = [self.chat.prompt_ids(sample["prompt"], tools=sample["tools"]) for sample in self.samples]
+        answers = answer_in_training(model, self.chat, prompts, self.max_new_tokens, args, self.synced_gpus)
         for i, (sample, answer) in enumerate(zip(self.samples, answers)):
             question = "\n\n".join(f"{m['role']}: {m['content']}" for m in sample["prompt"])
             reference = self.chat.answer_text(sample["prompt"], sample["completion"][0], tools=sample["tools"])

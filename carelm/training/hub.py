@@ -6,10 +6,12 @@ from typing import Any
 from carelm.data.sources import is_hub_id
 from carelm.errors import UserError, first_line
 from carelm.recipe import Recipe
+from carelm.training import card
 
 
 def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> str:
-    """README.md of the output folder: what was trained on what, how, and the figures, with the Hub's metadata on top."""
+    """README.md of the output folder: `card_notes`, what was trained on what, how, the figures and what it answers to
+    `card_questions`, with the Hub's metadata on top."""
     import yaml
 
     method = recipe.method + (f" on a {recipe.bits}-bit base" if recipe.bits else "")
@@ -36,12 +38,14 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
         went_on = f"It goes on from the adapter `{recipe.adapter}` (fingerprint {metrics['adapter_fingerprint']}).\n\n"
     table = "\n".join(f"| {name} | {value} |" for name, value in figures if value is not None)
     keys = {k: v for k, v in recipe.keys().items() if v not in (None, [], {})}
+    notes = f"{recipe.card_notes.strip()}\n\n" if (recipe.card_notes or "").strip() else ""
+    settings = card.fence(yaml.safe_dump(keys, sort_keys=True, allow_unicode=True), "yaml")
     return f"""---
 {yaml.safe_dump(head, sort_keys=False)}---
 
 # {recipe.name}
 
-A chat assistant fine-tuned with CareLM: {method}, from `{base}`.
+{notes}A chat assistant fine-tuned with CareLM: {method}, from `{base}`.
 
 {went_on}**Data.** `{recipe.dataset_name}`, rows used: {used}.
 
@@ -51,10 +55,9 @@ A chat assistant fine-tuned with CareLM: {method}, from `{base}`.
 
 Its answers can be wrong. Where they concern health or money, a person who answers for them should read them first.
 
-## Recipe
+{card.describe(recipe, metrics.get("card_answers", []))}## Recipe
 
-```yaml
-{yaml.safe_dump(keys, sort_keys=True, allow_unicode=True)}```
+{settings}
 """
 
 

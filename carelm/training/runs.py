@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from carelm.errors import UserError
-from carelm.files import write_whole
+from carelm.files import read_json, write_whole
 from carelm.provenance import git_commit, versions
 from carelm.ranks import Launch, rank, say, share
 from carelm.recipe import PRECISION_NOTE, Recipe
@@ -59,11 +59,15 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
         raise UserError(
             f"output_dir: {file} is damaged ({error}); remove it, and run again: what is saved is gone on from"
         ) from None
-    if metrics.get("budget") != _budget(recipe):
+    answered = [a["question"] for a in metrics.get("card_answers", [])]
+    if metrics.get("budget") != _budget(recipe) or (recipe.card_questions and recipe.card_questions != answered):
         if not any(recipe.output_dir.glob("checkpoint-*")):
+            what = (
+                "to go on from" if metrics.get("budget") != _budget(recipe) else "to answer other card_questions from"
+            )
             raise UserError(
                 f"output_dir: {recipe.output_dir} holds this run, finished at step {metrics['global_step']}, and no checkpoint "
-                "to go on from; begin anew with --restart (it is kept aside), or set another output_dir"
+                f"{what}; begin anew with --restart (it is kept aside), or set another output_dir"
             )
         return None
     finished.check(recipe, metrics)
@@ -233,6 +237,7 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
     """Writes the data report, the model card and, last, the metrics; publishes."""
     folder = recipe.output_dir
     metrics = metrics | {"budget": _budget(recipe), "versions": versions(), "git_commit": git_commit()}
+    metrics["card_notes"] = recipe.card_notes
     metrics |= finished.describe(folder)
     try:
         write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
@@ -244,7 +249,14 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
 
 
 def publish(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Pushes a finished run to the Hub (rank 0), where the recipe says so and its metrics do not say that it is there."""
+    """Pushes a finished run to the Hub (rank 0), where the recipe says so and its metrics do not say that it is there. Its
+    card is written anew where the recipe has other `card_notes`."""
+    if rank() == 0 and metrics.get("card_notes") != recipe.card_notes:
+        metrics = {k: v for k, v in metrics.items() if k != "pushed_to"} | {"card_notes": recipe.card_notes}
+        report = read_json(recipe.output_dir / "data_report.json")
+        write_whole(recipe.output_dir / "README.md", hub.model_card(recipe, metrics, report))
+        write_whole(recipe.output_dir / finished.METRICS, json.dumps(metrics, indent=1))
+        say(f"{recipe.output_dir / 'README.md'} has the new card_notes")
     if recipe.training.get("push_to_hub") and "pushed_to" not in metrics and rank() == 0:
         metrics = metrics | {"pushed_to": hub.push(recipe)}
         write_whole(recipe.output_dir / finished.METRICS, json.dumps(metrics, indent=1))

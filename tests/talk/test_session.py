@@ -8,10 +8,10 @@ import shlex
 import pytest
 from launching import PROJECT
 
+from carelm.chat.question import compose, decode, parse
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
-from carelm.talk.question import compose, decode, parse
 from carelm.talk.session import Said, Session
 
 DEMO = load_recipe([], usage="")
