@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from carelm.answer_checks import parse_checks
-from carelm.data.tags import check_tags
+from carelm.data.tags import check_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import locate
@@ -115,6 +115,7 @@ def check(recipe: Recipe) -> None:
         if column not in in_templates:
             there = ", ".join(dict.fromkeys(in_templates)) or "none"
             raise UserError(f"optional_columns: '{column}' is no column of the templates (theirs: {there})")
+    _check_predicted(recipe)
     if recipe.training["save_strategy"] == "best":
         raise UserError(
             "save_strategy: best is not there; set steps, epoch or no (early_stopping_patience keeps the best checkpoint)"
@@ -156,6 +157,28 @@ def _check_one_message_a_row(recipe: Recipe) -> None:
         )
     if recipe.reply_to_column and not recipe.id_column:
         raise UserError("reply_to_column: set id_column, the column with the message's own id that replies name")
+
+
+def _check_predicted(recipe: Recipe) -> None:
+    columns = template_columns(recipe.prompt_template or "", "prompt_template")
+    for column, place in recipe.predicted_columns.items():
+        if not isinstance(place, str) or not place.strip():
+            raise UserError(
+                f"predicted_columns: {column}: {place!r} is no folder or file; gold takes the data's own values"
+            )
+        if column not in columns:
+            raise UserError(
+                f"predicted_columns: '{column}' is no column of prompt_template (its: {', '.join(columns) or 'none'})"
+            )
+        if column in used_tags(recipe) or column == recipe.tag_column:
+            raise UserError(f"predicted_columns: '{column}' is a tag, or what tags are made of; leave it out")
+        for key in ("system_prompt", "completion_template"):
+            if column in template_columns(getattr(recipe, key) or "", key):
+                raise UserError(
+                    f"predicted_columns: '{column}' stands in {key} too; it can stand in prompt_template alone"
+                )
+    if recipe.predicted_columns and not {*columns} - {*recipe.predicted_columns, *used_tags(recipe)}:
+        raise UserError("predicted_columns: prompt_template has no other column; nothing of a question would be left")
 
 
 def _check_lora(recipe: Recipe) -> None:

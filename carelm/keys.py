@@ -134,6 +134,11 @@ DEFAULTS = {
 }
 
 
+def identity_of(key: str, value: Any) -> Any:
+    """What counts of a key's value when runs are compared: where predictions come from is no matter of training."""
+    return sorted(value or ()) if key == "predicted_columns" else value
+
+
 @dataclass(frozen=True)
 class Key:
     """One key of a recipe: its type as annotated, its default as source text, and who owns it."""

@@ -94,6 +94,11 @@ class Recipe:
     optional_columns: list[str] = _key(
         [], "Columns of the templates that may be empty in a row; any other empty one counts like an empty answer."
     )
+    predicted_columns: dict[str, str] = _key(
+        {},
+        "Columns of prompt_template that a new question does not have: in test rows their value is what another run has "
+        "answered in its evaluation, {intent: outputs/intents} or a predictions-MODEL.jsonl there; gold is the data's own.",
+    )
     tag_column: str | None = _key(
         None,
         "Column with the customer's words: {priority} and {sentiment} in the templates are then tags of them, not columns.",

@@ -24,6 +24,7 @@ from carelm.keys import (
     OF_MIXED,
     REFUSED,
     Key,
+    identity_of,
     known,
     known_keys,
     typed,
@@ -224,7 +225,7 @@ def check_identity(recipe: Recipe, path: Path) -> None:
             default = ast.literal_eval(known_keys()[key].default)
         except ValueError:
             default = None
-        was, is_now = before.get(key, default), now.get(key, default)
+        was, is_now = (identity_of(key, values.get(key, default)) for values in (before, now))
         if was != is_now:
             changed.append(f"{key} (was {was!r}, is {is_now!r})")
     if changed:

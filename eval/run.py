@@ -5,9 +5,9 @@
     accelerate launch eval/run.py --config recipes/shop.yaml --models base adapter adapter@bf16 outputs/other --num_shots 2
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml eval/run.py --config recipes/shop.yaml
 
-Each rank answers its share. Writes OUTPUT_DIR/eval/: results.json, report.html, report.md, predictions-MODEL.jsonl and
-TensorBoard events. Predictions are kept as they are made: the same command again goes on where it stopped, and what has
-been answered is not answered again. The last line on standard output is the comparison as one JSON object.
+Each rank answers its share. Writes OUTPUT_DIR/eval/: results.json, report.html, report.md, predictions-MODEL.jsonl,
+recipe.yaml and TensorBoard events. Predictions are kept as they are made: the same command again goes on where it stopped,
+and what has been answered is not answered again. The last line on standard output is the comparison as one JSON object.
 
 exit status: 0 the report is written, 2 something in the recipe, the data, the models or the launch is to be mended.
 """
@@ -17,7 +17,7 @@ import sys
 
 from carelm import interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
-from carelm.recipe_file import load_also_tests, load_recipe
+from carelm.recipe_file import load_also_tests, load_recipe, save_recipe
 
 
 def main() -> None:
@@ -65,6 +65,8 @@ def main() -> None:
     lines, measured = {}, {}
     for one, of_models in asked.items():
         (folder / one.name).mkdir(parents=True, exist_ok=True)
+        if ranks.rank() == 0:
+            save_recipe(one.recipe, folder / one.name / "recipe.yaml")
         answered = {
             m.candidate.name: way(m.candidate).answer(one.recipe, m, folder / one.name, watch) for m in of_models
         }
@@ -77,6 +79,8 @@ def main() -> None:
             labelled = Labelled(s.form, s.validation, {m.candidate.name: constrained.read(m) for m in scored if s.form})
             found = results.make_results(s.recipe, s.questions, lines[s.name], measured[s.name], s.checks, labelled)
             of_sets[s.name] = found | {"test": s.about}
+        for s in asked:
+            of_sets[s.name]["cautions"][:0] = [c["sentence"] for c in s.about["predicted_columns"].values()]
         found = of_sets.pop("") | {"tests": of_sets}
         found["cautions"] += [
             f"{model.name} was trained with other {', '.join(keys)} than this evaluation has."

@@ -17,8 +17,9 @@ class Example:
     compared: tuple[str, ...] = ()  # the texts of the recipe's `overlap_columns`
     tools: list[dict[str, Any]] | None = None  # what the model may call, as OpenAI writes it
     words: str | None = (
-        None  # with tag_column, what the question is compared by: its columns, without tags and template
+        None  # what the question is compared by, without template, where it has tags or predicted columns: its other columns
     )
+    row: dict[str, Any] | None = None  # as read, with predicted_columns
     unused: frozenset[str] = frozenset()  # columns and keys of messages that the row has and the recipe does not use
 
 

@@ -1,6 +1,7 @@
 """A row -> an example."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from carelm.data.example import Example, NoAnswer
@@ -24,6 +25,8 @@ def to_example(
             one of `optional_columns`.
         UserError: for a message of an unknown shape or role, and for a value that cannot be text.
     """
+    if split == "test" and recipe.predicted_columns:
+        recipe = _with_optional(recipe, recipe.predicted_columns)
     references = [text for c in reference_columns if (text := _reference(recipe, source, row, c)).strip()]
     instead = reference_columns and split == "test"
     if instead and not references:
@@ -57,16 +60,33 @@ def to_example(
         compared=tuple(cell_text(row, column, source) or "" for column in recipe.overlap_columns),
         tools=_tools(recipe, source, row),
         words=_words(recipe, source, row),
+        row=row if recipe.predicted_columns else None,
         unused=frozenset(unused),
     )
 
 
+def question_of(recipe: Recipe, source: str, row: dict[str, Any], values: dict[str, str] | None = None) -> str:
+    """The question that the recipe's template makes of a row, with these values in place of its columns'; they may be empty.
+
+    Raises:
+        NoAnswer: where another column is empty or not there.
+    """
+    values = values or {}
+    return _fill(_with_optional(recipe, values), "prompt_template", source, row | values)
+
+
+def _with_optional(recipe: Recipe, columns: Iterable[str]) -> Recipe:
+    return dataclasses.replace(recipe, optional_columns=[*recipe.optional_columns, *columns])
+
+
 def _words(recipe: Recipe, source: str, row: dict[str, Any]) -> str | None:
-    """The columns of the question without the tags: with other tags, or none, it is the same question in the same split."""
-    if not (recipe.tag_column and recipe.prompt_template):
+    """The columns of the question that a customer gives: with other tags or predictions, or none, it is the same question in
+    the same split."""
+    if not (recipe.prompt_template and (recipe.tag_column or recipe.predicted_columns)):
         return None
     columns = template_columns(recipe.prompt_template, "prompt_template")
-    texts = [cell_text(row, column, source, recipe.labels) for column in columns if column not in used_tags(recipe)]
+    columns = [column for column in columns if column not in (*used_tags(recipe), *recipe.predicted_columns)]
+    texts = [cell_text(row, column, source, recipe.labels) for column in columns]
     return "\n".join(text or "" for text in texts)
 
 

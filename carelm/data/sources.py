@@ -251,6 +251,8 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, ref
     needed["row_filter"] = list(recipe.row_filter or {})
     needed["reference_columns"] = references
     needed["overlap_columns"] = recipe.overlap_columns
+    if split == "test":  # a new question does not have them
+        needed["prompt_template"] = [c for c in needed["prompt_template"] if c not in recipe.predicted_columns]
     if split == "test" and references:  # such rows may have no other answer
         needed["completion_template"] = []
     for file, there in by_file.items():

@@ -16,7 +16,7 @@ from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
 from carelm.evaluation.api import ApiModel, find_api
 from carelm.files import fingerprint, locate, read_json
-from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA
+from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA, identity_of
 from carelm.recipe import Recipe
 from carelm.training.runs import find_recipe
 
@@ -189,7 +189,8 @@ class Candidate:
         own = _keys_of(self.adapter) if self.adapter else {}
         about_data = [f.name for f in dataclasses.fields(recipe) if "help" in f.metadata and f.name in own]
         free = NOT_ABOUT_DATA | FREE_KEYS
-        return [key for key in about_data if key not in free and getattr(recipe, key) != own[key]]
+        about_data = [key for key in about_data if key not in free]
+        return [key for key in about_data if identity_of(key, getattr(recipe, key)) != identity_of(key, own[key])]
 
     def changed_data(self, recipe: Recipe) -> list[str]:
         """The recipe's data files that are not what they were when this adapter was trained on them."""

@@ -10,6 +10,7 @@ from carelm.chat.chat import Chat
 from carelm.data.example import Example
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
+from carelm.evaluation.predicted import fill_in
 from carelm.evaluation.scores import kind_of_request, parse_label
 from carelm.recipe import Recipe
 
@@ -40,7 +41,8 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
         chat: renders the answers that have no text of their own (tool calls).
 
     Raises:
-        UserError: where there is no test split, not enough shots, or a reference without one of the recipe's labels.
+        UserError: where there is no test split, not enough shots, a test row without a prediction for `predicted_columns`, or a
+            reference without one of the recipe's labels.
     """
     questions, _, about = make_questions_of_both(recipe, chat)
     return questions, about
@@ -54,6 +56,7 @@ def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], 
             f"dataset_test_split: {recipe.dataset_name} has no rows to test on; give a file of that split, or set "
             "test_fraction above 0"
         )
+    examples["test"], predicted = fill_in(recipe, examples["test"])
     shots = _shots(recipe, examples["train"])
     questions = _ask(recipe, chat, examples["test"], shots)
     validation = _ask(recipe, chat, examples.get("validation", []), shots) if recipe.labels else []
@@ -65,6 +68,7 @@ def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], 
         "num_shots": recipe.num_shots,
         "categories_from": recipe.category_column or "the words of the request (complaint, question, other)",
         "dropped": reports["test"].dropped,
+        "predicted_columns": predicted,
     }
     return questions, validation, about
 
