@@ -26,7 +26,7 @@ def _what(run: Run) -> str:
 
 
 def _axes(run: Run) -> str:
-    return " ".join(f"{key}={value!r}" if isinstance(value, str) and not value.isalnum() else f"{key}={value}" for key, value in run.axes.items())
+    return " ".join(f"{key}={str(value).splitlines()[0] if value else value}" for key, value in run.axes.items())
 
 
 def steps(recipe: Recipe) -> int:

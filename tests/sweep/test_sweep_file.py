@@ -9,7 +9,7 @@ from carelm.errors import UserError
 from carelm.sweep.plan import format_plan
 from carelm.sweep.sweep_file import read_sweep
 
-SWEEPS = sorted((PROJECT / "recipes/sweeps").glob("*.yaml"))
+SWEEPS = sorted((PROJECT / "recipes/sweeps").rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -135,4 +135,4 @@ def test_every_sweep_that_comes_with_carelm_can_be_run_and_says_how(path, tmp_pa
     )
     assert sweep.runs or sweep.search
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert any(f"# Command: python train/sweep.py recipes/sweeps/{path.name}" in line for line in header)
+    assert any(f"# Command: python train/sweep.py {path.relative_to(PROJECT)}" in line for line in header)
