@@ -22,12 +22,14 @@ def test_the_tasks_of_an_array_share_the_runs_and_one_at_its_time_limit_saves_an
     keys = {"recipe": "recipes/demo.yaml", "overrides": small, "grid": {"lora_r": [2, 4]}, "evaluate": False}
     (tmp_path / "ranks.yaml").write_text(yaml.safe_dump({**keys, "output_dir": str(tmp_path / "out")}))
     array = jobs.submit("ranks.yaml", script="sweep.sh", options=("--array=0-1",))
-    first, second = (cluster.job(f"{array}_{task}")["JobId"] for task in (0, 1))
+    tasks = [f"{array}_{task}" for task in (0, 1)]  # both have the array's number until they start
+    jobs._until(array, lambda: len({cluster.job(task)["JobId"] for task in tasks}) == 2, 0.05)
+    first, second = (cluster.job(task)["JobId"] for task in tasks)
     jobs.wait_for(first, r"lora_r=\d begins")
     run = re.search(r"(lora_r=\d) begins", jobs.log(first)).group(1)
     log = tmp_path / f"out/{run}.log"
     jobs._until(first, lambda: log.exists() and "| 2/60" in log.read_text(), 0.05)
-    cluster.run("scancel", "--batch", "--signal=USR1", first)  # its time limit
+    cluster.run("scancel", "--batch", "--signal=USR1", tasks[0])  # its time limit
     jobs.completes(first)
     jobs.completes(second)
     assert "(SIGTERM); saved as checkpoint-" in log.read_text() and "going on from" in log.read_text()
