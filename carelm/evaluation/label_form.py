@@ -1,5 +1,6 @@
 """How a recipe's answers hold their labels. Imports no torch."""
 
+import re
 from dataclasses import dataclass
 
 from carelm import ranks
@@ -27,11 +28,19 @@ class Form:
         return f"{reason}{self.between}{label}{self.behind}"
 
     def reason(self, text: str) -> str:
-        """What a free answer says before its label: all of it, where it does not come to one; nothing without a reason."""
+        """What a free answer says before its label: all of it, where it does not come to one; nothing without a reason.
+
+        Where the label has a line of its own that begins with words ("Label: "), the first such line ends the reason, whatever
+        follows it. Other text between the two may stand in a reason too: it counts where a label comes after it, at the end.
+        """
         if not self.has_reason:
             return ""
-        before, found, _ = text.rpartition(self.between.rstrip() or self.between)
-        return before if found else text
+        mark, between = self.between.strip(), re.escape(self.between.rstrip() or self.between)
+        if "\n" in self.between and re.search(r"\w", mark):
+            return re.split(rf"(?:^|\s*\n)\s*{re.escape(mark)}", text, maxsplit=1, flags=re.IGNORECASE)[0]
+        label = "|".join(map(re.escape, self.labels))
+        end = rf"{between}\s*(?:{label})\W*(?:{re.escape(self.behind.strip())}\W*)?\Z"
+        return re.split(end, text, flags=re.IGNORECASE)[0]
 
     def true_label(self, question: Question) -> str:
         return parse_label(question.references[0], self.labels)

@@ -117,8 +117,18 @@ def test_a_free_answer_gives_its_reason_up_to_the_label():
     assert form.reason("Reason: both are.\nLabel: yes") == "Reason: both are."
     assert form.reason("Reason: both are.\nLabel:") == "Reason: both are."
     assert form.reason("Both are, I think") == "Both are, I think"
+    assert form.reason("Reason: both are.\nLabel: yes\nText A: a lamp\nLabel: no") == "Reason: both are."
+    assert form.reason("Label: yes, I think") == ""
     assert Form(("yes", "no"), False, "", "").reason("yes") == ""
     assert form.answer("no", "Both are.") == "Both are.\nLabel: no"
+
+
+@pytest.mark.parametrize("between, answer, reason", [
+    ("\n", "One.\nTwo.\nYes.", "One.\nTwo."), ("\n", "One.\nTwo goes on", "One.\nTwo goes on"),
+    (": ", "That is: a lamp: no", "That is: a lamp"), (": ", "That is: a lamp", "That is: a lamp"),
+])  # fmt: skip
+def test_a_reason_keeps_what_only_looks_like_the_text_before_the_label(between, answer, reason):
+    assert Form(("yes", "no"), True, between, "").reason(answer) == reason
 
 
 def test_a_reason_is_cut_where_the_model_has_no_more_positions(tmp_path):
