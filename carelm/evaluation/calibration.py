@@ -18,6 +18,15 @@ def probabilities(log_probabilities: np.ndarray, temperature: float = 1.0) -> np
     return grown / grown.sum(1, keepdims=True)
 
 
+def log_odds(log_probabilities: np.ndarray, label: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Of one label (its number) for each question, [questions]. They rise with its probability, and still tell questions apart
+    where a low temperature makes that 1."""
+    rows, others = np.arange(len(label)), log_probabilities / temperature
+    own = others[rows, label]
+    others[rows, label] = -np.inf
+    return own - np.logaddexp.reduce(others, axis=1)
+
+
 def negative_log_likelihood(probability: np.ndarray, true: np.ndarray) -> float:
     """Of the true labels (their numbers, [questions]), in nats per question."""
     return float(-np.log(np.maximum(probability[np.arange(len(true)), true], 1e-300)).mean())
@@ -39,11 +48,13 @@ def fit_temperature(log_probabilities: np.ndarray, true: np.ndarray) -> float:
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
-    """At most 15 bins of as many questions each, by rising confidence: its mean, the share that is right, the number."""
-    order = np.argsort(confidence, kind="stable")
+    """At most 15 bins of as many questions each, by rising confidence: its mean, the share that is right, the number. Equal
+    confidences are in one bin, so that the order of the questions does not count."""
+    below = np.searchsorted(np.sort(confidence), confidence)
+    bins = below * BINS // len(confidence)
     return [
-        {"confidence": float(confidence[own].mean()), "accuracy": float(right[own].mean()), "questions": len(own)}
-        for own in np.array_split(order, min(BINS, len(order)))
+        {"confidence": float(confidence[own].mean()), "accuracy": float(right[own].mean()), "questions": int(own.sum())}
+        for own in (bins == k for k in np.unique(bins))
     ]
 
 

@@ -69,11 +69,13 @@ def certainty(
             "validation_questions": len(of_validation),
             "after": _reliability(probability, true),
         }
-        of_validation = _decidable(calibration.probabilities(found["validation"], temperature), of_validation)
-        about["decided"] = _decided(of_validation, _decidable(probability, true), conversations, drawn)
+        decidable = (_decidable(found[split], temperature, of_split)
+                     for split, of_split in (("validation", of_validation), ("test", true)))  # fmt: skip
+        about["decided"] = _decided(*decidable, conversations, drawn)
     if len(recipe.labels) == 2:
         owner = np.array([names[name] for name in conversations])
-        average, precision, resampled = calibration.precision_recall(probability[:, 0], true == 0, owner, drawn)
+        odds = calibration.log_odds(found["test"], np.zeros_like(true))
+        average, precision, resampled = calibration.precision_recall(odds, true == 0, owner, drawn)
         low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
         about["precision_recall"] = {
             "positive": recipe.labels[0],
@@ -146,11 +148,11 @@ def _reliability(probability: np.ndarray, true: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _decidable(probability: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The probability by which a question is decided, and whether it would be rightly."""
-    if probability.shape[1] == 2:
-        return probability[:, 0], true == 0
-    return probability.max(1), probability.argmax(1) == true
+def _decidable(log_probabilities: np.ndarray, temperature: float, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The log-odds by which a question is decided, and whether it would be rightly."""
+    two = log_probabilities.shape[1] == 2
+    label = np.zeros_like(true) if two else log_probabilities.argmax(1)
+    return calibration.log_odds(log_probabilities, label, temperature), label == true
 
 
 def _decided(
@@ -160,12 +162,13 @@ def _decided(
     drawn: np.ndarray,
 ) -> dict[str, Any]:
     threshold = calibration.threshold_for(PRECISION, *validation)
-    probability, right = test
-    decided = probability >= (np.inf if threshold is None else threshold)
+    odds, right = test
+    decided = odds >= (np.inf if threshold is None else threshold)
     counts = np.stack([right & decided, decided], 1).astype(float)
     turns = {"share": scores.mean_of(decided.astype(float)), "precision": scores.share_of(counts)}
     found = scores.resample(scores.by_conversation(turns, conversations), drawn)
     figures = {"share": scores.interval(found["share"])}
     if decided.any():
         figures["precision"] = scores.interval(found["precision"])
-    return {"at_precision": PRECISION, "threshold": threshold, **figures}
+    probability = None if threshold is None else float(np.exp(-np.logaddexp(0, -threshold)))
+    return {"at_precision": PRECISION, "threshold": probability, **figures}

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from carelm.evaluation import calibration, overlap, scores
+from carelm.evaluation import calibration, label_results, overlap, scores
 from carelm.evaluation.questions import Question
+from carelm.recipe_file import load_recipe
 
 
 def test_the_temperature_that_made_the_labels_is_found():
@@ -26,15 +27,36 @@ def test_labels_that_are_always_right_and_always_wrong_have_a_temperature_at_the
 
 
 def test_the_calibration_error_is_the_mean_distance_over_bins_of_equal_counts():
-    confidence = np.repeat([0.9, 0.6], 30)
+    confidence = np.concatenate([np.linspace(0.5, 0.6, 30), np.linspace(0.8, 0.9, 30)])
     right = np.array([True] * 15 + [False] * 15 + [True] * 30)
     random = np.random.default_rng(1).permutation(60)
     bins = calibration.reliability(confidence[random], right[random])
     assert len(bins) == 15 and {b["questions"] for b in bins} == {4}
     by_hand = [abs(b["accuracy"] - b["confidence"]) for b in bins]
     assert calibration.expected_calibration_error(bins) == pytest.approx(np.mean(by_hand))
-    perfect = calibration.reliability(np.full(20, 0.5), np.tile([True, False], 10)[:20])
-    assert sum(b["questions"] for b in perfect) == 20 and len(calibration.reliability(confidence[:3], right[:3])) == 3
+    assert len(calibration.reliability(confidence[:3], right[:3])) == 3
+
+
+def test_equal_confidences_are_in_one_bin_whatever_the_order_of_the_questions():
+    """The test file may have all of one label first: a model that always says 0.6 and is right in 6 of 10 is calibrated."""
+    right = np.array([True] * 60 + [False] * 40)
+    [one] = calibration.reliability(np.full(100, 0.6), right)
+    assert one == {"confidence": pytest.approx(0.6), "accuracy": 0.6, "questions": 100}
+    assert calibration.expected_calibration_error([one]) == pytest.approx(0)
+
+
+def test_a_temperature_that_makes_all_probabilities_one_does_not_hide_which_labels_are_surer():
+    """All validation rows are right, so that the temperature is 0.01; of the test rows the surer ones are."""
+    recipe = load_recipe(["--labels", "yes", "no"], usage="")
+    asked = [Question(f"q{i}", f"c{i}", "none", [], [recipe.labels[i % 2]]) for i in range(100)]
+    margin, is_yes = np.linspace(1, 5, 100), np.arange(100) % 2 == 0
+    known = {"validation": np.where(is_yes, margin, -margin), "test": np.where(is_yes | (margin < 3), margin, -margin)}
+    known = {split: np.stack([odds / 2, -odds / 2], 1) for split, odds in known.items()}
+    labelled = label_results.Labelled(None, asked, {"model": known})
+    found = label_results.certainty(recipe, asked, labelled, "model", scores.draws(100, 100, 0))
+    assert found["calibration"]["temperature"] == pytest.approx(0.01)
+    curve = {round(point["recall"], 2): point["precision"] for point in found["precision_recall"]["curve"]}
+    assert curve[0.5] == 1 and curve[1] == pytest.approx(50 / 75)
 
 
 def test_average_precision_and_the_curve_are_those_of_a_count_by_hand_and_ties_are_decided_together():
