@@ -200,7 +200,7 @@ def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch) ->
     if not left:
         return ranks.say(f"{asked.candidate.name}: all {len(done)} answers are there; nothing to do")
     alone = left[: max(0, recipe.num_latency_prompts - timed)]
-    started, tokens = time.perf_counter(), 0
+    several = left[len(alone) :] or alone  # by which the throughput is told
     with tqdm(total=len(left), desc=asked.candidate.name, unit="example", dynamic_ncols=True) as bar:
 
         def ask(question: "Question", is_alone: bool) -> int:
@@ -210,21 +210,23 @@ def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch) ->
             bar.update()
             return line["new_tokens"]
 
-        for question in alone:
-            tokens += ask(question, True)
-        with ThreadPoolExecutor(AT_A_TIME) as pool:
-            futures = [pool.submit(ask, question, False) for question in left[len(alone) :]]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            pool.shutdown(wait=True, cancel_futures=True)  # what is on its way is still kept
-            tokens += sum(future.result() for future in futures if not future.cancelled())
+        started = time.perf_counter()
+        tokens = sum([ask(question, True) for question in alone])
+        if several is not alone:
+            started = time.perf_counter()
+            with ThreadPoolExecutor(AT_A_TIME) as pool:
+                futures = [pool.submit(ask, question, False) for question in several]
+                wait(futures, return_when=FIRST_EXCEPTION)
+                pool.shutdown(wait=True, cancel_futures=True)  # what is on its way is still kept
+                tokens = sum(future.result() for future in futures if not future.cancelled())
     seconds = time.perf_counter() - started
     write_whole(folder / f"measured-{asked.candidate.name}.json", json.dumps({
-        "examples": len(left),
+        "examples": len(several),
         "of_examples": len(asked.questions),
         "seconds": round(seconds, 3),
-        "examples_per_second": round(len(left) / seconds, 3),
+        "examples_per_second": round(len(several) / seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
-        "batch_size": AT_A_TIME if len(left) > len(alone) else 1,
+        "batch_size": 1 if several is alone else AT_A_TIME,
     }))  # fmt: skip
 
 

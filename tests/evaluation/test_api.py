@@ -115,6 +115,15 @@ def test_questions_go_out_as_messages_and_answers_come_back_in_their_order(endpo
     assert [line["wire_ms"] is not None for line in lines] == [True, True, False, False, False, False]
 
 
+def test_the_throughput_is_of_those_that_go_out_together(endpoint, tmp_path):
+    def slow_alone(body, n):
+        return 0.3 if n <= 2 else completion("here it is")  # the first two are timed one at a time
+
+    endpoint.say = slow_alone
+    throughput = ask(endpoint, tmp_path)[1]["throughput"]
+    assert throughput["examples"] == 4 and throughput["batch_size"] == 8 and throughput["seconds"] < 0.5
+
+
 def test_what_is_answered_is_not_paid_for_again(endpoint, tmp_path, capsys):
     first = ask(endpoint, tmp_path)
     assert ask(endpoint, tmp_path) == first and len(endpoint.bodies) == 6
