@@ -21,7 +21,8 @@ from carelm.training import finished
 
 TRAINED = ("eval_loss", "eval_loss_before", "global_step", "num_train_tokens", "tokens_per_second", "wall_seconds",
            "peak_memory_bytes", "trainable_parameters", "total_parameters")  # fmt: skip
-UNMEASURED = {"throughput": {}, "peak_memory_bytes": None}
+MEASURED = ("kind", "folder", "precision", "bits", "unused_generation_config", "total_parameters", "trained_parameters",
+            "load_seconds", "peak_memory_bytes", "prompt_tokens", "throughput", "latency", "conditions")  # fmt: skip
 LABEL_SCORES = ("accuracy", "macro_f1")  # of the answers; what a run knows beside them stands in its own report
 RESAMPLES_OF_A_PAIR = 100  # fewer, and Holm's correction leaves no difference that could be shown
 
@@ -93,11 +94,11 @@ def _rows(runs: list[Compared]) -> list[Row]:
     rows, bases = list[Row](), list[Row]()
     for run in runs:
         about = read_json(_eval(run) / "results.json")
-        for name in about["models"]:
+        for name, figures in about["models"].items():
             with open(_eval(run) / f"predictions-{name}.jsonl", encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file][: about["test"]["questions"]]
-            measured = {k: v for k, v in read_json(_eval(run) / f"measured-{name}.json").items() if k != "key"}
-            row = Row(name, run, {line["id"]: line for line in lines}, UNMEASURED | measured)
+            measured = {key: figures[key] for key in MEASURED}
+            row = Row(name, run, {line["id"]: line for line in lines}, measured)
             is_own = name in ("adapter", run.recipe.output_dir.name) or len(about["models"]) == 1
             if name == "base" and not is_own and any(_asked(row) == _asked(other) for other in bases):
                 continue
@@ -149,7 +150,7 @@ def _recipe(rows: list[Row], has_labels_only: bool) -> Recipe:
     known = LABEL_SCORES if has_labels_only else (*TEXT_SCORES, *LABEL_SCORES)
     metric = recipe.primary_metric if recipe.primary_metric in known else "macro_f1"
     number = max(recipe.num_resamples, RESAMPLES_OF_A_PAIR * len(rows) * (len(rows) - 1) // 2)
-    return dataclasses.replace(recipe, primary_metric=metric, num_resamples=number)
+    return dataclasses.replace(recipe, primary_metric=metric, num_resamples=number, overlap_columns=[])
 
 
 def _questions(row: Row, recipe: Recipe, has_labels_only: bool) -> list[Question]:

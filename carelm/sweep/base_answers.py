@@ -19,21 +19,29 @@ OTHERS = (
     "precision",
     *QUANTIZATION,
 )
-FILES = ("predictions-base.jsonl", "measured-base.json")
+FIRST = "predictions-base.jsonl"
+FILES = (
+    FIRST,
+    "measured-base.json",
+    "predictions-base.validation.jsonl",
+    "labels-base.jsonl",
+    "labels-base.validation.jsonl",
+)
 
 
 def lend(run: Run) -> None:
     """Copies them from a run whose evaluation is done into one whose evaluation is to begin. The evaluator looks at each answer
     whether it is the one that would be made today: what is lent wrongly is made anew."""
     here = run.recipe.output_dir / "eval"
-    if (here / FILES[0]).exists():
+    if (here / FIRST).exists():
         return
     for results in sorted(here.parent.parent.glob("*/eval/results.json")):
         there, recipe = results.parent, results.parent.parent.with_name(f"{results.parent.parent.name}.yaml")
-        if all((there / name).exists() for name in FILES) and recipe.exists() and _asked(recipe, run.recipe):
-            here.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
-                shutil.copy2(there / name, here / name)
+        if (there / FIRST).exists() and recipe.exists() and _asked(recipe, run.recipe):
+            for file in (file for name in FILES for file in there.rglob(name)):  # those of also_test lie deeper
+                own = here / file.relative_to(there)
+                own.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, own)
             return
 
 

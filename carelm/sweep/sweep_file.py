@@ -255,8 +255,11 @@ def _check_search(path: Path, sweep: Sweep) -> None:
 
 
 def check_run(run: Run, look: bool = True) -> None:
-    """Raises UserError where the batch does not divide, or the run's folder, which is looked into, holds something else."""
+    """Raises UserError where the batch does not divide, there will be no such model, or the run's folder, which is looked into,
+    holds something else."""
     try:
+        if run.recipe.method == "full" and "adapter" in run.recipe.models:
+            raise UserError("models: method: full makes no adapter; leave models out for the base and what is trained")
         micro_batch_size(run.recipe, 1)
         if run.is_trained and look:
             with contextlib.redirect_stderr(io.StringIO()):  # said where it is begun

@@ -12,7 +12,8 @@ from carelm.recipe_file import load_recipe
 
 TIMES = {"p50": 9.0, "p95": 11.0, "p99": 12.0}
 MEASURED = {
-    "kind": "adapter", "precision": "fp32", "bits": None, "load_seconds": 1.0, "total_parameters": 100, "trained_parameters": 1,
+    "kind": "adapter", "folder": "run", "precision": "fp32", "bits": None, "load_seconds": 1.0, "total_parameters": 100,
+    "trained_parameters": 1,
     "unused_generation_config": {}, "peak_memory_bytes": 2**30, "prompt_tokens": {"p50": 7, "p95": 8, "max": 9},
     "conditions": {"device": "CPU"}, "latency": {"prompts": 2, "ttft_ms": TIMES, "tpot_ms": TIMES, "e2e_ms": TIMES},
     "throughput": {"examples": 20, "of_examples": 20, "examples_per_second": 3.0, "tokens_per_second": 9.0, "batch_size": 4},
@@ -39,8 +40,7 @@ def run(tmp_path):
                 for i in range(20)
             ][::order] if text else []  # fmt: skip
             (folder / f"predictions-{model}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            (folder / f"measured-{model}.json").write_text(json.dumps(MEASURED))
-        models = {"base": {}, "adapter": {}} if base else {"adapter": {}}
+        models = {"base": MEASURED, "adapter": MEASURED} if base else {"adapter": MEASURED}
         test = {"questions": 20, "conversations": 10, "split": "test", "dataset": "rows"}
         (folder / "results.json").write_text(json.dumps({"models": models, "test": test, "conditions": {}}))
         (recipe.output_dir / "train_metrics.json").write_text(json.dumps(TRAINED))
@@ -111,6 +111,25 @@ def test_other_references_with_the_same_labels_are_compared_by_labels_alone_whic
     assert found["models"]["with"]["accuracy"]["value"] == 1 and found["models"]["without"]["accuracy"]["value"] == 0
     assert "rougeL" not in found["models"]["with"] and found["primary_metric"] == "macro_f1"
     assert any("only label scores are compared" in caution for caution in found["cautions"])
+
+
+def test_validation_rows_are_no_matter_of_a_comparison(run, tmp_path):
+    keys = (*LABELS, "--overlap_columns", "one", "two")
+    found = compared(tmp_path, run("a", "same", *keys, reference="same"), run("b", "other", *keys, reference="same"))
+    assert not any("validation" in caution for caution in found["cautions"])
+
+
+def test_an_endpoint_is_compared_with_what_its_evaluation_knows_of_it(run, tmp_path):
+    one = run("a", "Lamp {0} is here.")
+    folder = one.recipe.output_dir / "eval"
+    (folder / "predictions-api:x.jsonl").write_text((folder / "predictions-adapter.jsonl").read_text())
+    (folder / "measured-api:x.json").write_text("{}")
+    about = json.loads((folder / "results.json").read_text())
+    about["models"]["api:x"] = MEASURED | {
+        "kind": "api", "peak_memory_bytes": None, "latency": {"prompts": 0, "ttft_ms": {}, "tpot_ms": {}, "e2e_ms": {}}
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(about))
+    assert list(compared(tmp_path, one)["models"]) == ["a", "a/api:x"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from conftest import PROJECT
 from drawn import make_adapter
 
 from carelm.errors import UserError
+from carelm.recipe_file import save_recipe
+from carelm.sweep import base_answers
 from carelm.sweep.plan import format_plan
 from carelm.sweep.sweep_file import read_sweep
 
@@ -128,7 +130,31 @@ def test_a_dry_run_prints_the_runs_with_the_steps_that_the_trainer_counts(read, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_full_fine_tune_is_no_adapter_to_be_compared(read, tmp_path):
+    said = message_of(read, tmp_path, runs=[{"method": "full", "load_in_4bit": False, "models": ["adapter"]}])
+    assert "method: full makes no adapter" in said
+
+
+def test_the_answers_of_the_base_are_lent_with_those_to_other_tests(read):
+    one, two, other = read(runs=[{"lora_r": 4}, {"lora_r": 8}, {"max_eval_samples": 3}]).runs
+    names = (
+        "predictions-base.jsonl",
+        "medquad/predictions-base.jsonl",
+        "labels-base.jsonl",
+        "predictions-adapter.jsonl",
+    )
+    for name in (*names, "results.json"):
+        file = one.recipe.output_dir / "eval" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    save_recipe(one.recipe, one.beside(".yaml"))
+    for run in (two, other):
+        base_answers.lend(run)
+    assert [(two.recipe.output_dir / "eval" / name).exists() for name in names] == [True, True, True, False]
+    assert not (other.recipe.output_dir / "eval").exists()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_sweep_that_comes_with_carelm_can_be_run_and_says_how(path, tmp_path):
     sweep = read_sweep(
         [str(path), "--config", str(PROJECT / "recipes/overlays/demo_base.yaml"), "--output_dir", str(tmp_path / "out")]
