@@ -25,7 +25,7 @@ from carelm.errors import UserError
 from carelm.files import locate
 from carelm.keys import known
 from carelm.recipe import Recipe, micro_batch_size
-from carelm.recipe_file import Layer, command_line, read_layers, read_yaml, resolve, split_command_line
+from carelm.recipe_file import Layer, command_line, load_also_tests, read_layers, read_yaml, resolve, split_command_line
 from carelm.training import runs
 
 TYPES = {"recipe": (str, list), "overrides": dict, "grid": dict, "runs": list, "search": dict, "evaluate": bool,
@@ -260,6 +260,8 @@ def check_run(run: Run, look: bool = True) -> None:
     try:
         if run.recipe.method == "full" and "adapter" in run.recipe.models:
             raise UserError("models: method: full makes no adapter; leave models out for the base and what is trained")
+        if run.is_evaluated:
+            load_also_tests(run.recipe)
         micro_batch_size(run.recipe, 1)
         if run.is_trained and look:
             with contextlib.redirect_stderr(io.StringIO()):  # said where it is begun

@@ -135,6 +135,11 @@ def test_a_full_fine_tune_is_no_adapter_to_be_compared(read, tmp_path):
     assert "method: full makes no adapter" in said
 
 
+def test_a_recipe_in_also_test_that_is_not_there_is_said_before_anything_runs(read, tmp_path):
+    said = message_of(read, tmp_path, runs=[{"lora_r": 4}], overrides={"also_test": ["recipes/none.yaml"]})
+    assert "recipes/none.yaml" in said
+
+
 def test_the_answers_of_the_base_are_lent_with_those_to_other_tests(read):
     one, two, other = read(runs=[{"lora_r": 4}, {"lora_r": 8}, {"max_eval_samples": 3}]).runs
     names = (
