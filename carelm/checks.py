@@ -71,6 +71,8 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"overlap_columns: {len(recipe.overlap_columns)} columns and {len(recipe.labels)} labels; it takes two of each"
         )
+    if len(labels) == 1:
+        raise UserError(f"labels: {labels[0]!r} is the only one, so that every answer has it; list two at least")
     for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")

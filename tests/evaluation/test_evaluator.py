@@ -465,6 +465,7 @@ def test_a_recipe_with_labels_has_its_confusion_table_in_the_report(tmp_path, mo
         (("--models", "base", "base"), "two are called 'base'"),
         (("--models", "demo/data"), "holds no model and no adapter"),
         (("--labels", "yes", "no", "unparsable"), "labels: .*a name of its own"),
+        (("--labels", "yes"), "labels: 'yes' is the only one"),
         (("--labels", "yes", "yes"), "labels: .*a name of its own"),
         (("--primary_metric", "accuracy"), "needs labels"),
         (("--num_shots", "5000", "--models", "base"), "is more than the"),
