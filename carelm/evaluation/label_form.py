@@ -59,9 +59,10 @@ def find_form(recipe: Recipe, questions: list[Question]) -> Form | None:
     for question in questions:
         reference, end = question.references[0], form.answer(form.true_label(question))
         fits = reference.endswith(end) if form.has_reason else reference == end
+        is_whole = form.has_reason and form.between in reference  # else it may be another column's text
         if form.has_reason and not form.between:
             why = "completion_template has no text between the reason and the label"
-        elif not fits and not recipe.reference_columns:
+        elif not fits and (is_whole or not recipe.reference_columns):
             why = f"the answer of {question.id} does not end in a label as the list has it ({end.strip()!r})"
         else:
             continue

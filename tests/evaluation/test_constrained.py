@@ -290,3 +290,11 @@ def test_several_reasons_are_several_references_with_the_same_label(tmp_path):
         label = find_form(recipe, questions).true_label(question)
         assert question.references[0].startswith("Reason: ") and question.references[0].endswith(f"\nLabel: {label}")
         assert question.references[1] == f"Reason: So it is.\nLabel: {label}"
+
+
+def test_labels_that_the_data_spells_otherwise_are_not_scored_with_several_references_either(tmp_path):
+    keys = [*write_rows(tmp_path), "--reference_columns", "why", "two", "--labels", "Match", "Match not"]
+    recipe = load_recipe(keys, usage="")
+    questions, _ = make_questions(recipe, make_chat(recipe))
+    with pytest.raises(UserError, match="does not end in a label as the list has it"):
+        find_form(recipe, questions)
