@@ -30,10 +30,12 @@ class FusedLinear(Linear):
         if self.lora_bias[name] or base.weight.dtype != dtype:
             return super().forward(x)
         dropped = self.lora_dropout[name](x)
-        dropped = None if dropped is x else dropped.to(dtype)
+        dropped = None if dropped is x else dropped.to(dtype).reshape(-1, x.shape[-1])
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         with torch.autocast("cpu", enabled=False):
-            return _Product.apply(x.to(dtype), dropped, base.weight, base.bias, a, b, self.scaling[name])
+            flat = x.to(dtype).reshape(-1, x.shape[-1])
+            y = _Product.apply(flat, dropped, base.weight, base.bias, a, b, self.scaling[name])
+        return y.view(*x.shape[:-1], y.shape[-1])  # here, as some models change it in place
 
 
 class _Product(torch.autograd.Function):
@@ -41,33 +43,31 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, dropped, weight, bias, a, b, scaling):
         """
         Args:
-            x: [..., in], of weight's dtype; `dropped` as well, which A sees in its place where it is not None.
+            x: [tokens, in], of weight's dtype; `dropped` as well, which A sees in its place where it is not None.
             weight, bias: frozen, [out, in] and [out] or None.
             a, b: trained, [rank, in] and [out, rank], of any dtype; their gradients are of the same.
         """
-        ctx.dtypes, ctx.shape, ctx.scaling, ctx.is_dropped = (a.dtype, b.dtype), x.shape, scaling, dropped is not None
-        a, b, x = a.to(x.dtype), b.to(x.dtype), x.reshape(-1, x.shape[-1])
+        ctx.dtypes, ctx.scaling, ctx.is_dropped = (a.dtype, b.dtype), scaling, dropped is not None
+        a, b = a.to(x.dtype), b.to(x.dtype)
         y = torch.nn.functional.linear(x, weight, bias)
-        x = x if dropped is None else dropped.reshape(x.shape)
+        x = x if dropped is None else dropped
         low = torch.mm(x, a.t())
         y.addmm_(low, b.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, a, b, low)
-        return y.view(*ctx.shape[:-1], -1)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         x, weight, a, b, low = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
         of_low = torch.mm(gradient, b).mul_(ctx.scaling)
         of_x = of_dropped = None
         if ctx.needs_input_grad[0]:
             of_x = torch.mm(gradient, weight)
             if not ctx.is_dropped:
                 of_x.addmm_(of_low, a)
-            of_x = of_x.view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            of_dropped = torch.mm(of_low, a).view(ctx.shape)
+            of_dropped = torch.mm(of_low, a)
         of_a = torch.mm(of_low.t(), x).to(ctx.dtypes[0])
         # As low' g and not g' low, which took up to nine times as long for a rank of 8 in fp32.
         of_b = torch.mm(low.t(), gradient).t().to(ctx.dtypes[1]).mul_(ctx.scaling)

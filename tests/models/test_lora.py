@@ -150,6 +150,20 @@ def test_the_adapter_and_its_merge_stay_what_they_are(tmp_path):
     assert one.keys() == another.keys() and all(torch.equal(one[name], another[name]) for name in one)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), ()])
+def test_its_output_can_be_changed_in_place(shape):
+    """As OLMo's clip_qkv does."""
+    model = with_lora()
+    found = []
+    for each in (model, fused(model)):
+        torch.manual_seed(7)
+        x = torch.randn(*shape, 32, requires_grad=True)
+        output = each.base_model.model.model.layers[0].self_attn.q_proj(x).clamp_(-0.5, 0.5)
+        output.sum().backward()
+        found.append((output, x.grad))
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*found))
+
+
 @pytest.mark.parametrize("zero_stage, is_fused", [(0, True), (2, True), (3, False)])
 def test_training_takes_it_where_parameters_are_not_gathered_around_each_forward(zero_stage, is_fused):
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
