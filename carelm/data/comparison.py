@@ -58,6 +58,12 @@ class Comparison:
         return parts
 
 
+def asked(example: Example) -> str:
+    """What the user says, without what a template puts around it."""
+    texts = example.columns or [m["content"] for m in example.prompt if m["role"] == "user"]
+    return "\n".join(texts).strip()
+
+
 def last_words(example: Example, number: int = 50) -> str:
     """The end of the question, to show to people: what the user says last."""
     asked = [m["content"] for m in example.prompt if m["role"] == "user"] or [""]

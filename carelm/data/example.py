@@ -16,6 +16,7 @@ class Example:
     references: tuple[str, ...] = ()  # of a test row with several; else the completion is the reference
     compared: tuple[str, ...] = ()  # the texts of the recipe's `overlap_columns`
     tools: list[dict[str, Any]] | None = None  # what the model may call, as OpenAI writes it
+    columns: tuple[str, ...] = ()  # the texts of the question's columns, without tags and predictions
     words: str | None = (
         None  # what the question is compared by, without template, where it has tags or predicted columns: its other columns
     )

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from carelm.data.example import Example
+from carelm.data.comparison import asked
 from carelm.data.mixture import draw_mixed
 from carelm.data.near_duplicates import NearDuplicates
 from carelm.data.splits import make_examples
-from carelm.data.templates import literals
 from carelm.recipe import Recipe
 
 MOST_NAMED = 3
@@ -15,25 +14,16 @@ MOST_NAMED = 3
 def find_leaks(trained: Recipe, tested: Recipe) -> dict[str, Any]:
     """How many training rows of one recipe are near-duplicates of another one's test questions, the first of them, and a
     sentence. What the users say is compared, without what the templates put around it."""
-    test = [e for e in make_examples(tested)[0].get("test", []) if _asked(tested, e)]
-    index = NearDuplicates(_asked(tested, e) for e in test)
+    test = [e for e in make_examples(tested)[0].get("test", []) if asked(e)]
+    index = NearDuplicates(map(asked, test))
     examples, _ = make_examples(trained)
-    train = [(trained, e) for e in examples["train"]]
-    for name, (rows, _) in draw_mixed(trained, examples).items():
-        train += [(trained.mixed[name], e) for e in rows]
-    found = [(e, test[match[0]]) for by, e in train if (text := _asked(by, e)) and (match := index.find(text))]
+    train = [*examples["train"]]
+    for rows, _ in draw_mixed(trained, examples).values():
+        train += rows
+    found = [(e, test[match[0]]) for e in train if (text := asked(e)) and (match := index.find(text))]
     first = [f"{e.source} and {other.source}" for e, other in found[:MOST_NAMED]]
     sentence = f"{len(found)} of {len(train)} training rows are near-duplicates of its test questions"
     sentence += (
         f" ({', '.join(first)}{' ...' if len(found) > MOST_NAMED else ''}): the models may have seen them" * bool(found)
     )
     return {"training_rows": len(train), "near_duplicates": len(found), "first": first, "sentence": sentence + "."}
-
-
-def _asked(recipe: Recipe, example: Example) -> str:
-    text = "\n".join(m["content"] for m in example.prompt if m["role"] == "user")
-    if example.words is not None:
-        return example.words.strip()
-    for literal in literals(recipe.prompt_template or ""):
-        text = text.replace(literal, " ", 1)
-    return text.strip()

@@ -2,8 +2,10 @@
 
 import json
 import random
+from collections import defaultdict
+from dataclasses import replace
 
-from carelm.data.comparison import Comparison
+from carelm.data.comparison import Comparison, asked, last_words
 from carelm.data.example import Example
 from carelm.data.report import SplitReport
 from carelm.data.splits import find_near_duplicates, keep_apart, make_examples
@@ -15,7 +17,7 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
     """The rows that `also_train` adds, by the recipe that maps them, with what became of that one's training rows.
 
     Only its own training split is drawn from, by this recipe's `split_seed`. Questions of this recipe's validation and test are
-    out, as within one recipe, and so are rows that are here already.
+    out, as within one recipe and whatever the templates put around them, and so are rows that are here already.
 
     Args:
         examples: this recipe's own, by split.
@@ -24,7 +26,7 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
         UserError: for data that cannot be read, and fewer rows than are asked for.
     """
     mixed: dict[str, tuple[list[Example], SplitReport]] = {}
-    held_out = {split: examples[split] for split in ("validation", "test") if split in examples}
+    held_out = {split: _bare(examples[split]) for split in ("validation", "test") if split in examples}
     here = {_content(e) for of_split in examples.values() for e in of_split}
     for name, other in recipe.mixed.items():
         try:
@@ -33,20 +35,22 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
             raise UserError(f"also_train: {name}: {error}") from None
         report, across = reports["train"], SplitReport()
         compare = Comparison.of_two(_all(examples), _all(found))
-        parts = {"train": found["train"], **held_out}
+        parts = {"train": _bare(found["train"]), **held_out}
         keep_apart(recipe, parts, {"train": across}, compare, set())
+        if not recipe.keep_test_questions:
+            parts["train"] = _without_columns(parts["train"], _all(held_out), across)
         find_near_duplicates(recipe, parts, {"train": across}, compare)
         rows = [e for e in parts["train"] if _content(e) not in here]
         if twice := len(parts["train"]) - len(rows):
             across.dropped["there already"] = twice
-        asked = recipe.also_train[name]
-        if asked != "all":
-            if asked > len(rows):
+        number = recipe.also_train[name]
+        if number != "all":
+            if number > len(rows):
                 raise UserError(
-                    f"also_train: {name}: {asked} rows are asked for, and {len(rows)} can be trained on; all takes them"
+                    f"also_train: {name}: {number} rows are asked for, and {len(rows)} can be trained on; all takes them"
                 )
-            chosen = sorted(random.Random(recipe.split_seed).sample(range(len(rows)), asked))
-            across.dropped |= {"not drawn": len(rows) - asked} if asked < len(rows) else {}
+            chosen = sorted(random.Random(recipe.split_seed).sample(range(len(rows)), number))
+            across.dropped |= {"not drawn": len(rows) - number} if number < len(rows) else {}
             rows = [rows[i] for i in chosen]
         here.update(map(_content, rows))
         for what, number in across.dropped.items():
@@ -57,6 +61,38 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
         report.first_near_duplicates += across.first_near_duplicates
         mixed[name] = rows, report
     return mixed
+
+
+def _bare(examples: list[Example]) -> list[Example]:
+    """The same, compared by what their users say: the templates of two recipes may differ."""
+    return [replace(e, words=asked(e)) if e.columns else e for e in examples]
+
+
+def _without_columns(rows: list[Example], held_out: list[Example], report: SplitReport) -> list[Example]:
+    """The rows whose question is none held out where one of two templates names more columns, such as an intent, or in another
+    order."""
+    having, by_longest = defaultdict(list), defaultdict(list)
+    for texts in filter(None, map(_texts, held_out)):
+        by_longest[max(texts, key=len)].append(texts)
+        for text in texts:
+            having[text].append(texts)
+
+    def is_held_out(own: frozenset[str]) -> bool:
+        wider = any(own <= texts for texts in having.get(max(own, key=len, default=""), ()))
+        return wider or any(texts <= own for text in own for texts in by_longest.get(text, ()))
+
+    found = [e for e in rows if is_held_out(_texts(e))]
+    if found:
+        what = "question also in validation or test"
+        report.dropped[what] = report.dropped.get(what, 0) + len(found)
+        first = [f"{e.source} {last_words(e)}" for e in found]
+        report.first_in_other_split = [*report.first_in_other_split, *first][:3]
+    gone = set(map(id, found))
+    return [e for e in rows if id(e) not in gone]
+
+
+def _texts(example: Example) -> frozenset[str]:
+    return frozenset(text.strip() for text in example.columns or (asked(example),)) - {""}
 
 
 def _all(examples: dict[str, list[Example]]) -> list[Example]:

@@ -50,6 +50,7 @@ def to_example(
         system = _fill(recipe, "system_prompt", source, row)
         prompt = [{"role": "system", "content": system}, *prompt[has_place:]] if system.strip() else prompt
     id_column = recipe.conversation_column or recipe.id_column
+    columns = _columns(recipe, source, row)
     return Example(
         prompt=prompt,
         completion=completion,
@@ -59,7 +60,10 @@ def to_example(
         references=tuple(references),
         compared=tuple(cell_text(row, column, source) or "" for column in recipe.overlap_columns),
         tools=_tools(recipe, source, row),
-        words=_words(recipe, source, row),
+        columns=columns,
+        words="\n".join(columns)
+        if recipe.prompt_template and (recipe.tag_column or recipe.predicted_columns)
+        else None,
         row=row if recipe.predicted_columns else None,
         unused=frozenset(unused),
     )
@@ -79,15 +83,12 @@ def _with_optional(recipe: Recipe, columns: Iterable[str]) -> Recipe:
     return dataclasses.replace(recipe, optional_columns=[*recipe.optional_columns, *columns])
 
 
-def _words(recipe: Recipe, source: str, row: dict[str, Any]) -> str | None:
+def _columns(recipe: Recipe, source: str, row: dict[str, Any]) -> tuple[str, ...]:
     """The columns of the question that a customer gives: with other tags or predictions, or none, it is the same question in
     the same split."""
-    if not (recipe.prompt_template and (recipe.tag_column or recipe.predicted_columns)):
-        return None
-    columns = template_columns(recipe.prompt_template, "prompt_template")
+    columns = template_columns(recipe.prompt_template or "", "prompt_template")
     columns = [column for column in columns if column not in (*used_tags(recipe), *recipe.predicted_columns)]
-    texts = [cell_text(row, column, source, recipe.labels) for column in columns]
-    return "\n".join(text or "" for text in texts)
+    return tuple(cell_text(row, column, source, recipe.labels) or "" for column in columns)
 
 
 def _answer(recipe: Recipe, source: str, row: dict[str, Any]) -> str:

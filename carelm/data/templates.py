@@ -17,11 +17,6 @@ def template_columns(template: str, key: str) -> list[str]:
     return [part[1:-1] for part in parts if len(part) > 2]
 
 
-def literals(template: str) -> list[str]:
-    """What a template says between its columns."""
-    return [text.strip() for text in _PART.split(template) if text.strip()]
-
-
 def fill(template: str, values: dict[str, str]) -> str:
     """The template with each column's text in its place."""
     return _PART.sub(lambda m: values.get(m[0][1:-1], "") if len(m[0]) > 2 else m[0][0], template)

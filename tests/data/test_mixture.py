@@ -96,6 +96,31 @@ def test_questions_of_validation_and_test_are_taken_out_of_the_others_rows_whate
     assert rows == ["Answer A.", "Answer B.", "Answer D."]
 
 
+@pytest.mark.parametrize(
+    "own, of_other",
+    [
+        ("Query: {question}", "{ask}"),
+        ("{question}", "A customer asks:\n{ask}"),
+        ("Query: {question}\nIntent: {intent}", "{ask}"),
+        ("{question}", "Query: {ask}\nIntent: {intent}"),
+        ("{question}\n{intent}", "Intent {intent}\n{ask}"),
+    ],
+)
+def test_they_are_found_whatever_the_templates_put_around_them(shop, tmp_path, own, of_other):
+    for split, number in (("train", 1), ("validation", 100), ("test", 200)):
+        row = {"question": f"Question {number}?", "answer": "No.", "intent": "ASK"}
+        write_jsonl(tmp_path / f"own/{split}.jsonl", [row])
+    asked = [{"ask": f"Question {i}?", "say": f"Answer {i}.", "intent": "ASK"} for i in (100, 200, 300)]
+    write_jsonl(tmp_path / "prices/train.jsonl", asked)
+    rows, report = mixed_of(shop("all", {"prompt_template": own}, prompt_template=of_other))
+    assert rows == ["Answer 300."] and report.dropped == {"question also in validation or test": 2}
+    assert len(report.first_in_other_split) == 2
+    assert (
+        len(mixed_of(shop("all", {"prompt_template": own, "keep_test_questions": True}, prompt_template=of_other))[0])
+        == 3
+    )
+
+
 def test_near_duplicates_of_test_are_named_and_dropped_on_demand(shop, tmp_path):
     long = "Where is the parcel that I ordered on Monday with the two blue lamps and the chair of oak, number 17?"
     write_jsonl(tmp_path / "own/test.jsonl", [{"question": long, "answer": "On its way."}])
