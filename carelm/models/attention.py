@@ -50,7 +50,9 @@ def attend(
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     length, seen = query.shape[2], key.shape[2]
     is_causal = attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
-    is_plain = attention_mask.dtype == torch.bool if attention_mask is not None else is_causal and length == seen
+    is_plain = is_causal and length == seen
+    if attention_mask is not None:
+        is_plain = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
     odd = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
     if (
         not (torch.is_grad_enabled() and query.dtype == torch.bfloat16 and query.device.type == "cpu" and is_plain)

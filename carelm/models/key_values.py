@@ -158,7 +158,10 @@ def cache_tokens(model: torch.nn.Module, device: torch.device) -> float:
     if not isinstance(heads, int):
         return math.inf
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    numbers = 2 * config.num_hidden_layers * (key_heads if isinstance(key_heads, int) else heads) * size
+    sizes = [
+        getattr(config, name, None) or size for name in ("qk_head_dim", "v_head_dim")
+    ]  # latent attention has its own
+    numbers = config.num_hidden_layers * (key_heads if isinstance(key_heads, int) else heads) * sum(sizes)
     return total_memory_bytes(device) // 8 // (numbers * causal_model(model).dtype.itemsize)
 
 

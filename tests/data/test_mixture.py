@@ -121,6 +121,18 @@ def test_they_are_found_whatever_the_templates_put_around_them(shop, tmp_path, o
     )
 
 
+def test_questions_beyond_max_eval_samples_are_taken_out_too(shop, tmp_path):
+    """A later evaluation may ask them."""
+    questions = [json.loads(line) for line in (tmp_path / "own/test.jsonl").read_text().splitlines()]
+    found = []
+    for limit in (None, 1):
+        recipe = shop("all", {"max_eval_samples": limit})
+        rows = [{"ask": row["question"], "say": f"Answer {i}."} for i, row in enumerate(questions)]
+        write_jsonl(tmp_path / "prices/train.jsonl", [*rows, {"ask": "Is it open?", "say": "Yes."}])
+        found.append(mixed_of(recipe)[0])
+    assert found == [["Yes."]] * 2
+
+
 def test_near_duplicates_of_test_are_named_and_dropped_on_demand(shop, tmp_path):
     long = "Where is the parcel that I ordered on Monday with the two blue lamps and the chair of oak, number 17?"
     write_jsonl(tmp_path / "own/test.jsonl", [{"question": long, "answer": "On its way."}])
