@@ -199,8 +199,10 @@ def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch) ->
         left = asked.questions[:1]  # all of them came several at a time, in a larger test: one is timed
     if not left:
         return ranks.say(f"{asked.candidate.name}: all {len(done)} answers are there; nothing to do")
-    alone = left[: max(0, recipe.num_latency_prompts - timed)]
-    several = left[len(alone) :] or alone  # by which the throughput is told
+    number = max(0, recipe.num_latency_prompts - timed)
+    alone = left[:: max(1, len(left) // max(1, number))][:number]  # spread over all, as for a model here
+    ids = {question.id for question in alone}
+    several = [question for question in left if question.id not in ids] or alone  # by which the throughput is told
     with tqdm(total=len(left), desc=asked.candidate.name, unit="example", dynamic_ncols=True) as bar:
 
         def ask(question: "Question", is_alone: bool) -> int:
