@@ -202,6 +202,8 @@ def known(key: str, where: str) -> Key:
         raise UserError(f"{where}: key '{key}' is not set in a recipe: {REFUSED[refused]}")
     if key in LAUNCHER_KEYS:
         raise UserError(f"{where}: '{key}' belongs to the launcher: accelerate launch --{key} ... train/sft.py ...")
+    if key == "recipe":
+        raise UserError(f"{where}: 'recipe' is a key of a sweep: python train/sweep.py FILE")
     if key not in known_keys():
         names = [k for k in known_keys() if k not in REFUSED]
         starts = [k for k in names if str(key) and k.startswith(str(key))]

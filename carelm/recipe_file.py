@@ -87,6 +87,8 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
     if "--help" in arguments or "-h" in arguments:
         _print_help(usage, only_own)
     files, given = split_command_line(arguments)
+    if only_own and "adapter" in given:
+        raise UserError("--adapter is what a training goes on from; to ask another model: --models FOLDER")
     files = files or ["recipes/demo.yaml"]
     return resolve([*read_layers(files), command_line(given)], name="+".join(Path(file).stem for file in files))
 

@@ -166,7 +166,8 @@ def finished(tmp_path_factory):
     (folder / "out/runs").mkdir(parents=True)
     (folder / "out/recipe.yaml").write_text("learning_rate: 7.0\n")
     rows = str(write(folder / "rows.jsonl"))
-    recipe = recipe_file(folder, dataset_name=rows, save_strategy="steps", save_steps=1, num_sample_answers=0)
+    recipe = recipe_file(folder, dataset_name=rows, save_strategy="steps", save_steps=1, num_sample_answers=0,
+                         eval_strategy="steps", eval_steps=1, validation_fraction=0.3)  # fmt: skip
     done = script("--config", recipe, "--output_dir", folder / "out", CARELM_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     return folder, done

@@ -206,6 +206,15 @@ def test_an_unknown_key_names_the_nearest_one(load):
     assert "'learning_rate'" in message_of(load, "--learning_rte", "1e-3")
 
 
+def test_a_sweeps_file_is_told_from_a_recipe(load):
+    assert "python train/sweep.py" in message_of(load, recipe="recipes/demo.yaml")
+
+
+def test_what_asks_models_takes_no_adapter_to_go_on_from():
+    with pytest.raises(UserError, match="--models FOLDER"):
+        load_recipe(["--adapter", "outputs/shop"], usage="", only_own=True)
+
+
 def test_an_abbreviated_key_is_refused_and_the_whole_one_named(load):
     assert "'learning_rate'" in message_of(load, "--learning", "1e-3")
     assert "'max_length'" in message_of(load, max_len=128)

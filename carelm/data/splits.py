@@ -33,13 +33,11 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
     loose = _cut_splits(recipe, examples, reports, compare)
     keep_apart(recipe, examples, reports, compare, loose)
     find_near_duplicates(recipe, examples, reports, compare)
-    for split, limit in (
-        ("train", recipe.max_samples),
-        ("validation", recipe.max_eval_samples),
-        ("test", recipe.max_eval_samples),
-    ):
+    for split in ("train", "validation", "test"):
+        key = "max_samples" if split == "train" else "max_eval_samples"
+        limit = getattr(recipe, key)
         if split in examples and limit is not None and limit < len(examples[split]):
-            reports[split].dropped["beyond max_samples"] = len(examples[split]) - limit
+            reports[split].dropped[f"beyond {key}"] = len(examples[split]) - limit
             chosen = sorted(random.Random(recipe.split_seed).sample(range(len(examples[split])), limit))
             examples[split] = [examples[split][i] for i in chosen]
     if not examples["train"]:

@@ -188,7 +188,7 @@ class Candidate:
         """The recipe's keys about data that were others when this adapter was trained; empty where that is not known."""
         own = _keys_of(self.adapter) if self.adapter else {}
         about_data = [f.name for f in dataclasses.fields(recipe) if "help" in f.metadata and f.name in own]
-        free = NOT_ABOUT_DATA | FREE_KEYS
+        free = NOT_ABOUT_DATA | FREE_KEYS | {"max_eval_samples"}  # fewer questions are no other ones
         about_data = [key for key in about_data if key not in free]
         return [key for key in about_data if identity_of(key, getattr(recipe, key)) != identity_of(key, own[key])]
 

@@ -175,8 +175,14 @@ class Session:
         for split in SPLITS:
             if getattr(recipe, f"dataset_{split}_split") != split:
                 keys[f"dataset_{split}_split"] = split
-        keys |= {key: "[]" for key in ("optional_columns", "reference_columns", "urgent_words") if getattr(recipe, key)}
+        keys |= {
+            key: "[]"
+            for key in ("optional_columns", "reference_columns", "overlap_columns", "urgent_words")
+            if getattr(recipe, key)
+        }
         keys |= {key: "" for key in ("tools_column", "tag_column") if getattr(recipe, key)}
+        if recipe.predicted_columns:
+            keys["predicted_columns"] = "{}"
         if template_columns(recipe.system_prompt or "", "system_prompt"):
             keys["system_prompt"] = ""
         return " ".join(f"--{key} {shlex.quote(value)}" for key, value in keys.items())

@@ -18,7 +18,8 @@ from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
 
-RECIPES = sorted((PROJECT / "recipes").glob("*.yaml"))
+RECIPES = sorted(path for folder in ("recipes", "recipes/datasets") for path in (PROJECT / folder).glob("*.yaml"))
+MAPS = [PROJECT / "recipes/demo.yaml", *sorted((PROJECT / "recipes/datasets").glob("*.yaml"))]
 ODD_TEXTS = ["Größe 38 😀?", "Two\r\nlines {{Order Number}}", " spaces  around ", "no special <tokens> | here"]
 REAL_ROWS = 8
 END = "<|eot_id|>"
@@ -132,7 +133,7 @@ def test_training_and_generation_share_the_prompt_for_every_recipe(path, tokeniz
     check_prompts_and_masks(recipe, examples_of(recipe, invented_rows(recipe)), tokenizer)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MAPS, ids=lambda p: p.stem)
 def test_training_and_generation_share_the_prompt_on_real_rows(path, tokenizer, carelm_data):
     folder = PROJECT / "demo/data" if path.stem == "demo" else carelm_data / path.stem
     if not folder.is_dir():

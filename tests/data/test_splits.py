@@ -83,6 +83,7 @@ def test_max_samples_draws_the_same_rows_each_time_and_counts_the_rest(tmp_path,
     examples, reports = splits.make_examples(recipe)
     assert {split: len(e) for split, e in examples.items()} == {"train": 10, "validation": 5, "test": 5}
     assert reports["train"].dropped == {"beyond max_samples": 40}
+    assert reports["test"].dropped == {"beyond max_eval_samples": 15}
     sources = [e.source for e in examples["train"]]
     assert [e.source for e in splits.make_examples(recipe)[0]["train"]] == sources
     assert sources != [f"train.jsonl:{i}" for i in range(1, 11)]
@@ -328,7 +329,7 @@ def digest(examples):
 
 
 def real_examples(name, rows):
-    recipe = load_recipe(["--config", f"recipes/{name}.yaml", "--dataset_name", str(rows)], usage="")
+    recipe = load_recipe(["--config", f"recipes/datasets/{name}.yaml", "--dataset_name", str(rows)], usage="")
     return splits.make_examples(recipe)
 
 

@@ -122,7 +122,7 @@ def test_the_ready_sweep_is_one_run_without_tags_and_one_with_both():
     named = []
     for run in sweep["runs"]:
         words = [["--" + key, *([value] if isinstance(value, str) else value)] for key, value in
-                 (sweep["overrides"] | run).items()]  # fmt: skip
+                 (sweep["overrides"] | run).items() if key != "name"]  # fmt: skip
         recipe = load_recipe(["--config", sweep["recipe"], *itertools.chain(*words)], usage="")
         named.append(tags.used_tags(recipe))
     assert named == [[], ["priority", "sentiment"]]
