@@ -26,6 +26,8 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
         UserError: for data that cannot be read, and fewer rows than are asked for.
     """
     mixed: dict[str, tuple[list[Example], SplitReport]] = {}
+    if not recipe.mixed:
+        return mixed
     # Those beyond max_eval_samples too: a later evaluation may ask them.
     whole = make_examples(replace(recipe, max_eval_samples=None))[0] if recipe.max_eval_samples else examples
     held_out = {split: _bare(whole[split]) for split in ("validation", "test") if split in whole}

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,6 +28,7 @@ from carelm.models.decoding import Decoding, choose
 from carelm.models.key_values import Layer, Window, attention_in_parts, causal_model
 from carelm.ranks import rank
 
+T = TypeVar("T")
 PREFILL_TOKENS = 2048  # of the prompts that are read in one forward: bounds its memory and how long the others wait
 LIKE_LENGTH = 0.75  # prompts shorter than this share of the longest are read in a forward of their own
 EXCEPT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -91,6 +93,17 @@ def why_not(model: torch.nn.Module) -> str | None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """On a CPU torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def unless_out_of_memory(compute: Callable[[], T], batch: int) -> T | None:
+    """What it computes; None where memory has no room for a batch of more than one. By then the exception no longer holds
+    the batch's memory."""
+    try:
+        return compute()
+    except RuntimeError as error:
+        if batch == 1 or not is_out_of_memory(error):
+            raise
+    return None
 
 
 def halve(batch: int) -> int:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from carelm.chat.chat import Chat
-from carelm.models.batcher import Batcher, halve, is_out_of_memory, stop_ids, why_not
+from carelm.models.batcher import Batcher, halve, stop_ids, unless_out_of_memory, why_not
 from carelm.models.decoding import Decoding, Draws
 from carelm.models.key_values import cache_tokens, causal_model
 from carelm.ranks import rank
@@ -200,13 +201,9 @@ def _by_generate(
     while left:
         longest = len(prompts[left[0]]) + decoding.max_new_tokens
         batch = left[: max(1, max_batch_tokens // longest)]
-        answers = None
-        try:
-            answers = generate(model, chat, [prompts[i] for i in batch], decoding, device=device)
-        except RuntimeError as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-        if answers is None:  # here the exception no longer holds the batch's memory
+        given = [prompts[i] for i in batch]
+        answers = unless_out_of_memory(partial(generate, model, chat, given, decoding, device=device), len(batch))
+        if answers is None:
             max_batch_tokens = longest * halve(len(batch))
             continue
         left = left[len(batch) :]

@@ -3,13 +3,14 @@
 import inspect
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from carelm.models.batcher import halve, is_out_of_memory, why_not
+from carelm.models.batcher import halve, unless_out_of_memory, why_not
 from carelm.models.key_values import causal_model
 
 LOGITS_AT_A_TIME = 1024  # tokens whose logits are held together: with a vocabulary of 128,000 0.5 GB of fp32
@@ -54,13 +55,9 @@ def score_answers(
             rows, longest = len(rests[left[0]]), max(len(ids) for i in left for ids in rests[i])
             tokens = rows * (len(prefixes[left[0]]) + longest)
             batch = left[: max(1, min(max_batch_tokens // tokens, LOGITS_AT_A_TIME // (rows * longest)))]
-            found = None
-            try:
-                found = score(model, [prefixes[i] for i in batch], [rests[i] for i in batch], device)
-            except RuntimeError as error:
-                if len(batch) == 1 or not is_out_of_memory(error):
-                    raise
-            if found is None:  # here the exception no longer holds the batch's memory
+            given = [prefixes[i] for i in batch], [rests[i] for i in batch]
+            found = unless_out_of_memory(partial(score, model, *given, device), len(batch))
+            if found is None:
                 max_batch_tokens = tokens * halve(len(batch))
                 continue
             for i, values in zip(batch, found):
