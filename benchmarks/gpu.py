@@ -61,7 +61,7 @@ def t4_rule(lab: Lab) -> Findings:
     yield {
         "checks": {
             "trained weights and optimizer are fp32": kinds["trainable"] == kinds["optimizer"] == ["float32"],
-            "the base is quantised on a GPU, and computes in fp16": kinds["quantized"] == (["float16"] if lab.has_gpu else []),
+            "the base is quantised on a GPU, in fp16": kinds["quantized"] == ["float16"] * lab.has_gpu,
             "no bf16 tensor": not any("bfloat16" in found for found in kinds.values()),
             "the loss falls": trained.falls,
         },
