@@ -90,6 +90,21 @@ def start_fingerprint(recipe: Recipe) -> str | None:
     )
 
 
+def check_unchanged(recipe: Recipe, begun_with: str | None, checkpoint: Path) -> None:
+    """Whether the adapter that a run began with is still the one that its checkpoint names; one that is gone is not needed.
+
+    Raises:
+        UserError: where there is another one now, which the run has not begun with.
+    """
+    if (now := start_fingerprint(recipe)) is None:
+        say(f"the adapter {recipe.adapter} is not here any more; {checkpoint} has all that is needed of it")
+    elif now != begun_with:
+        raise UserError(
+            f"adapter: {recipe.adapter} is not what {checkpoint} began with (fingerprint {begun_with}, now {now}); put that "
+            "back or move this one away to go on from there, or begin anew from this one with --restart (the old run is kept)"
+        )
+
+
 def _plain(value: Any) -> Any:
     """A value as a recipe has it: PEFT keeps names in no order, one of them as a text, and none as an empty list or object."""
     if isinstance(value, list):

@@ -22,7 +22,7 @@ import time
 STARTED = time.time()
 
 from carelm import interrupts, quiet, ranks  # noqa: E402, F401
-from carelm.adapter_folder import check_adapter  # noqa: E402
+from carelm.adapter_folder import check_adapter, check_unchanged  # noqa: E402
 from carelm.chat.chat import make_chat  # noqa: E402
 from carelm.chat.preview import preview  # noqa: E402
 from carelm.data.report import format_report  # noqa: E402
@@ -42,7 +42,8 @@ def main() -> None:
         ranks.say(f"{recipe.output_dir} holds this run, finished at step {finished['global_step']}; nothing to do")
         return report(runs.publish(recipe, finished))
 
-    if recipe.adapter:
+    goes_on = runs.goes_on(recipe)
+    if recipe.adapter and not goes_on:
         check_adapter(recipe)
     chat = make_chat(recipe)
     if recipe.preview:
@@ -74,7 +75,7 @@ def main() -> None:
     precision = choose_precision(recipe.precision, recipe.output_dir, anew=runs.restarts(recipe))
     base.check_vocabulary(chat, base.load_config(recipe))
     card_prompts = card.make_prompts(recipe, chat, base.load_config(recipe))
-    shape = adapters.check_base(recipe)
+    shape = adapters.check_base(recipe, goes_on)
     arguments = make_training_args(recipe, prepared, precision)
     check_optional(arguments, shape)
     zero_stage = runs.check_zero(recipe, launch, arguments)
@@ -83,8 +84,10 @@ def main() -> None:
     precision.keep(recipe.output_dir)
     stop_requests = stops.StopRequests(recipe, launch)
 
-    begun = checkpoints.read_mark(checkpoint) if checkpoint else {}
-    model = adapters.load_model(recipe, chat, precision, zero_stage, begun.get("is_loss_chunked"))
+    begun = checkpoints.read_mark(checkpoint) if checkpoint else None
+    if recipe.adapter and begun:
+        check_unchanged(recipe, begun["adapter_fingerprint"], checkpoint)
+    model = adapters.load_model(recipe, chat, precision, zero_stage, begun)
     trainable, total = base.count_parameters(model)
     ranks.say(f"{recipe.method} on {recipe.model['model_name_or_path']} in {precision.name} ({precision.reason}): "
               f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.4%})")  # fmt: skip

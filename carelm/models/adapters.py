@@ -1,6 +1,7 @@
 """What is trained: an adapter on a frozen base, or the base itself."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -30,8 +31,11 @@ from carelm.ranks import say
 from carelm.recipe import Recipe
 
 
-def check_base(recipe: Recipe) -> PreTrainedModel:
+def check_base(recipe: Recipe, goes_on: bool = False) -> PreTrainedModel:
     """What can be wrong with base and adapter, found on the meta device, before any weights and any output.
+
+    Args:
+        goes_on: the run has checkpoints, and does not look at the recipe's `adapter` any more.
 
     Returns:
         the base on the meta device.
@@ -62,9 +66,9 @@ def check_base(recipe: Recipe) -> PreTrainedModel:
         with torch.device("meta"):
             settings = adapter_config(recipe, model) if recipe.adapter else None
             targets.check_patterns(changed := add_adapter(model, recipe), recipe)
-        if recipe.adapter:
+        if recipe.adapter and not goes_on:
             start.check_start(changed, settings, recipe)
-    elif recipe.adapter:
+    elif recipe.adapter and not goes_on:
         start.check_start(model, adapter_config(recipe, model), recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and recipe.max_length > positions:
@@ -158,12 +162,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def load_model(
-    recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0, is_loss_chunked: bool | None = None
+    recipe: Recipe, chat: Chat, precision: Precision, zero_stage: int = 0, begun: dict[str, Any] | None = None
 ) -> PreTrainedModel | PeftModel:
     """What is trained: the base alone (`full`) or with a new adapter, told where an answer ends, its loss taken in chunks.
 
     Args:
-        is_loss_chunked: what an earlier start of the run has found (`use_chunked_loss`).
+        begun: the completion mark of the checkpoint whose weights are loaded later on, with what an earlier start of the run
+            has found (`use_chunked_loss`); none where the run begins.
     """
     # ZeRO-3 shares out the 4-bit weights as they are, on a CPU as on a GPU.
     base = load_base(recipe, precision, may_dequantize=zero_stage != 3)
@@ -171,7 +176,7 @@ def load_model(
     if precision.name == "bf16" and base.device.type == "cpu":
         use_recomputed_attention(base)
     model = base if recipe.method == "full" else add_adapter(base, recipe, zero_stage)
-    if recipe.adapter:
+    if recipe.adapter and not begun:
         start.load_start(model, recipe)
     for module in model.modules():
         if isinstance(module, LoraLayer) and precision.name != "fp32" and zero_stage == 0:
@@ -179,5 +184,5 @@ def load_model(
     if zero_stage != 3:  # whose hooks gather what each part needs around its own forward
         use_fused_lora(model)
     label_smoothing = recipe.training.get("label_smoothing_factor") or 0.0
-    use_chunked_loss(base, label_smoothing, zero_stage=zero_stage, is_chunked=is_loss_chunked)
+    use_chunked_loss(base, label_smoothing, zero_stage=zero_stage, is_chunked=(begun or {}).get("is_loss_chunked"))
     return model

@@ -89,6 +89,13 @@ def restarts(recipe: Recipe) -> bool:
         return True
 
 
+def goes_on(recipe: Recipe) -> bool:
+    """Whether there are checkpoints, so that this run goes on from one (or is refused, where none is whole) and begins with
+    nothing anew."""
+    checkpoints = recipe.output_dir.glob("checkpoint-*")
+    return not restarts(recipe) and any(p.name.removeprefix("checkpoint-").isdigit() for p in checkpoints)
+
+
 def _names(folder: Path) -> set[str]:
     """What lies there, without requests, locks and marks."""
     return {p.name for p in folder.iterdir() if not p.name.startswith((".", "stop_request"))}

@@ -240,7 +240,6 @@ class Trainer(transformers.Trainer):
         for key, now, what in (
             ("data_fingerprint", self.prepared.fingerprint, "dataset_name: the training rows"),
             ("base_fingerprint", self.base_fingerprint, "model_name_or_path: the base's weights"),
-            ("adapter_fingerprint", self.adapter_fingerprint, "adapter: the weights that the run begins with"),
         ):
             if mark.get(key) != now:
                 raise UserError(f"{what} are not those of {folder}; --restart begins anew, the old folder is kept")
@@ -251,6 +250,7 @@ class Trainer(transformers.Trainer):
                 f"{now[1]}; a full fine-tune under DeepSpeed goes on only as it was"
             )
         self.wall_seconds_before, self.saved_step = mark["wall_seconds"], mark["step"]
+        self.adapter_fingerprint = mark.get("adapter_fingerprint")  # its folder may be gone
         self.evaluation_is_due = mark.get("evaluation_is_due", False)
         self.divergence.skipped_steps = mark.get("skipped_steps", 0)
         state = transformers.TrainerState.load_from_json(str(folder / "trainer_state.json"))

@@ -1,6 +1,7 @@
 """A run that goes on from an adapter: it begins where that one ended, says from which, and takes no other for it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -55,12 +56,20 @@ def test_it_begins_with_the_loss_that_the_adapter_ended_with_and_goes_on_on_two_
     whole = losses(tmp_path / "second")
     (tmp_path / "second/train_metrics.json").unlink()
     shutil.rmtree(tmp_path / "second/checkpoint-4")
+    change_weights(tmp_path / "first", lambda weights, name: weights[name].mul_(2))
+    refused = script(*config, *second)
+    assert refused.returncode == 2
+    assert re.search(r"error: adapter: \S+/first is not what \S+/checkpoint-2 began with", refused.stderr)
+    shutil.rmtree(tmp_path / "first")
     done = torchrun(2, *config, *second)
     assert f"going on from {tmp_path / 'second/checkpoint-2'}" in done.stderr
+    assert "is not here any more; " in done.stderr
+    resumed = json.loads(done.stdout.splitlines()[-1])
+    assert resumed["adapter_fingerprint"] == metrics["adapter_fingerprint"]
+    assert metrics["adapter_fingerprint"] in (tmp_path / "second/README.md").read_text()
     assert losses(tmp_path / "second") == pytest.approx(whole, rel=1e-5)
-    assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 2
+    assert resumed["world_size"] == 2
 
-    shutil.rmtree(tmp_path / "first")
     again = script(*config, *second, check=True)
     assert "gone on from is not here and is not compared" in again.stderr and "nothing to do" in again.stderr
 
