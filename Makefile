@@ -1,4 +1,4 @@
-# make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
+# make install: the environment alone.  make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
 # make test: the tests that this machine can run in minutes; make test-long: the others.
 # TESTS="tests/data -k csv" chooses among them; TESTS='-m ""' are all.
 VENV ?= .venv
@@ -8,7 +8,9 @@ READY_DEV := $(VENV)/.ready-dev
 # DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train eval test test-long bench bench-gpu real-base check style
+.PHONY: install train eval test test-long bench bench-gpu real-base check style
+
+install: $(READY)
 
 train: $(READY)
 	accelerate launch train/sft.py

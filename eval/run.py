@@ -14,8 +14,11 @@ exit status: 0 the report is written, 2 something in the recipe, the data, the m
 
 import json
 import sys
+from pathlib import Path
 
-from carelm import interrupts, quiet, ranks  # noqa: F401
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.recipe_file import load_also_tests, load_recipe, save_recipe
 

@@ -18,8 +18,11 @@ import dataclasses
 import signal
 import sys
 import time
+from pathlib import Path
 
-from carelm import ranks
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, ranks  # noqa: F401
 from carelm.chat import question
 from carelm.data.sources import stay_offline
 from carelm.data.tags import used_tags

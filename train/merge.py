@@ -23,7 +23,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from carelm import interrupts, quiet, ranks  # noqa: F401
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.adapter_folder import adapter_fingerprint
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError

@@ -18,10 +18,12 @@ saved (a launcher turns each into its own).
 import json
 import sys
 import time
+from pathlib import Path
 
 STARTED = time.time()
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
-from carelm import interrupts, quiet, ranks  # noqa: E402, F401
+from carelm import environment, interrupts, quiet, ranks  # noqa: E402, F401
 from carelm.adapter_folder import check_adapter, check_unchanged  # noqa: E402
 from carelm.chat.chat import make_chat  # noqa: E402
 from carelm.chat.preview import preview  # noqa: E402

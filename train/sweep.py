@@ -18,8 +18,11 @@ exit status: 0 no run has failed, 1 one has (the others are compared), 2 somethi
 
 import json
 import sys
+from pathlib import Path
 
-from carelm import ranks
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, ranks  # noqa: F401
 from carelm.sweep.grid import Grid
 from carelm.sweep.plan import format_plan
 from carelm.sweep.processes import devices, work
