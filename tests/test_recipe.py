@@ -419,7 +419,9 @@ def test_braces_without_quotes_are_told_so(tmp_path):
 
 
 def test_what_checks_a_recipe_and_its_data_imports_no_torch():
-    modules = "carelm.recipe_file, carelm.training.prepared, carelm.chat.preview, carelm.ranks, carelm.training.runs"
+    modules = (
+        "carelm.recipe_file, carelm.training.prepared, carelm.training.preview, carelm.ranks, carelm.training.runs"
+    )
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert shown.stdout.strip() == "False", shown.stderr

@@ -26,13 +26,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 from carelm import environment, interrupts, quiet, ranks  # noqa: E402, F401
 from carelm.adapter_folder import check_adapter, check_unchanged  # noqa: E402
 from carelm.chat.chat import make_chat  # noqa: E402
-from carelm.chat.preview import preview  # noqa: E402
 from carelm.data.report import format_report  # noqa: E402
 from carelm.data.sources import stay_offline  # noqa: E402
 from carelm.recipe import micro_batch_size  # noqa: E402
 from carelm.recipe_file import load_recipe  # noqa: E402
 from carelm.training import card, runs, stops  # noqa: E402
 from carelm.training.prepared import check_nodes_agree, prepare  # noqa: E402
+from carelm.training.preview import preview  # noqa: E402
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ class Example:
         None  # what the question is compared by, without template, where it has tags or predicted columns: its other columns
     )
     row: dict[str, Any] | None = None  # as read, with predicted_columns
-    unused: frozenset[str] = frozenset()  # columns and keys of messages that the row has and the recipe does not use
+    unused: frozenset[str] = frozenset()  # keys of its messages that the recipe does not use
 
 
 class NoAnswer(Exception):

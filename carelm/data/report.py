@@ -10,6 +10,7 @@ class SplitReport:
 
     files: dict[str, int] = field(default_factory=dict)  # rows of each, before row_filter
     notes: list[str] = field(default_factory=list)
+    unused: dict[str, int] = field(default_factory=dict)  # columns, and keys of messages, with the rows that have them
     rows: int = 0
     used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -59,6 +60,9 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
         if r["files"]:
             lines.append(f"{'':<11}from {shortened(list(r['files']))}")
         lines += [f"{'':<11}{note}" for note in r["notes"]]
+        if r["unused"]:
+            unused = [f"{what} (of {number} rows)" for what, number in r["unused"].items()]
+            lines.append(f"{'':<11}not used: {shortened(unused)}")
         if r["fitted"]:
             lines.append(f"{'':<11}of these {list_counts(r['fitted'])}")
         if r["first_without_answer"]:

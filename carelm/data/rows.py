@@ -9,7 +9,7 @@ from carelm.data.messages import split_turns, to_turns
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.data.tools import to_tools
-from carelm.data.values import cell_text, is_empty
+from carelm.data.values import cell_text
 from carelm.recipe import Recipe
 
 
@@ -36,7 +36,7 @@ def to_example(
         prompt, completion = split_turns(row[recipe.text_column], recipe.trained_turns)
     elif recipe.messages_column:
         turns, left = to_turns(recipe, source, _cell(row, recipe.messages_column, source))
-        unused = {f"key {key} of messages" for key in left} | _unused_columns(recipe, row)
+        unused = {f"key {key} of messages" for key in left}
         prompt, completion = split_turns(turns, recipe.trained_turns)
     else:
         answer = references[0] if instead else _answer(recipe, source, row)
@@ -139,10 +139,12 @@ def _cell(row: dict[str, Any], column: str, source: str) -> Any:
     return cell_text(row, column, source) if isinstance(row.get(column), str) else row.get(column)
 
 
-def _unused_columns(recipe: Recipe, row: dict[str, Any]) -> set[str]:
-    """What a row holds beside its messages and nothing in the recipe names, such as a system message of its own."""
-    used = {recipe.messages_column, recipe.category_column, recipe.id_column, *_tools_columns(recipe)}
-    used |= {recipe.tag_column, *used_tags(recipe)}
-    used |= {*(recipe.row_filter or {}), *recipe.reference_columns, *recipe.overlap_columns}
-    used |= set(template_columns(recipe.system_prompt or "", "system_prompt"))
-    return {f"column {column}" for column, value in row.items() if column not in used and not is_empty(value)}
+def used_columns(recipe: Recipe) -> set[str]:
+    """The columns that the recipe names; what else a row holds is not read, such as a system message beside its messages."""
+    used = {recipe.messages_column, recipe.text_column, recipe.role_column, recipe.conversation_column}
+    used |= {recipe.order_column, recipe.reply_to_column, recipe.category_column, recipe.id_column, recipe.tag_column}
+    used |= {*_tools_columns(recipe), *used_tags(recipe), *(recipe.row_filter or {})}
+    used |= {*recipe.reference_columns, *recipe.overlap_columns}
+    for key in ("system_prompt", "prompt_template", "completion_template"):
+        used |= set(template_columns(getattr(recipe, key) or "", key))
+    return used - {None}

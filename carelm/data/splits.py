@@ -11,8 +11,9 @@ from carelm.data.groups import draw_groups, largest_group
 from carelm.data.near_duplicates import NearDuplicates
 from carelm.data.readers import Rows
 from carelm.data.report import SplitReport, list_counts
-from carelm.data.rows import to_example
+from carelm.data.rows import to_example, used_columns
 from carelm.data.sources import load_splits, reference_columns
+from carelm.data.values import is_empty
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 
@@ -54,6 +55,7 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
     kept, seen = [], set()
     dropped: Counter = Counter()
     unused: Counter = Counter()
+    used = used_columns(recipe)
     without_answer = 0
     for source, row in rows:
         try:
@@ -77,10 +79,11 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
             seen.add(digest)
             kept.append(example)
             unused.update(example.unused)
+            unused.update(
+                f"column {column}" for column, value in row.items() if column not in used and not is_empty(value)
+            )
     report.dropped = dict(dropped)
-    if unused:
-        keys = ", ".join(f"{key} (of {number} rows)" for key, number in sorted(unused.items()))
-        report.notes.append(f"not used: {keys}")
+    report.unused = dict(sorted(unused.items()))
     if without_answer > recipe.max_empty_share * len(rows):
         optional = "name the columns that may be empty in optional_columns, " if "empty column" in str(dropped) else ""
         raise UserError(

@@ -159,6 +159,7 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
         kept = [r for r in rendered if r is not None]
         if too_long := next((e.source for e, r in zip(examples[split], rendered) if r is None), None):
             reports[split].first_dropped["too long"] = too_long
+            reports[split].notes.append(f"too long: {_way_to_keep(recipe, chat)}")
         _describe(reports[split], kept, counts)
         if split == "train" and mixed:
             kept += _render_mixed(recipe, chat, mixed, reports)
@@ -171,7 +172,9 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
             ]
         if not kept:
             dropped = list_counts(reports[split].dropped, reports[split].first_dropped)
-            raise UserError(f"max_length: nothing is left of the {split} split ({dropped})")
+            raise UserError(
+                f"max_length: nothing is left of the {split} split ({dropped}); {_way_to_keep(recipe, chat)}"
+            )
         arrays = {
             "tokens": np.concatenate([r.input_ids for r in kept]),
             "trained": np.concatenate([r.trained for r in kept]),
@@ -190,6 +193,12 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
         "fingerprint": fingerprint(*content),
     }
     (folder / "report.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _way_to_keep(recipe: Recipe, chat: Chat) -> str:
+    """What keeps rows that are too long."""
+    cut = ", or set too_long: cut" if recipe.too_long == "drop" else ""
+    return f"over {chat.max_length} tokens; set max_length higher{cut}"
 
 
 def _part(name: str) -> str:
@@ -212,7 +221,12 @@ def _render_mixed(
             raise UserError(f"also_train: {name}: {error}") from None
         fitting = [r for r in rendered if r is not None]
         if not fitting:
-            raise UserError(f"also_train: {name}: max_length: nothing is left of its rows ({list_counts(counts)})")
+            raise UserError(
+                f"also_train: {name}: max_length: nothing is left of its rows ({list_counts(counts)}); "
+                f"{_way_to_keep(other, chat)}"
+            )
+        if counts["too long"]:
+            report.notes.append(f"too long: {_way_to_keep(other, chat)}")
         _describe(report, fitting, counts)
         reports[_part(name)] = report
         kept += fitting

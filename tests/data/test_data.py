@@ -9,11 +9,11 @@ import pytest
 from small_rows import MESSAGES, TOOL_TURNS, chat, error_of, odd_rows, pairs, prepare, write_jsonl
 
 from carelm.chat.chat import make_chat
-from carelm.chat.preview import preview
 from carelm.data import splits
 from carelm.data.report import format_report
 from carelm.errors import UserError
 from carelm.training import prepared
+from carelm.training.preview import preview
 
 # Columns
 
@@ -110,8 +110,11 @@ def test_nothing_left_to_train_on_is_an_error(tmp_path, make):
     write_jsonl(tmp_path / "folder/train.jsonl", pairs(3))
     write_jsonl(tmp_path / "folder/test.jsonl", pairs(3))
     assert "nothing is left" in error_of(make(tmp_path / "folder"))
-    with pytest.raises(UserError, match=r"max_length.*train.*\(3 too long \(first: rows.jsonl:1\)\)"):
-        prepare(make(write_jsonl(tmp_path / "rows.jsonl", pairs(3)), max_length=8))
+    rows = write_jsonl(tmp_path / "rows.jsonl", pairs(3))
+    with pytest.raises(UserError) as caught:
+        prepare(make(rows, max_length=8))
+    assert str(caught.value) == ("max_length: nothing is left of the train split (3 too long (first: rows.jsonl:1)); "
+                                 "over 8 tokens; set max_length higher, or set too_long: cut")  # fmt: skip
 
 
 # Rows that do not fit
@@ -266,4 +269,23 @@ def test_a_preview_shows_the_trained_part_and_says_what_is_dropped(tmp_path, mak
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), max_length=64)
     shown = preview(recipe, make_chat(recipe), 2)
     assert "\033[7;32mAnswer 0.<|eot_id|>\033[0m" in shown and "rows.jsonl:2: dropped" in shown
-    assert "1 duplicate" in shown  # what the data report says
+    (said,) = [line for line in shown.splitlines() if line.startswith("train ")]
+    assert "1 duplicate (first: rows.jsonl:3)" in said and "1 too long (first: rows.jsonl:2)" in said
+    assert "too long: over 64 tokens; set max_length higher, or set too_long: cut\n" in shown
+    assert "not used: column n (of 1 rows)" in shown
+    assert format_report(prepare(recipe).report) in shown  # the training says the same
+
+
+def test_columns_that_no_key_of_the_recipe_names_are_said_with_their_rows(tmp_path, make):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "question,answer,agent,kind,ticket,note\n" + "".join(f"Q{i}?,A{i}.,Ann,order,{i},\n" for i in range(4))
+    )
+    recipe = make(path, category_column="kind", id_column="ticket")
+    assert prepare(recipe).report["train"]["unused"] == {"column agent": 4}
+    path.write_text(
+        "ticket,from,text,mood\n"
+        + "".join(f"{i},{who},{who} {i},calm\n" for i in range(3) for who in ("user", "agent"))
+    )
+    recipe = make(path, text_column="text", role_column="from", conversation_column="ticket")
+    assert "not used: column mood (of 3 rows)\n" in preview(recipe, make_chat(recipe), 1) + "\n"

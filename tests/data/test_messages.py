@@ -371,12 +371,12 @@ def test_keys_that_are_not_used_are_said_in_one_line_with_their_rows(tmp_path, m
 
 
 def test_a_question_that_is_marked_not_to_be_trained_is_as_it_says(tmp_path, make):
-    for mark, said in ((False, []), (0, []), (True, ["not used: key train of messages (of 1 rows)"])):
+    for mark, said in ((False, {}), (0, {}), (True, {"key train of messages": 1})):
         (question, answer) = chat(("user", "Hi"), ("assistant", "Yes."))
         path = write_jsonl(
             tmp_path / "rows.jsonl", [{"messages": [question | {"train": mark}, answer | {"train": True}]}]
         )
-        assert splits.make_examples(make(path, **MESSAGES))[1]["train"].notes == said
+        assert splits.make_examples(make(path, **MESSAGES))[1]["train"].unused == said
 
 
 WORDS = st.sampled_from(["user", "name", "type", "text", "{}", "[1]", '{"a": 1}', "null"])

@@ -7,12 +7,12 @@ import yaml
 from small_rows import pairs, prepare, write_jsonl
 
 from carelm.chat.chat import make_chat
-from carelm.chat.preview import preview
 from carelm.data.mixture import draw_mixed
 from carelm.data.sources import changed_files, hash_files
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.recipe_file import check_identity, save_recipe
+from carelm.training.preview import preview
 
 
 @pytest.fixture

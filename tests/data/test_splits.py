@@ -177,13 +177,13 @@ def test_a_conversation_and_its_beginning_are_on_one_side(tmp_path, make, traine
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **MESSAGES, **CUT, trained_turns=trained_turns)
     examples, reports = splits.make_examples(recipe)
     assert on_one_side(examples) and sum(map(len, examples.values())) == 180
-    assert reports["train"].dropped == {} and reports["train"].notes == ["not used: column id (of 180 rows)"]
+    assert reports["train"].dropped == {} and reports["train"].unused == {"column id": 180}
 
 
 def test_a_conversation_of_a_small_file_is_on_one_side_too(tmp_path, make):
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", unrolled(12)), **MESSAGES, **CUT)
     examples, reports = splits.make_examples(recipe)
-    assert on_one_side(examples) and reports["train"].notes == ["not used: column id (of 36 rows)"]
+    assert on_one_side(examples) and reports["train"].unused == {"column id": 36}
 
 
 def test_rows_of_one_id_are_on_one_side_of_a_cut(tmp_path, make):

@@ -1,0 +1,26 @@
+"""Examples as the model sees them, for a terminal."""
+
+from carelm.chat.chat import Chat
+from carelm.data.report import format_report
+from carelm.data.splits import make_examples
+from carelm.recipe import Recipe
+from carelm.training.prepared import prepare
+
+
+def preview(recipe: Recipe, chat: Chat, number: int) -> str:
+    """The first `number` training examples as the model sees them, trained tokens highlighted, and what became of all rows:
+    the report of the training, which finds them prepared."""
+    report = prepare(recipe, chat).report
+    examples, _ = make_examples(recipe)
+    rendered, _ = chat.render(examples["train"][:number])
+    parts = []
+    for example, tokens in zip(examples["train"], rendered):
+        if tokens is None:
+            parts.append(f"--- {example.source}: dropped, too long for max_length {recipe.max_length}")
+        else:
+            parts.append(
+                f"--- {example.source}: {len(tokens.input_ids)} tokens, {int(tokens.trained.sum())} trained (highlighted)\n"
+                + chat.highlight(tokens)
+            )
+    parts.append("--- data\n" + format_report(report))
+    return "\n".join(parts)
