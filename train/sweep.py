@@ -43,6 +43,8 @@ def main() -> None:
 
     runs = source.compared()
     names = {state: [run.name for run in runs if run.state == state] for state in ("finished", "failed", "running")}
+    if sweep.search:
+        ranks.say(source.summary())
     found = {"runs": len(runs), "finished": len(names["finished"]), "failed": names["failed"], "comparison": None}
     if names["running"]:
         ranks.say(

@@ -1,7 +1,8 @@
 """Several runs, each evaluated under its own recipe -> one comparison: their answers joined by question, on the same draws.
 
 What is compared is what each run has trained, and every other model that its evaluation has named. A base that was asked the
-same in several runs (the same weights, prompts and decoding) stands there once.
+same in several runs (the same weights, prompts and decoding) stands there once. The test questions of each recipe in
+`also_test` are compared in the same way, for themselves.
 """
 
 import dataclasses
@@ -10,20 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from carelm.errors import UserError
-from carelm.evaluation import report, results
+from carelm.evaluation import label_file, report, results
+from carelm.evaluation.label_form import find_form
+from carelm.evaluation.label_results import CERTAINTY, Labelled
 from carelm.evaluation.labels import parse_label
+from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
-from carelm.evaluation.scores import TEXT_SCORES
+from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, TEXT_SCORES
 from carelm.files import read_json
 from carelm.recipe import Recipe
+from carelm.recipe_file import load_also_tests
 from carelm.training import finished
 
 TRAINED = ("eval_loss", "eval_loss_before", "global_step", "num_train_tokens", "tokens_per_second", "wall_seconds",
            "peak_memory_bytes", "trainable_parameters", "total_parameters")  # fmt: skip
 MEASURED = ("kind", "folder", "precision", "bits", "unused_generation_config", "total_parameters", "trained_parameters",
             "load_seconds", "peak_memory_bytes", "prompt_tokens", "throughput", "latency", "conditions")  # fmt: skip
-LABEL_SCORES = ("accuracy", "macro_f1")  # of the answers; what a run knows beside them stands in its own report
 RESAMPLES_OF_A_PAIR = 100  # fewer, and Holm's correction leaves no difference that could be shown
 
 
@@ -42,12 +48,23 @@ class Compared:
 
 @dataclass(frozen=True)
 class Row:
-    """One model of a run, by its name in the comparison: what it answered, by question, and what was measured meanwhile."""
+    """One model of a run, and what it was asked.
+
+    Attributes:
+        name: in the comparison.
+        run: its run's.
+        recipe: by which it was asked: the run's, or one of its `also_test`.
+        answers: the lines of its predictions by question.
+        labels: the log-probabilities of the recipe's labels by question; empty where they were not scored.
+        figures: what its evaluation has found.
+    """
 
     name: str
-    run: Compared
+    run: str
+    recipe: Recipe
     answers: dict[str, dict[str, Any]]
-    measured: dict[str, Any]
+    labels: dict[str, np.ndarray]
+    figures: dict[str, Any]
 
 
 def compare(folder: Path, title: str, runs: list[Compared]) -> Path:
@@ -56,61 +73,114 @@ def compare(folder: Path, title: str, runs: list[Compared]) -> Path:
     Raises:
         UserError: where two runs were asked other questions, or the same with other references and without labels in common.
     """
-    rows = _rows([run for run in runs if run.state == "finished" and run.is_evaluated])
-    found: dict[str, Any] = {"primary_metric": "eval_loss", "models": {}, "pairs": [], "verdicts": [], "cautions": []}
-    questions: list[Question] = []
-    if rows:
-        has_labels_only = _check_alike(rows)
-        recipe = _recipe(rows, has_labels_only)
-        questions = _questions(rows[0], recipe, has_labels_only)
-        lines = {row.name: [row.answers[q.id] for q in questions] for row in rows}
-        found = results.make_results(
-            recipe, questions, lines, {r.name: r.measured for r in rows}, has_labels_only=has_labels_only
-        )
-        first = read_json(_eval(rows[0].run) / "results.json")
-        found |= {"test": first["test"], "conditions": first["conditions"] | {"num_resamples": recipe.num_resamples}}
-        found["cautions"] += _cautions(rows, has_labels_only)
-    found["runs"] = {row.name: {} for row in rows} | {run.name: _figures(run) for run in runs}
+    found: dict[str, Any] = {
+        "primary_metric": "eval_loss",
+        "models": {},
+        "pairs": [],
+        "verdicts": [],
+        "cautions": [],
+        "tests": {},
+    }
+    questions, lines = list[Question](), dict[str, list[dict[str, Any]]]()
+    if asked := [run for run in runs if run.state == "finished" and run.is_evaluated]:
+        of_runs = {run.name: read_json(_eval(run) / "results.json") for run in asked}
+        names = _names(asked, of_runs)
+        found, questions, lines = _compare(asked, of_runs, names)
+        first = of_runs[asked[0].name]
+        found["conditions"] = first["conditions"] | {"num_resamples": _resamples(asked[0].recipe, len(lines))}
+        for test in dict.fromkeys(test for about in of_runs.values() for test in about.get("tests", {})):
+            try:
+                found["tests"][test], _, _ = _compare(asked, of_runs, names, test)
+            except UserError as error:
+                raise UserError(f"also_test: {test}: {error}") from None
+    found["runs"] = {name: {} for name in lines} | {run.name: _figures(run) for run in runs}
     found["best"] = _best(found)
+    found["cautions"] += [f"{run.name} {run.state}: {run.error}" for run in runs if run.error]
+    curves = {run.name: report.loss_curves(run.recipe.output_dir / "runs") for run in runs if run.is_trained}
+    report.write_comparison(folder, title, found, questions, lines, {k: c for k, c in curves.items() if c})
+    return folder / "comparison.html"
+
+
+def _compare(
+    runs: list[Compared], of_runs: dict[str, dict[str, Any]], names: dict[tuple[str, str], str], test: str = ""
+) -> tuple[dict[str, Any], list[Question], dict[str, list[dict[str, Any]]]]:
+    """The results of the runs' own test questions, or of those of one of their `also_test`; the questions, and each model's
+    answers in their order."""
+    found_by = {name: about.get("tests", {}).get(test) if test else about for name, about in of_runs.items()}
+    rows = [
+        _row(run, model, names[run.name, model], test, found_by[run.name])
+        for run in runs if found_by[run.name] for model in found_by[run.name]["models"] if (run.name, model) in names
+    ]  # fmt: skip
+    rows.sort(key=lambda row: [*names.values()].index(row.name))
+    has_labels_only = _check_alike(rows)
+    recipe = _recipe(rows, has_labels_only)
+    questions = _questions(rows[0], recipe, has_labels_only)
+    lines = {row.name: [row.answers[q.id] for q in questions] for row in rows}
+    scored = [row for row in rows if row.labels]
+    labelled = Labelled(
+        log_probabilities={row.name: {"test": np.stack([row.labels[q.id] for q in questions])} for row in scored},
+        known={row.name: {key: row.figures[key] for key in CERTAINTY if key in row.figures} for row in scored},
+    )
+    measured = {row.name: {key: row.figures[key] for key in MEASURED} for row in rows}
+    found = results.make_results(recipe, questions, lines, measured, labelled=labelled, has_labels_only=has_labels_only)
+    found["test"], found["best"] = found_by[rows[0].run]["test"], _best(found)
     found["verdicts"] = [
-        results.verdict(pair, found["primary_metric"], found["test"]["conversations"])
+        results.verdict(pair, recipe.primary_metric, found["test"]["conversations"])
         for pair in found["pairs"]
         if found["best"] in pair["models"]
     ]
-    found["cautions"] += [f"{run.name} {run.state}: {run.error}" for run in runs if run.error]
-    curves = {run.name: report.loss_curves(run.recipe.output_dir / "runs") for run in runs if run.is_trained}
-    report.write_comparison(
-        folder, title, found, questions, lines if rows else {}, {k: c for k, c in curves.items() if c}
-    )
-    return folder / "comparison.html"
+    found["cautions"] += _cautions(rows, recipe.primary_metric, has_labels_only)
+    found["cautions"] += [f"{name} was not asked {test}." for name, about in found_by.items() if not about]
+    leaks = {row.run: found_by[row.run]["test"]["leaks"]["sentence"] for row in rows if test}
+    if len({*leaks.values()}) > 1:
+        found["test"] |= {"leaks": {"sentence": " ".join(f"{run}: {sentence}" for run, sentence in leaks.items())}}
+    return found, questions, lines
 
 
 def _eval(run: Compared) -> Path:
     return run.recipe.output_dir / "eval"
 
 
-def _rows(runs: list[Compared]) -> list[Row]:
-    """The models of all runs, bases first."""
-    rows, bases = list[Row](), list[Row]()
+def _names(runs: list[Compared], of_runs: dict[str, dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """What the models of each run are called in the comparison, bases first; those that are not compared are not there."""
+    bases, names = dict[str, list[str]](), dict[tuple[str, str], str]()
     for run in runs:
-        about = read_json(_eval(run) / "results.json")
-        for name, figures in about["models"].items():
-            with open(_eval(run) / f"predictions-{name}.jsonl", encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file][: about["test"]["questions"]]
-            measured = {key: figures[key] for key in MEASURED}
-            row = Row(name, run, {line["id"]: line for line in lines}, measured)
-            is_own = name in ("adapter", run.recipe.output_dir.name) or len(about["models"]) == 1
-            if name == "base" and not is_own and any(_asked(row) == _asked(other) for other in bases):
-                continue
-            if name == "base" and not is_own and not bases:
-                bases.append(row)
-            else:
-                rows.append(dataclasses.replace(row, name=run.name if is_own else f"{run.name}/{name}"))
-    return bases + rows
+        models = of_runs[run.name]["models"]
+        for model in models:
+            is_own = model in ("adapter", run.recipe.output_dir.name) or len(models) == 1
+            if model == "base" and not is_own:
+                asked = [line["made_by"] for line in _answers(run, model, "", of_runs[run.name]).values()]
+                if asked in bases.values():
+                    continue
+                bases[run.name] = asked
+            names[run.name, model] = run.name if is_own else f"{run.name}/{model}"
+    if len(bases) == 1:
+        names[next(iter(bases)), "base"] = "base"
+    return dict(sorted(names.items(), key=lambda item: item[0][1] != "base" or item[0][0] not in bases))
 
 
-def _asked(row: Row) -> list[str]:
-    return [line["made_by"] for line in row.answers.values()]
+def _answers(run: Compared, model: str, test: str, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    with open(_eval(run) / test / f"predictions-{model}.jsonl", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file][: about["test"]["questions"]]
+    return {line["id"]: line for line in lines}
+
+
+def _row(run: Compared, model: str, name: str, test: str, about: dict[str, Any]) -> Row:
+    answers, figures = _answers(run, model, test, about), about["models"][model]
+    row = Row(name, run.name, load_also_tests(run.recipe)[test] if test else run.recipe, answers, {}, figures)
+    if f"{CONSTRAINED}macro_f1" not in figures:
+        return row
+    form = find_form(row.recipe, _questions(row, row.recipe, has_labels_only=False))
+    made_by = {question: line["made_by"] for question, line in answers.items()}
+    file = PredictionFile(_eval(run) / test / f"predictions-{model}.jsonl", made_by)
+    there = label_file.open_file(file, form, label_file.said(file, form)).read() if form else {}
+    if missing := answers.keys() - there.keys():
+        raise UserError(
+            f"comparison: {run.name}: {len(missing)} of {len(answers)} answers of {model} have no label scores; evaluate it "
+            f"again: eval/run.py --config {run.recipe.output_dir}.yaml"
+        )
+    log_probabilities = label_file.log_probabilities((there[question] for question in answers), form)
+    return dataclasses.replace(row, labels=dict(zip(answers, log_probabilities)))
 
 
 def _check_alike(rows: list[Row]) -> bool:
@@ -119,19 +189,21 @@ def _check_alike(rows: list[Row]) -> bool:
     for row in rows[1:]:
         if others := row.answers.keys() ^ first.answers.keys():
             raise UserError(
-                f"comparison: {first.run.name} and {row.run.name} were asked other questions ({min(others)} and "
+                f"comparison: {first.run} and {row.run} were asked other questions ({min(others)} and "
                 f"{len(others) - 1} more stand in one of them alone); give all runs the same test rows"
+            )
+        if row.recipe.labels != first.recipe.labels:
+            raise UserError(
+                f"comparison: {first.run} and {row.run} have other labels; give all runs the same, in one order"
             )
         for key, line in first.answers.items():
             if row.answers[key]["conversation"] != line["conversation"]:
-                raise UserError(
-                    f"comparison: {key} is of another conversation in {row.run.name} than in {first.run.name}"
-                )
+                raise UserError(f"comparison: {key} is of another conversation in {row.run} than in {first.run}")
             if row.answers[key]["references"] != line["references"]:
                 labels = [_label(r, key) for r in (first, row)]
-                if labels[0] is None or labels[0] != labels[1] or row.run.recipe.labels != first.run.recipe.labels:
+                if labels[0] is None or labels[0] != labels[1]:
                     raise UserError(
-                        f"comparison: {key} has other references in {row.run.name} than in {first.run.name}"
+                        f"comparison: {key} has other references in {row.run} than in {first.run}"
                         + (f" (labels {labels[0]} and {labels[1]})" if any(labels) else "")
                         + "; give all runs the same test rows and reference_columns"
                     )
@@ -140,17 +212,23 @@ def _check_alike(rows: list[Row]) -> bool:
 
 
 def _label(row: Row, question: str) -> str | None:
-    labels = row.run.recipe.labels
+    labels = row.recipe.labels
     return parse_label(row.answers[question]["references"][0], labels) if labels else None
 
 
 def _recipe(rows: list[Row], has_labels_only: bool) -> Recipe:
-    """The first run's, by whose primary metric all are compared, with as many resamples as so many pairs need."""
-    recipe = rows[0].run.recipe
-    known = LABEL_SCORES if has_labels_only else (*TEXT_SCORES, *LABEL_SCORES)
+    """The first run's, by whose primary metric all are compared where all have it, with as many resamples as so many pairs
+    need."""
+    recipe = rows[0].recipe
+    known = () if has_labels_only else TEXT_SCORES
+    known += LABEL_SCORES if all(row.labels for row in rows) else LABEL_SCORES[:2]
     metric = recipe.primary_metric if recipe.primary_metric in known else "macro_f1"
-    number = max(recipe.num_resamples, RESAMPLES_OF_A_PAIR * len(rows) * (len(rows) - 1) // 2)
+    number = _resamples(recipe, len(rows))
     return dataclasses.replace(recipe, primary_metric=metric, num_resamples=number, overlap_columns=[])
+
+
+def _resamples(recipe: Recipe, rows: int) -> int:
+    return max(recipe.num_resamples, RESAMPLES_OF_A_PAIR * rows * (rows - 1) // 2)
 
 
 def _questions(row: Row, recipe: Recipe, has_labels_only: bool) -> list[Question]:
@@ -166,15 +244,15 @@ def _questions(row: Row, recipe: Recipe, has_labels_only: bool) -> list[Question
     ]
 
 
-def _cautions(rows: list[Row], has_labels_only: bool) -> list[str]:
+def _cautions(rows: list[Row], metric: str, has_labels_only: bool) -> list[str]:
     cautions = []
     if has_labels_only:
         cautions.append("The references of the runs differ and their labels do not: only label scores are compared.")
-    recipes = [row.run.recipe for row in rows]
-    if recipes[0].primary_metric not in (*TEXT_SCORES, *LABEL_SCORES):
-        cautions.append(f"{recipes[0].primary_metric} stands in each run's own report; here macro F1 decides.")
+    wanted = NAMES[rows[0].recipe.primary_metric]
+    if wanted != NAMES[metric]:
+        cautions.append(f"{wanted} cannot be had of all runs: {NAMES[metric]} decides here.")
     for key in ("primary_metric", "max_new_tokens", "temperature"):
-        if len({getattr(recipe, key) for recipe in recipes}) > 1:
+        if len({getattr(row.recipe, key) for row in rows}) > 1:
             cautions.append(f"{key} is not the same in all runs.")
     return cautions
 

@@ -11,10 +11,9 @@ from carelm import ranks
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.evaluation.asked import Prepared
+from carelm.evaluation.label_file import log_probabilities, open_file, said
 from carelm.evaluation.label_form import Form
-from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
-from carelm.files import fingerprint
 from carelm.models.key_values import causal_model
 from carelm.models.likelihood import score_answers
 from carelm.recipe import Recipe
@@ -24,27 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def open_file(part: Prepared, form: Form, said: dict[str, str]) -> PredictionFile:
-    """The file of label scores, {"id", "reason", "log_probabilities", "made_by"} a line.
-
-    Args:
-        said: the free answers by id, where a reason is asked for.
-    """
-    made_by = {
-        question: fingerprint(made_by, form.labels, form.between, form.behind, said.get(question))
-        for question, made_by in part.file.made_by.items()
-    }
-    return PredictionFile(part.file.path.with_name(part.file.path.name.replace("predictions", "labels", 1)), made_by)
-
-
-def said(part: Prepared, form: Form) -> dict[str, str]:
-    """The free answers that are there, by id; none where no reason is asked for."""
-    return {i: line["prediction"] for i, line in part.file.read().items()} if form.has_reason else {}
-
-
 def missing(part: Prepared, form: Form) -> bool:
     """Whether label scores are not there, or not those of the answers that are."""
-    file = open_file(part, form, said(part, form))
+    file = open_file(part.file, form, said(part.file, form))
     return len(file.read()) < len(file.made_by)
 
 
@@ -53,8 +34,8 @@ def score_labels(
 ) -> dict[str, float]:
     """This rank scores the labels of every so-manieth question that is left; the free answers are there. Returns how many
     `examples` were left, and the `seconds` of the slowest rank."""
-    answers = ranks.share(said(part, form) if ranks.rank() == 0 else None)
-    file = open_file(part, form, answers)
+    answers = ranks.share(said(part.file, form) if ranks.rank() == 0 else None)
+    file = open_file(part.file, form, answers)
     done = ranks.share(file.open() if ranks.rank() == 0 else None)
     left = sorted((i for i, q in enumerate(part.questions) if q.id not in done), key=lambda i: -len(part.prompts[i]))
     share = left[ranks.rank() :: ranks.world_size()]
@@ -112,8 +93,7 @@ def _answers(chat: Chat, form: Form, question: Question, reason: str, room: int)
 def read(asked: Prepared) -> dict[str, np.ndarray]:
     """The log-probabilities of the labels by split, float64 [questions, labels]; all of them are there (rank 0 only)."""
     parts = {"test": asked, **({"validation": asked.validation} if asked.validation else {})}
-    found = {}
-    for split, part in parts.items():
-        lines = open_file(part, part.form, said(part, part.form)).close()
-        found[split] = np.array([[line["log_probabilities"][label] for label in part.form.labels] for line in lines])
-    return found
+    return {
+        split: log_probabilities(open_file(part.file, part.form, said(part.file, part.form)).close(), part.form)
+        for split, part in parts.items()
+    }

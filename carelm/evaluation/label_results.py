@@ -13,6 +13,7 @@ from carelm.evaluation.scores import CONSTRAINED, Scored, Statistics
 from carelm.recipe import Recipe
 
 PRECISION = 0.95  # at which a help desk lets labels decide
+CERTAINTY = ("calibration", "precision_recall", "decided")  # what `certainty` finds
 FEWEST_VALIDATION = 50  # questions, below which a temperature or threshold says little
 
 
@@ -24,11 +25,13 @@ class Labelled:
         form: how answers hold their labels; None where labels are read from free answers alone.
         validation: the validation split's questions.
         log_probabilities: for each model and split ("test", "validation") those of the labels, [questions, labels].
+        known: for each model what an earlier evaluation has found by `certainty`; the others' is found here.
     """
 
     form: Form | None = None
     validation: list[Question] = field(default_factory=list)
     log_probabilities: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def constrained_scores(
@@ -55,6 +58,8 @@ def certainty(
     Args:
         drawn: how often each conversation is in each resample, [resamples, conversations].
     """
+    if model in labelled.known:
+        return labelled.known[model]
     found = labelled.log_probabilities[model]
     true, probability = _true(recipe, questions), calibration.probabilities(found["test"])
     about: dict[str, Any] = {"calibration": {"before": _reliability(probability, true)}}

@@ -125,7 +125,8 @@ def _read(place: str) -> Predictions:
             raise UserError(f"{folder} has no {own[0]}{hint}")
         found = folder / name
     measured = found.with_name(f"measured-{found.stem.removeprefix('predictions-')}.json")
-    if not (found.with_name("recipe.yaml").exists() and measured.exists()):
+    number = _number_asked(found)
+    if number is None or not (found.with_name("recipe.yaml").exists() and measured.exists()):
         raise UserError(f"{found} is not of a finished evaluation; evaluate that run with eval/run.py")
     try:
         keys = dict(yaml.safe_load(found.with_name("recipe.yaml").read_text(encoding="utf-8")))
@@ -140,7 +141,7 @@ def _read(place: str) -> Predictions:
         )
     made_by = read_json(measured).get("key")
     answers: dict[str, dict[str, str]] = defaultdict(dict)
-    for line in _lines(found, made_by):
+    for line in _lines(found, made_by, number):
         answers[line["question"]][line["id"]] = line["prediction"]
     doubts = []
     if other.keep_test_questions:
@@ -151,16 +152,21 @@ def _read(place: str) -> Predictions:
     return Predictions(found, other, dict(answers), made_by, doubts)
 
 
-def _lines(file: Path, made_by: str | None) -> list[dict[str, Any]]:
+def _number_asked(file: Path) -> int | None:
+    """How many questions the last evaluation has asked, by its results.json; that of `also_test` lies in the folder above."""
+    own, above = (read_json(folder / "results.json") for folder in (file.parent, file.parent.parent))
+    return (own or above.get("tests", {}).get(file.parent.name, {})).get("test", {}).get("questions")
+
+
+def _lines(file: Path, made_by: str | None, number: int) -> list[dict[str, Any]]:
     """The lines of the last evaluation, which stand first; behind them there may be those of earlier ones, of other weights."""
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:number] if line]
         ids = [
             (line["id"], line["made_by"]) for line in lines if isinstance(line["question"] + line["prediction"], str)
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); evaluate that run again") from None
-    for number in range(len(lines), 0, -1):
-        if made_by is None or fingerprint(sorted(dict(ids[:number]).items())) == made_by:
-            return lines[:number]
-    raise UserError(f"{file} is not as its evaluation has left it; evaluate that run again")
+    if len(lines) < number or made_by not in (None, fingerprint(sorted(ids))):
+        raise UserError(f"{file} is not as its evaluation has left it; evaluate that run again")
+    return lines

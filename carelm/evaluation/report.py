@@ -202,10 +202,7 @@ class _Shown:
         self._questions = questions
         self.scores = shared_scores(self.models) if self.models else []
         self.runs = run_report.table(results) if "runs" in results else None
-        of_best = [pair for pair in results["pairs"] if not self.runs or results["best"] in pair["models"]]
-        self.tables = []
-        if self.models:
-            self.tables = label_report.tables(results) + make_tables(results | {"pairs": of_best})
+        self.tables = label_report.tables(results) + make_tables(_with_pairs_of_best(results)) if self.models else []
         self.ranged = ranged
 
     def speed_rows(self) -> list[tuple[str, list[str]]]:
@@ -290,6 +287,14 @@ class _Shown:
         for name, ends in self.results["examples"].items():
             groups += [(f"{name}: {end}", ends[end]) for end in ("best", "worst")]
         return [(title, [self.example(i) for i in ids]) for title, ids in groups if ids]
+
+
+def _with_pairs_of_best(results: dict[str, Any]) -> dict[str, Any]:
+    """Of several runs the differences to the best one, in each test: a column for every pair would be too many."""
+    if "best" not in results:
+        return results
+    pairs = [pair for pair in results["pairs"] if results["best"] in pair["models"]]
+    return results | {"pairs": pairs, "tests": {name: _with_pairs_of_best(t) for name, t in results["tests"].items()}}
 
 
 def _way(model: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     """The head and a row for each run: the deciding score first, then what it costs."""
     metric, best, models = results["primary_metric"], results["best"], results["models"]
     head = [f"{NAMES[metric]} (decides)", f"less {best}"] if models else []
+    tests = results["tests"]
+    head += [f"{name}: {NAMES[test['primary_metric']]}" for name, test in tests.items()]
     head += ["validation loss" if models else "validation loss (decides)"]
     head += ["one answer, ms", "memory to answer, GiB"] if models else []
     head += ["trained", "training, s", "memory to train, GiB", "tokens/s"]
@@ -26,6 +28,9 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
         if models:
             row.append(ranged(metric, model[metric]) if model else ("-", ""))
             row.append(_against(results, name, best))
+            for test in tests.values():
+                there, score = test["models"].get(name), test["primary_metric"]
+                row.append(ranged(score, there[score]) if there else ("-", ""))
         loss, before = run.get("eval_loss"), run.get("eval_loss_before")
         row.append((f"{loss:.4f}" if loss is not None else "-", f"{before:.4f} before" if before is not None else ""))
         if models:

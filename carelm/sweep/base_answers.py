@@ -21,11 +21,11 @@ OTHERS = (
 )
 FIRST = "predictions-base.jsonl"
 FILES = (
-    FIRST,
     "measured-base.json",
     "predictions-base.validation.jsonl",
     "labels-base.jsonl",
     "labels-base.validation.jsonl",
+    FIRST,
 )
 
 
@@ -38,10 +38,13 @@ def lend(run: Run) -> None:
     for results in sorted(here.parent.parent.glob("*/eval/results.json")):
         there, recipe = results.parent, results.parent.parent.with_name(f"{results.parent.parent.name}.yaml")
         if (there / FIRST).exists() and recipe.exists() and _asked(recipe, run.recipe):
-            for file in (file for name in FILES for file in there.rglob(name)):  # those of also_test lie deeper
+            # Those of also_test lie deeper and come first. The last one says that all are there, each of them whole.
+            for file in (f for name in FILES for f in sorted(there.rglob(name), key=lambda f: -len(f.parts))):
                 own = here / file.relative_to(there)
                 own.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(file, own)
+                partial = own.with_name(f"{own.name}.partial")
+                shutil.copy2(file, partial)
+                partial.replace(own)
             return
 
 

@@ -170,7 +170,19 @@ def _begin(taken: Taken) -> None:
     save_recipe(run.recipe, run.beside(".yaml"))
     taken.left, taken.began = ["train/sft.py"] * run.is_trained + ["eval/run.py"] * run.is_evaluated, time.time()
     say(f"{run.name} begins{f' on GPU {taken.device}' if taken.device else ''}; its log is {run.beside('.log')}")
+    if told := longer_than_before(run):
+        say(told)
     _start_next(taken)
+
+
+def longer_than_before(run: Run) -> str:
+    """What to tell of a run that was finished with another number of steps and goes on; empty for all others."""
+    before, budget = metrics(run), runs.budget(run.recipe)
+    changed = [key for key in budget if before.get("budget", budget).get(key) != budget[key]]
+    if not changed:
+        return ""
+    was, now = (", ".join(f"{key} {of[key]}" for key in changed) for of in (before["budget"], budget))
+    return f"{run.name} was finished at step {before['global_step']} with {was}; it goes on from there with {now}"
 
 
 def _start_next(taken: Taken) -> None:

@@ -113,6 +113,13 @@ class Search:
             state = {"finished": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}[outcome.state]
             self.study.tell(trial, loss if outcome.state == "finished" else None, self.states[state])
 
+    def summary(self) -> str:
+        """How many of `num_trials` have ended how; a failed one counts, so that a search that always fails comes to its end."""
+        number, states = self.sweep.search["num_trials"], [run.state for run in self.compared()]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(["finished", *sorted(states)]))
+        more = f"; num_trials: {number + states.count('failed')} tries as many others" if "failed" in states else ""
+        return f"{len(states)} of {number} trials: {counts}{more}"
+
     def compared(self) -> list["Compared"]:
         """All trials in their order, as a comparison takes them."""
         words = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}

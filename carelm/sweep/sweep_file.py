@@ -118,6 +118,8 @@ def read_sweep(arguments: list[str]) -> Sweep:
     if not arguments or arguments[0].startswith("--"):
         raise UserError("name the sweep's file first: python train/sweep.py recipes/sweeps/bits.yaml")
     path = Path(locate(arguments[0]))
+    if not path.exists():
+        raise UserError(f"there is no sweep file {path}{_nearest(path)}")
     given = _read_keys(path)
     overlays, words = split_command_line(arguments[1:])
     upper = command_line(words)
@@ -137,6 +139,21 @@ def read_sweep(arguments: list[str]) -> Sweep:
         sweep.runs.append(sweep.make_run(name, own, f"{path}: {where}" + (f", {name}" if where == "runs" else "")))
     _check(path, sweep)
     return sweep
+
+
+def _nearest(path: Path) -> str:
+    """The sweep of the project whose name is nearest; an installed wheel has none of them."""
+    folder = Path(locate("recipes/sweeps"))
+
+    def alike(other: Path) -> tuple[float, float]:
+        pairs = ((path.stem, other.stem), (str(path), str(other)))
+        return tuple(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    if (near := max(folder.rglob("*.yaml"), key=alike, default=None)) is None:
+        return ""
+    near = near.relative_to(Path.cwd()) if near.is_relative_to(Path.cwd()) else near
+    hint = f"did you mean {near}?" if alike(near)[0] > 0.5 else f"such as {near}"
+    return f"; those of CareLM lie in recipes/sweeps/: {hint}"
 
 
 def _read_keys(path: Path) -> dict[str, Any]:

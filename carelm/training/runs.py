@@ -60,11 +60,9 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
             f"output_dir: {file} is damaged ({error}); remove it, and run again: what is saved is gone on from"
         ) from None
     answered = [a["question"] for a in metrics.get("card_answers", [])]
-    if metrics.get("budget") != _budget(recipe) or (recipe.card_questions and recipe.card_questions != answered):
+    if metrics.get("budget") != budget(recipe) or (recipe.card_questions and recipe.card_questions != answered):
         if not any(recipe.output_dir.glob("checkpoint-*")):
-            what = (
-                "to go on from" if metrics.get("budget") != _budget(recipe) else "to answer other card_questions from"
-            )
+            what = "to go on from" if metrics.get("budget") != budget(recipe) else "to answer other card_questions from"
             raise UserError(
                 f"output_dir: {recipe.output_dir} holds this run, finished at step {metrics['global_step']}, and no checkpoint "
                 f"{what}; begin anew with --restart (it is kept aside), or set another output_dir"
@@ -74,7 +72,7 @@ def find_finished(recipe: Recipe) -> dict[str, Any] | None:
     return metrics
 
 
-def _budget(recipe: Recipe) -> dict[str, Any]:
+def budget(recipe: Recipe) -> dict[str, Any]:
     """How long to train: with more of it, a finished run goes on."""
     return {key: recipe.training.get(key) for key in ("num_train_epochs", "max_steps")}
 
@@ -243,7 +241,7 @@ def _lock(folder: Path) -> bool:
 def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """Writes the data report, the model card and, last, the metrics; publishes."""
     folder = recipe.output_dir
-    metrics = metrics | {"budget": _budget(recipe), "versions": versions(), "git_commit": git_commit()}
+    metrics = metrics | {"budget": budget(recipe), "versions": versions(), "git_commit": git_commit()}
     metrics["card_notes"] = recipe.card_notes
     metrics |= finished.describe(folder)
     try:

@@ -12,6 +12,7 @@ import yaml
 from carelm.chat.chat import make_chat
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
+from carelm.evaluation import predicted
 from carelm.evaluation.predicted import fill_in
 from carelm.evaluation.questions import make_questions
 from carelm.files import fingerprint, read_json
@@ -57,6 +58,7 @@ class Files:
         (eval / f"predictions-{model}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         key = fingerprint(sorted((line["id"], line["made_by"]) for line in lines))
         (eval / f"measured-{model}.json").write_text(json.dumps({"key": key}))
+        (eval / "results.json").write_text(json.dumps({"test": {"questions": len(lines)}}))
         return eval / f"predictions-{model}.jsonl"
 
 
@@ -109,9 +111,9 @@ def test_gold_is_said_to_be_an_upper_bound(files):
 def test_rows_that_ask_the_same_have_the_same_prediction_also_where_the_other_recipe_dropped_them(files):
     rows = [{"q": f"Question {i}?", "intent": "track", "a": f"Answer {k}."} for i in range(20) for k in range(2)]
     files.write(rows)
-    predicted = files.predict(lambda q: "refund" if number(q) % 2 else "track")
+    answers = files.predict(lambda q: "refund" if number(q) % 2 else "track")
     questions, about = asked(files.support())
-    assert len(questions) == 2 * len(predicted.read_text().splitlines())
+    assert len(questions) == 2 * len(answers.read_text().splitlines())
     assert all(("refund" in q) == bool(number(q) % 2) for q in questions)
 
 
@@ -153,8 +155,25 @@ def test_lines_of_an_earlier_evaluation_do_not_count(files):
     asked_now = [json.dumps(line | {"id": f"rows.jsonl:{i}"}) for i in range(2)]
     file.write_text("\n".join(asked_now + whole))
     file.with_name("measured-adapter.json").write_text(json.dumps({"key": key}))
+    file.with_name("results.json").write_text(json.dumps({"test": {"questions": 2}}))
     with pytest.raises(UserError, match=rf"{len(whole)} of {len(whole)} test rows have no prediction"):
         asked(files.support())
+
+
+def test_however_many_lines_of_earlier_evaluations_there_are_the_answers_are_hashed_once(files, monkeypatch):
+    file = files.predict(lambda q: "track")
+    with open(file, "a") as earlier:
+        for i in range(100):
+            earlier.write(json.dumps({"id": f"x{i}", "question": "q", "prediction": "p", "made_by": "x"}) + "\n")
+    hashed = []
+    monkeypatch.setattr(predicted, "fingerprint", lambda *parts: hashed.append(parts) or fingerprint(*parts))
+    assert asked(files.support())[1]["accuracy"] > 0 and len(hashed) == 1
+
+
+def test_an_answer_may_hold_what_other_programs_take_for_a_line_s_end(files):
+    file = files.predict(lambda q: "track\u2028or refund")
+    file.write_text(file.read_text().replace("\\u2028", "\u2028"))  # as the evaluator writes it
+    assert all(q.endswith("Intent: refund") for q in asked(files.support())[0])
 
 
 def test_what_makes_predictions_doubtful_is_said(files):
@@ -176,6 +195,8 @@ def damage(file, what):
             eval.rename(eval.with_name("other"))
         case "not finished":
             (eval / "measured-adapter.json").unlink()
+        case "no report":
+            (eval / "results.json").unlink()
         case "no recipe":
             (eval / "recipe.yaml").unlink()
         case "recipe cut off":
@@ -208,6 +229,7 @@ def damage(file, what):
     [
         ("no evaluation", "has no predictions-adapter.jsonl; evaluate that run with eval/run.py"),
         ("not finished", "is not of a finished evaluation; evaluate that run"),
+        ("no report", "is not of a finished evaluation; evaluate that run"),
         ("no recipe", "is not of a finished evaluation; evaluate that run"),
         ("recipe cut off", "recipe.yaml is damaged; evaluate that run again"),
         ("half a line", "is damaged"),

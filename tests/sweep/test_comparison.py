@@ -4,10 +4,14 @@ import json
 import re
 
 import pytest
+import yaml
 
 from carelm.errors import UserError
-from carelm.evaluation import scores
+from carelm.evaluation import label_file, scores
 from carelm.evaluation.comparison import Compared, compare
+from carelm.evaluation.label_form import find_form
+from carelm.evaluation.predictions import PredictionFile
+from carelm.evaluation.questions import Question
 from carelm.recipe_file import load_recipe
 
 TIMES = {"p50": 9.0, "p95": 11.0, "p99": 12.0}
@@ -32,22 +36,59 @@ def run(tmp_path):
         recipe = load_recipe(["--output_dir", str(tmp_path / name), *words], usage="")
         folder = recipe.output_dir / "eval"
         folder.mkdir(parents=True)
+        models = {}
         for model, text in (("base", base), ("adapter", answer)):
-            lines = [
-                {"id": f"q{i}", "conversation": f"c{i // 2}", "category": "lamps", "question": f"Where is lamp {i}?",
-                 "prediction": text.format(i), "references": [reference.format(i)], "new_tokens": 6, "prompt_tokens": 5,
-                 "finish_reason": "stop", "made_by": text}
-                for i in range(20)
-            ][::order] if text else []  # fmt: skip
-            (folder / f"predictions-{model}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        models = {"base": MEASURED, "adapter": MEASURED} if base else {"adapter": MEASURED}
+            if text:
+                models[model] = answered(folder, model, text, reference, order)
         test = {"questions": 20, "conversations": 10, "split": "test", "dataset": "rows"}
-        (folder / "results.json").write_text(json.dumps({"models": models, "test": test, "conditions": {}}))
+        results = {"models": models, "test": test, "conditions": {}, "tests": {}}
+        (folder / "results.json").write_text(json.dumps(results))
         (recipe.output_dir / "train_metrics.json").write_text(json.dumps(TRAINED))
         state = {"state": "finished", "error": "", "is_trained": True, "is_evaluated": True}
         return Compared(name=name, recipe=recipe, axes={"lora_r": 4}, **{**state, **keys})
 
     return run
+
+
+def answered(folder, model, text, reference, order=1) -> dict:
+    """Writes a model's answers, {0} being the question's number, and returns its figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"id": f"q{i}", "conversation": f"c{i // 2}", "category": "lamps", "question": f"Where is lamp {i}?",
+         "prediction": text.format(i), "references": [reference.format(i, ("same", "other")[i % 2])], "new_tokens": 6,
+         "prompt_tokens": 5, "finish_reason": "stop", "made_by": text}
+        for i in range(20)
+    ][::order]  # fmt: skip
+    (folder / f"predictions-{model}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return MEASURED
+
+
+def change_results(one: Compared, change) -> None:
+    file = one.recipe.output_dir / "eval/results.json"
+    results = json.loads(file.read_text())
+    change(results)
+    file.write_text(json.dumps(results))
+
+
+def score_labels(one: Compared, right: int, temperature: float) -> Compared:
+    """Writes label scores of the adapter's answers, of which the first so many are right, and what its evaluation would say."""
+    folder, recipe = one.recipe.output_dir / "eval", one.recipe
+    lines = [json.loads(line) for line in (folder / "predictions-adapter.jsonl").read_text().splitlines()]
+    questions = [Question(x["id"], x["conversation"], "", [], x["references"]) for x in lines]
+    form = find_form(recipe, questions)
+    answers = PredictionFile(folder / "predictions-adapter.jsonl", {x["id"]: x["made_by"] for x in lines})
+    file = label_file.open_file(answers, form, label_file.said(answers, form))
+    for k, question in enumerate(questions):
+        true = form.true_label(question)
+        scores = {label: -0.1 if (label == true) == (k < right) else -2.5 for label in recipe.labels}
+        file.append(
+            {"id": question.id, "reason": "", "log_probabilities": scores, "made_by": file.made_by[question.id]}
+        )
+    bins = {"expected_calibration_error": 0.2, "negative_log_likelihood": 0.5, "bins": []}
+    known = {"before": bins, "after": bins, "temperature": temperature, "validation_questions": 60}
+    figures = {"constrained_macro_f1": {}, "calibration": known}
+    change_results(one, lambda results: results["models"]["adapter"].update(figures))
+    return one
 
 
 def compared(tmp_path, *runs) -> dict:
@@ -67,7 +108,8 @@ def test_a_base_that_was_asked_the_same_stands_there_once_and_first(run, tmp_pat
         run("b", "aisle {0}", base="I am a lamp"),
         run("c", "x", base="Lamp?"),
     ]
-    assert list(compared(tmp_path, *runs)["models"]) == ["base", "a", "b", "c/base", "c"]
+    assert list(compared(tmp_path, *runs)["models"]) == ["a/base", "c/base", "a", "b", "c"]
+    assert list(compared(tmp_path, *runs[:2])["models"]) == ["base", "a", "b"]
 
 
 def test_all_pairs_are_compared_on_the_same_draws_with_holm_over_all_of_them(run, tmp_path, monkeypatch):
@@ -111,6 +153,112 @@ def test_other_references_with_the_same_labels_are_compared_by_labels_alone_whic
     assert found["models"]["with"]["accuracy"]["value"] == 1 and found["models"]["without"]["accuracy"]["value"] == 0
     assert "rougeL" not in found["models"]["with"] and found["primary_metric"] == "macro_f1"
     assert any("only label scores are compared" in caution for caution in found["cautions"])
+
+
+CHOSEN = ("--labels", "same", "other", "--primary_metric", "constrained_macro_f1", "--prompt_template", "{q}")
+WITH = (*CHOSEN, "--completion_template", "Reason: {why}\nLabel: {label}")
+WITHOUT = (*CHOSEN, "--completion_template", "{label}")
+
+
+def with_and_without(run) -> list[Compared]:
+    """One answers with its reason and the other with the label alone."""
+    reference = "Reason: lamp {0}\nLabel: {1}"
+    return [score_labels(run("with", "Reason: a lamp\nLabel: same", *WITH, reference=reference), 20, 2.5),
+            score_labels(run("without", "same", *WITHOUT, reference="{1}", order=-1), 15, 1.5)]  # fmt: skip
+
+
+def test_labels_that_the_models_choose_decide_also_between_answers_with_a_reason_and_without(run, tmp_path):
+    found = compared(tmp_path, *with_and_without(run))
+    assert found["primary_metric"] == "constrained_macro_f1" and found["best"] == "with"
+    accuracies = [model["constrained_accuracy"]["value"] for model in found["models"].values()]
+    assert accuracies == [1.0, 0.75] and found["pairs"][0]["scores"]["constrained_accuracy"]["difference"] == -0.25
+    assert found["models"]["without"]["constrained_confusion"]["same"] == {"same": 7, "other": 3, "unparsable": 0}
+    assert "macro F1, constrained (decides)" in (tmp_path / "comparison.md").read_text()
+
+
+def test_each_run_keeps_the_temperature_that_its_own_validation_rows_gave(run, tmp_path):
+    found = compared(tmp_path, *with_and_without(run))
+    assert [model["calibration"]["temperature"] for model in found["models"].values()] == [2.5, 1.5]
+    sure = (tmp_path / "comparison.md").read_text().partition("## How sure the labels are")[2].partition("##")[0]
+    assert "| with | 0.200 | 0.200 | 2.50 |" in sure and "| without | 0.200 | 0.200 | 1.50 |" in sure
+
+
+def test_where_one_run_has_no_scores_of_labels_those_that_are_read_decide_which_is_said(run, tmp_path):
+    scored = score_labels(run("a", "same", *WITHOUT, reference="{1}"), 15, 1.0)
+    found = compared(tmp_path, scored, run("b", "same", *WITHOUT, reference="{1}"))
+    assert found["primary_metric"] == "macro_f1" and "constrained_macro_f1" in found["models"]["a"]
+    assert "macro F1, constrained cannot be had of all runs: macro F1 decides here." in found["cautions"]
+
+
+def test_scores_of_labels_that_belong_to_other_answers_are_refused(run, tmp_path):
+    one, other = with_and_without(run)
+    file = one.recipe.output_dir / "eval/predictions-adapter.jsonl"
+    file.write_text(file.read_text().replace('"prediction": "Reason: a', '"prediction": "Reason: no', 3))
+    with pytest.raises(UserError, match="with: 3 of 20 answers of adapter have no label scores; evaluate it again"):
+        compare(tmp_path, "lamps", [one, other])
+
+
+def test_other_labels_are_refused(run, tmp_path):
+    turned = ("--labels", "other", "same", "--primary_metric", "rougeL")
+    runs = [run("a", "x", *LABELS, reference="{1}"), run("b", "y", *turned, reference="{1}")]
+    with pytest.raises(UserError, match="a and b have other labels; give all runs the same, in one order"):
+        compare(tmp_path, "lamps", runs)
+
+
+@pytest.fixture
+def also_tested(run, tmp_path):
+    """Three runs that were asked a clinic's questions too."""
+    keys = {
+        "prompt_template": "{q}",
+        "completion_template": "{a}",
+        "dataset_name": "clinic",
+        "primary_metric": "rouge1",
+    }
+    (tmp_path / "clinic.yaml").write_text(yaml.safe_dump(keys))
+    runs = []
+    for k, (name, text) in enumerate({"a": "Rest {0}.", "b": "Cool it, burn {0}.", "c": "Nothing"}.items()):
+        one = run(name, "Lamp {0} is here.", "--also_test", str(tmp_path / "clinic.yaml"), base="I am a lamp")
+        folder = one.recipe.output_dir / "eval/clinic"
+        models = {model: answered(folder, model, words, "Cool the burn {0}.") for model, words in
+                  (("base", "What?"), ("adapter", text))}  # fmt: skip
+        test = {"questions": 20, "conversations": 10, "split": "test", "dataset": "clinic",
+                "leaks": {"sentence": f"{k // 2} of 9 training rows are near-duplicates."}}  # fmt: skip
+        about = {"clinic": {"models": models, "test": test}}
+        change_results(one, lambda results, about=about: results.update(tests=about))
+        runs.append(one)
+    return runs
+
+
+def test_each_test_of_also_test_is_compared_for_itself_by_its_own_metric(also_tested, tmp_path):
+    found = compared(tmp_path, *also_tested)
+    clinic = found["tests"]["clinic"]
+    assert (found["primary_metric"], clinic["primary_metric"]) == ("rougeL", "rouge1") and clinic["best"] == "b"
+    assert list(clinic["models"]) == ["base", "a", "b", "c"] and len(clinic["pairs"]) == 6
+    for score in ("rouge1", "chrf"):
+        adjusted = scores.holm([pair["scores"][score]["p_value"] for pair in clinic["pairs"]])
+        assert [pair["scores"][score]["p_value_holm"] for pair in clinic["pairs"]] == adjusted
+    assert len(clinic["verdicts"]) == 3 and all("b" in verdict.split() for verdict in clinic["verdicts"])
+
+
+def test_the_table_of_the_runs_and_a_section_show_what_became_of_each_elsewhere(also_tested, tmp_path):
+    compared(tmp_path, *also_tested)
+    page = (tmp_path / "comparison.md").read_text()
+    head = page.partition("## The runs")[2].strip().split("\n")[0]
+    assert "| clinic: ROUGE-1 |" in head
+    section = page.partition("## Elsewhere: clinic")[2].partition("##")[0]
+    assert "a: 0 of 9 training rows are near-duplicates. b: 0 of 9" in section and "c: 1 of 9" in section
+    assert "ROUGE-1 (decides)" in section and "c less a" not in section
+
+
+def test_a_test_with_other_questions_is_refused_and_one_that_a_run_was_not_asked_is_said(also_tested, tmp_path):
+    *others, last = also_tested
+    file = last.recipe.output_dir / "eval/clinic/predictions-adapter.jsonl"
+    file.write_text(file.read_text().replace('"q7"', '"z7"'))
+    with pytest.raises(UserError, match="also_test: clinic: comparison: a and c were asked other questions"):
+        compare(tmp_path, "lamps", also_tested)
+    change_results(last, lambda results: results.update(tests={}))
+    clinic = compared(tmp_path, *also_tested)["tests"]["clinic"]
+    assert list(clinic["models"]) == ["base", "a", "b"] and "c was not asked clinic." in clinic["cautions"]
 
 
 def test_validation_rows_are_no_matter_of_a_comparison(run, tmp_path):

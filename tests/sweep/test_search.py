@@ -68,6 +68,8 @@ def test_the_lowest_validation_loss_is_the_best_and_a_failed_trial_is_named(sear
     assert [(run.state, run.error) for run in search(num_trials=3).compared()] == [
         ("finished", ""), ("finished", ""), ("failed", "error: out of memory")]  # fmt: skip
     assert one.study.best_trial.number == 1
+    assert one.summary() == "3 of 3 trials: 2 finished, 1 failed; num_trials: 4 tries as many others"
+    assert search(num_trials=4).take().run.name == "trial-003"
 
 
 def test_a_trial_above_the_median_at_its_step_is_asked_to_stop(search):

@@ -88,6 +88,18 @@ def test_a_finished_run_is_not_run_again_and_a_failed_one_is(tmp_path):
     assert grid.outcomes == {"done": processes.Outcome("finished")} and not grid.waits()
 
 
+def test_a_finished_run_that_is_to_train_longer_says_that_it_goes_on(tmp_path):
+    [run] = read_sweep(sweep(tmp_path, runs=[{"name": "r4", "lora_r": 4}], overrides={"max_steps": 60})[2:]).runs
+    file = run.recipe.output_dir / "train_metrics.json"
+    file.parent.mkdir(parents=True)
+    budget = {"num_train_epochs": run.recipe.training.get("num_train_epochs"), "max_steps": 40}
+    file.write_text(json.dumps({"global_step": 40, "budget": budget}))
+    said = processes.longer_than_before(run)
+    assert said == "r4 was finished at step 40 with max_steps 40; it goes on from there with max_steps 60"
+    file.write_text(json.dumps({"global_step": 60, "budget": budget | {"max_steps": 60}}))
+    assert processes.longer_than_before(run) == ""
+
+
 def test_a_run_that_another_call_has_under_way_is_left_to_it(tmp_path):
     runs = read_sweep(sweep(tmp_path, runs=[{"lora_r": 2}, {"lora_r": 4}])[2:]).runs
     one, other = Grid(runs), Grid(runs)

@@ -1,5 +1,7 @@
 """A sweep's file becomes named runs, each a checked recipe; what is wrong with one is said before anything runs."""
 
+import shutil
+
 import pytest
 import yaml
 from conftest import PROJECT
@@ -157,6 +159,42 @@ def test_the_answers_of_the_base_are_lent_with_those_to_other_tests(read):
         base_answers.lend(run)
     assert [(two.recipe.output_dir / "eval" / name).exists() for name in names] == [True, True, True, False]
     assert not (other.recipe.output_dir / "eval").exists()
+
+
+def test_a_lending_that_was_cut_off_is_made_good_by_the_next_one(read, monkeypatch):
+    one, two = read(runs=[{"lora_r": 4}, {"lora_r": 8}]).runs
+    for name in (*base_answers.FILES, "medquad/predictions-base.jsonl", "results.json"):
+        file = one.recipe.output_dir / "eval" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    save_recipe(one.recipe, one.beside(".yaml"))
+    here, copy = two.recipe.output_dir / "eval", shutil.copy2
+    for cut in range(6):
+        left = iter(range(cut))
+
+        def copy_until_killed(file, to, left=left):
+            to.write_text("half")
+            next(left)
+            copy(file, to)
+
+        monkeypatch.setattr(shutil, "copy2", copy_until_killed)
+        with pytest.raises(StopIteration):
+            base_answers.lend(two)
+        assert "half" not in [f.read_text() for f in here.rglob("*") if f.is_file() and f.suffix != ".partial"]
+    monkeypatch.setattr(shutil, "copy2", copy)
+    base_answers.lend(two)
+    assert {f.name for f in here.rglob("*base*") if f.suffix != ".partial"} == {*base_answers.FILES}
+
+
+@pytest.mark.parametrize("given, near", [
+    ("explanaton", "recipes/sweeps/explanation.yaml"), ("recipes/sweeps/bit.yaml", "recipes/sweeps/bits.yaml"),
+    ("recipes/sweeps/two_cores/intent.yaml", "recipes/sweeps/two_cores/intents.yaml"),
+])  # fmt: skip
+def test_a_sweep_file_that_is_not_there_is_said_with_the_nearest_one(given, near):
+    with pytest.raises(UserError) as caught:
+        read_sweep([given])
+    said = f"there is no sweep file {given}; those of CareLM lie in recipes/sweeps/: did you mean {near}?"
+    assert str(caught.value) == said
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -186,9 +186,7 @@ def test_another_adapter_is_another_run(tmp_path, drawn):
         runs.find_finished(recipe_of(tmp_path, copy))
     assert runs.find_finished(recipe) is None
     (recipe.output_dir / "train_metrics.json").write_text(
-        json.dumps(
-            {"adapter_fingerprint": "0123", "global_step": 4, "budget": runs._budget(recipe), "result_files": {}}
-        )
+        json.dumps({"adapter_fingerprint": "0123", "global_step": 4, "budget": runs.budget(recipe), "result_files": {}})
     )
     with pytest.raises(UserError, match="adapter: .* is not what this finished run has gone on from"):
         runs.find_finished(recipe)
