@@ -17,7 +17,8 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
     """The rows that `also_train` adds, by the recipe that maps them, with what became of that one's training rows.
 
     Only its own training split is drawn from, by this recipe's `split_seed`. Questions of this recipe's validation and test are
-    out, as within one recipe and whatever the templates put around them, and so are rows that are here already.
+    out and near-duplicates of them named, as within one recipe and whatever the templates put around them; rows that are here
+    already are out too.
 
     Args:
         examples: this recipe's own, by split.
@@ -43,7 +44,7 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
         keep_apart(recipe, parts, {"train": across}, compare, set())
         if not recipe.keep_test_questions:
             parts["train"] = _without_columns(parts["train"], _all(held_out), across)
-        find_near_duplicates(recipe, parts, {"train": across}, compare)
+        find_near_duplicates(recipe, parts, {"train": across}, compare, _texts)
         rows = [e for e in parts["train"] if _content(e) not in here]
         if twice := len(parts["train"]) - len(rows):
             across.dropped["there already"] = twice

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections import Counter
+from collections.abc import Callable, Iterable
 
 from carelm.data.comparison import Comparison, last_words
 from carelm.data.example import Example, NoAnswer
@@ -173,18 +174,32 @@ def keep_apart(
 
 
 def find_near_duplicates(
-    recipe: Recipe, examples: dict[str, list[Example]], reports: dict[str, SplitReport], compare: Comparison
+    recipe: Recipe,
+    examples: dict[str, list[Example]],
+    reports: dict[str, SplitReport],
+    compare: Comparison,
+    columns: Callable[[Example], Iterable[str]] = lambda example: (),
 ) -> None:
-    """Names the rows of train whose question is nearly one of validation or test, and takes them out on demand."""
+    """Names the rows of train whose question is nearly one of validation or test, and takes them out on demand.
+
+    Args:
+        columns: texts of a question of which one alone may be nearly the other's whole question, for rows of two templates.
+    """
     held_out = [e for split in ("validation", "test") for e in examples.get(split, [])]
     if not held_out:
         return
-    index, report, found = NearDuplicates(map(compare.text, held_out)), reports["train"], set()
+    alone = [(e, text) for e in held_out for text in columns(e)]
+    wholes, parts = NearDuplicates(map(compare.text, held_out)), NearDuplicates(text for _, text in alone)
+    report, found = reports["train"], set()
     for row, example in enumerate(examples["train"]):
-        if match := index.find(compare.text(example)):
+        text, is_part = compare.text(example), False
+        match = wholes.find(text) or next(filter(None, map(wholes.find, columns(example))), None)
+        if match is None:
+            match, is_part = parts.find(text), True
+        if match:
             found.add(row)
             if len(found) <= 3:
-                other = held_out[match[0]]
+                other = alone[match[0]][0] if is_part else held_out[match[0]]
                 report.first_near_duplicates.append(
                     f"{example.source} and {other.source} ({match[1]:.2f}): {last_words(example)}"
                 )

@@ -20,7 +20,8 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
             "tags": ["carelm", "sft", recipe.method]}  # fmt: skip
     # The Hub refuses a card that names what it cannot have.
     head |= {} if os.path.exists(recipe.base) else {"base_model": base}
-    head |= {"datasets": [recipe.dataset_name]} if is_hub_id(recipe.dataset_name) else {}
+    datasets = [name for r in (recipe, *recipe.mixed.values()) if is_hub_id(name := r.dataset_name)]
+    head |= {"datasets": [*dict.fromkeys(datasets)]} if datasets else {}
     used = ", ".join(f"{name} {part['used']:,} of {part['rows']:,}" for name, part in report.items())
     figures = [
         ("eval loss before", metrics["eval_loss_before"]),

@@ -145,6 +145,21 @@ def test_near_duplicates_of_test_are_named_and_dropped_on_demand(shop, tmp_path)
     assert rows == ["B."] and report.dropped == {"near-duplicates of validation or test": 1}
 
 
+@pytest.mark.parametrize("own, of_other", [("{question} {intent}", "{ask}"), ("{question}", "Intent {intent}: {ask}")])
+def test_near_duplicates_are_found_where_one_template_has_more_columns(shop, tmp_path, own, of_other):
+    long = "Where is the parcel that I ordered on Monday with the two blue lamps and the chair of oak, number 17?"
+    for split, question in (("train", "Open?"), ("validation", "Closed?"), ("test", long)):
+        row = {"question": question, "answer": "On its way.", "intent": "ORDER"}
+        write_jsonl(tmp_path / f"own/{split}.jsonl", [row])
+    asked = [{"ask": text, "say": text[0], "intent": "ORDER"} for text in (long[:-1] + "!", "Bring it back, please.")]
+    write_jsonl(tmp_path / "prices/train.jsonl", asked)
+    rows, report = mixed_of(shop("all", {"prompt_template": own}, prompt_template=of_other))
+    assert (rows, report.near_duplicates) == (["W", "B"], 1)
+    assert "test.jsonl:1 (0.9" in report.first_near_duplicates[0]
+    template = {"prompt_template": own, "drop_near_duplicates": True}
+    assert mixed_of(shop("all", template, prompt_template=of_other))[0] == ["B"]
+
+
 def test_its_own_test_rows_are_never_trained_on(shop, tmp_path):
     rows, _ = mixed_of(shop("all", test_fraction=0.3))
     assert 0 < len(rows) < 20

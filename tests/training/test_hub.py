@@ -7,12 +7,13 @@ from unittest import mock
 
 import huggingface_hub
 import pytest
+import yaml
 from hub_server import serve
 from launching import PROJECT, VENV, environment, launch
 
 from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
-from carelm.training import runs
+from carelm.training import hub, runs
 
 METRICS = {
     "eval_loss_before": 6.1, "eval_loss": 1.25, "train_loss": 1.5, "global_step": 120, "num_train_tokens": 1000,
@@ -56,6 +57,17 @@ def test_a_finished_run_is_uploaded_with_its_card_and_without_checkpoints(recipe
     assert "datasets:" not in card and "base_model:" not in card
     for words in ("demo/data", "lora on a 4-bit base", "| eval loss | 1.25 |", "| eval loss before | 6.1 |", "9 of 10"):
         assert words in card
+
+
+def test_the_card_names_the_hub_datasets_of_also_train_too(recipe, tmp_path):
+    mixed = []
+    for name, dataset in (("a", "shop/tickets"), ("b", "shop/tickets"), ("c", "clinic/talks"), ("d", "demo/data")):
+        keys = f"dataset_name: {dataset}\nprompt_template: '{{q}}'\ncompletion_template: '{{a}}'\n"
+        (tmp_path / f"{name}.yaml").write_text(keys)
+        mixed.append(f"{tmp_path / name}.yaml: all")
+    also_train = ("--also_train", "{" + ", ".join(mixed) + "}")
+    card = hub.model_card(load_recipe([*also_train], usage=""), METRICS, REPORT)
+    assert yaml.safe_load(card.split("---")[1])["datasets"] == ["shop/tickets", "clinic/talks"]
 
 
 def test_the_token_is_in_no_file(recipe):
