@@ -90,9 +90,15 @@ def why_not(model: torch.nn.Module) -> str | None:
     return None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """On a CPU torch raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a smaller batch may help. On a CPU torch raises a plain RuntimeError, Python and NumPy a MemoryError.
+
+    oneDNN's "could not create a primitive" is none: it comes where not even a kernel's code has room (or may not be executed),
+    never for a batch's own tensors, and in that process it comes again however much memory is let go.
+    """
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc")
+    )
 
 
 def unless_out_of_memory(compute: Callable[[], T], batch: int) -> T | None:
@@ -100,7 +106,7 @@ def unless_out_of_memory(compute: Callable[[], T], batch: int) -> T | None:
     the batch's memory."""
     try:
         return compute()
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if batch == 1 or not is_out_of_memory(error):
             raise
     return None
@@ -195,7 +201,7 @@ class Batcher:
             if self.running:
                 self._advance()
             return over + self._drop_ended()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if tried == 1 or not is_out_of_memory(error):
                 raise
         # Here the exception no longer holds the memory of the forward.

@@ -69,7 +69,7 @@ def stream(
         reason = "stop" if tokens[-1] in stops else "length"
     except KeyboardInterrupt:
         reason = "cancelled"
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from carelm.models import key_values
-from carelm.models.batcher import Batcher, why_not
+from carelm.models.batcher import Batcher, is_out_of_memory, why_not
 from carelm.models.decoding import Decoding, choose
 from carelm.models.key_values import Layer, attend_by_groups
 
@@ -190,6 +191,46 @@ def test_out_of_memory_reads_again_and_tells_no_token_twice(llama, prompts, caps
     assert [request.tokens for request in requests] == expected
     assert [told.count(request) for request in requests] == [len(tokens) for tokens in expected]
     assert "out of memory with a batch of 10; goes on with 5" in capsys.readouterr().err
+
+
+def raised(compute):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        compute()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error, is_one",
+    [
+        (raised(lambda: torch.empty(2**46)), True),  # torch's own words on a CPU
+        (raised(lambda: bytearray(2**50)), True),
+        (raised(lambda: np.zeros(2**46)), True),
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), False),
+        (raised(lambda: torch.ones(2) @ torch.ones(3)), False),
+    ],
+)
+def test_only_what_a_smaller_batch_may_help_is_out_of_memory(llama, prompts, capsys, error, is_one):
+    """oneDNN that cannot make a kernel fails again and again: a smaller batch would be in vain, and said for nothing."""
+
+    def refuse(module, args, inputs):
+        if len(inputs["input_ids"]) > 2:
+            raise error
+
+    batcher = Batcher(llama, device=CPU, max_batch_tokens=10**4)
+    requests = [batcher.submit(prompt, Decoding(4)) for prompt in prompts[:4]]
+    hook = llama.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        if is_one:
+            run(batcher)
+        else:
+            assert raised(lambda: run(batcher)) is error
+    finally:
+        hook.remove()
+    assert is_out_of_memory(error) is is_one
+    assert all(request.finish_reason for request in requests) is is_one
+    assert ("out of memory" in capsys.readouterr().err) is is_one
 
 
 def test_newcomers_that_memory_has_no_room_for_wait_for_the_one_in_flight(llama, prompts, capsys, monkeypatch):
