@@ -86,8 +86,7 @@ def compare(folder: Path, title: str, runs: list[Compared]) -> Path:
         of_runs = {run.name: read_json(_eval(run) / "results.json") for run in asked}
         names = _names(asked, of_runs)
         found, questions, lines = _compare(asked, of_runs, names)
-        first = of_runs[asked[0].name]
-        found["conditions"] = first["conditions"] | {"num_resamples": _resamples(asked[0].recipe, len(lines))}
+        found["conditions"] = _conditions(of_runs) | {"num_resamples": _resamples(asked[0].recipe, len(lines))}
         for test in dict.fromkeys(test for about in of_runs.values() for test in about.get("tests", {})):
             try:
                 found["tests"][test], _, _ = _compare(asked, of_runs, names, test)
@@ -123,7 +122,8 @@ def _compare(
     )
     measured = {row.name: {key: row.figures[key] for key in MEASURED} for row in rows}
     found = results.make_results(recipe, questions, lines, measured, labelled=labelled, has_labels_only=has_labels_only)
-    found["test"], found["best"] = found_by[rows[0].run]["test"], _best(found)
+    found["test"] = {key: value for key, value in found_by[rows[0].run]["test"].items() if key != "num_shots"}
+    found["best"] = _best(found)
     found["verdicts"] = [
         results.verdict(pair, recipe.primary_metric, found["test"]["conversations"])
         for pair in found["pairs"]
@@ -135,6 +135,15 @@ def _compare(
     if len({*leaks.values()}) > 1:
         found["test"] |= {"leaks": {"sentence": " ".join(f"{run}: {sentence}" for run, sentence in leaks.items())}}
     return found, questions, lines
+
+
+def _conditions(of_runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What holds for all runs; where it is not the same in all of them, what holds for each."""
+    found = {}
+    for key in next(iter(of_runs.values()))["conditions"]:
+        each = {name: about["conditions"].get(key) for name, about in of_runs.items()}
+        found[key] = each if len({str(value) for value in each.values()}) > 1 else next(iter(each.values()))
+    return found
 
 
 def _eval(run: Compared) -> Path:
@@ -252,8 +261,10 @@ def _cautions(rows: list[Row], metric: str, has_labels_only: bool) -> list[str]:
     if wanted != NAMES[metric]:
         cautions.append(f"{wanted} cannot be had of all runs: {NAMES[metric]} decides here.")
     for key in ("primary_metric", "max_new_tokens", "temperature"):
-        if len({getattr(row.recipe, key) for row in rows}) > 1:
-            cautions.append(f"{key} is not the same in all runs.")
+        each = {row.run: getattr(row.recipe, key) for row in rows}
+        if len({*each.values()}) > 1:
+            said = ", ".join(f"{run} {value}" for run, value in each.items())
+            cautions.append(f"{key} is not the same in all runs: {said}.")
     return cautions
 
 

@@ -14,11 +14,12 @@ def tables(results: dict[str, Any]) -> list[Table]:
     models, baselines = results["models"], results.get("baselines", {})
     if not any("confusion" in model for model in models.values()):
         return []
-    found, confusions = [], []
+    found, confusions, deciding = [], [], CONSTRAINED if results["primary_metric"].startswith(CONSTRAINED) else ""
     for name, model in models.items():
         for prefix, how in (("", "as written"), (CONSTRAINED, "the likeliest of the list")):
             if f"{prefix}macro_f1" in model:
-                confusions.append((f"{name}, {how}", model[f"{prefix}confusion"]))
+                if "best" not in results or prefix == deciding:  # of several runs there would be too many
+                    confusions.append((f"{name}, {how}", model[f"{prefix}confusion"]))
                 found.append([name, how, *_right(model, prefix), str(_unparsable(model[f"{prefix}confusion"]))])
     for name, baseline in baselines.items():
         how = f"from {baseline['threshold']:.2f} on, chosen on {baseline['validation_questions']} validation rows"
@@ -61,7 +62,8 @@ def _certainty(models: dict[str, Any]) -> Table:
     for name, model in models.items():
         before, after = (model["calibration"].get(when) for when in ("before", "after"))
         row = [name, *(f"{one['expected_calibration_error']:.3f}" if one else "-" for one in (before, after))]
-        row.append(f"{model['calibration']['temperature']:.2f}" if after else "-")
+        temperature = model["calibration"]["temperature"] if after else None
+        row.append("-" if not after else "100 or more" if temperature > 99.9 else f"{temperature:.2f}")
         curve, decided = model.get("precision_recall"), model.get("decided")
         row.append(_ranged(curve["average_precision"]) if curve else "-")
         row.append(_ranged(decided["share"]) if decided else "-")

@@ -33,6 +33,7 @@ WORDS = {
     "macro F1": "right and complete for each label, in the mean over the labels: a rare one counts as much",
     "95 % interval": "the middle 95 % of the figures over resampled test sets",
     "p, Holm-adjusted": "how often chance makes such a difference, raised for the number of pairs; real below 0.05",
+    "A less B": "the score of A minus that of B: above zero, A is better",
     "p50 / p95 / p99": "half, 95 % and 99 % of the timed prompts were at most that slow",
 }
 COLOURS = ("#8b95a5", "#0b7a75", "#d1603d", "#5b5ea6", "#b08900", "#3c7dd9")  # the first is for the base
@@ -202,8 +203,17 @@ class _Shown:
         self._questions = questions
         self.scores = shared_scores(self.models) if self.models else []
         self.runs = run_report.table(results) if "runs" in results else None
-        self.tables = label_report.tables(results) + make_tables(_with_pairs_of_best(results)) if self.models else []
+        self.about_differences = "In the score that decides; the others stand in comparison.json." if self.runs else ""
+        self.tables = label_report.tables(results) + make_tables(results) if self.models else []
         self.ranged = ranged
+
+    def differences(self) -> list[tuple[str, str, str, str, str]]:
+        """Pair, score, difference, interval and p-value; of several runs in the score that decides alone."""
+        return [
+            (f"{pair['models'][1]} less {pair['models'][0]}", score, *ranged(score, pair["scores"][score], "difference"),
+             f"{pair['scores'][score]['p_value_holm']:.3g}")
+            for pair in self.results["pairs"] for score in ([self.metric] if self.runs else self.scores)
+        ]  # fmt: skip
 
     def speed_rows(self) -> list[tuple[str, list[str]]]:
         """Label and one text per model, of everything that is measured beside the scores."""
@@ -276,25 +286,18 @@ class _Shown:
 
     def example_groups(self) -> list[tuple[str, list[dict[str, Any]]]]:
         """Title and examples: what changed most between each two models, and each model's best and worst."""
-        groups = []
-        pairs = self.results["pairs"]
-        if self.runs:  # too many: the best against what stands first
-            pairs = [pair for pair in pairs if set(pair["models"]) == {next(iter(self.models)), self.results["best"]}]
+        groups, pairs, ends_of = [], self.results["pairs"], self.results["examples"]
+        if self.runs:  # all would be too many: the best against what stands first
+            best = self.results["best"]
+            pairs = [pair for pair in pairs if set(pair["models"]) == {next(iter(self.models)), best}]
+            ends_of = {best: ends_of[best]}
         for pair in pairs:
             a, b = pair["models"]
             for way, word in (("better", "gained"), ("worse", "lost")):
                 groups.append((f"{b} {word} most against {a} ({NAMES[pair['changed_by']]})", pair[way]))
-        for name, ends in self.results["examples"].items():
+        for name, ends in ends_of.items():
             groups += [(f"{name}: {end}", ends[end]) for end in ("best", "worst")]
         return [(title, [self.example(i) for i in ids]) for title, ids in groups if ids]
-
-
-def _with_pairs_of_best(results: dict[str, Any]) -> dict[str, Any]:
-    """Of several runs the differences to the best one, in each test: a column for every pair would be too many."""
-    if "best" not in results:
-        return results
-    pairs = [pair for pair in results["pairs"] if results["best"] in pair["models"]]
-    return results | {"pairs": pairs, "tests": {name: _with_pairs_of_best(t) for name, t in results["tests"].items()}}
 
 
 def _way(model: dict[str, Any]) -> str:
@@ -351,10 +354,9 @@ def _markdown(shown: _Shown, results: dict[str, Any], plots: list[str]) -> str:
         for s in shown.scores
     ]
     compared = [
-        [_cell(f"{pair['models'][1]} less {pair['models'][0]}"), NAMES[s],
-         "{} ({})".format(*shown.ranged(s, pair["scores"][s], "difference")), f"{pair['scores'][s]['p_value_holm']:.3g}"]
-        for pair in results["pairs"] for s in shown.scores
-    ]  # fmt: skip
+        [_cell(pair), NAMES[score], f"{text} ({around})", p_value]
+        for pair, score, text, around, p_value in shown.differences()
+    ]
     parts = [f"# {_cell(shown.title)}"]
     parts += ["\n".join(f"- {_cell(sentence)}" for sentence in results["verdicts"] + results["cautions"])]
     if shown.runs:
@@ -370,7 +372,8 @@ def _markdown(shown: _Shown, results: dict[str, Any], plots: list[str]) -> str:
         "conversations.",
         "## Scores\n\n" + table(["score", *names], scored),
         *(f"![{name}]({name}.svg)" for name in plots),
-        "## Differences\n\n" + table(["models", "score", "difference (95 % interval)", "p, Holm-adjusted"], compared),
+        "## Differences" + f"\n\n{shown.about_differences}" * bool(shown.about_differences),
+        table(["models", "score", "difference (95 % interval)", "p, Holm-adjusted"], compared),
         "## Speed and size\n\n" + table(["", *names], [[label, *map(_cell, row)] for label, row in shown.speed_rows()]),
         f"## {NAMES[shown.metric]} by category\n\n"
         + table(["category", "questions", *names],

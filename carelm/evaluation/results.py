@@ -193,8 +193,7 @@ def _about_answers(recipe: Recipe, questions: list[Question], models: dict[str, 
     for name, model in models.items():
         if model["cut_predictions"] > len(questions) / 2:
             cautions.append(
-                f"{name}: {model['cut_predictions']} of {len(questions)} answers were cut at max_new_tokens "
-                f"{recipe.max_new_tokens}; set it higher."
+                f"{name}: {model['cut_predictions']} of {len(questions)} answers were cut at max_new_tokens; set it higher."
             )
         if recipe.labels:
             table = model["confusion"].values()

@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from carelm.evaluation.scores import NAMES
-from carelm.evaluation.tables import ranged
+from carelm.evaluation.tables import against, ranged
 
 Cell = tuple[str, str]  # what it says, and what stands small below it
 LINES = ("-", "--", ":", "-.")
@@ -14,7 +14,7 @@ LINES = ("-", "--", ":", "-.")
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     """The head and a row for each run: the deciding score first, then what it costs."""
     metric, best, models = results["primary_metric"], results["best"], results["models"]
-    head = [f"{NAMES[metric]} (decides)", f"less {best}"] if models else []
+    head = [f"{NAMES[metric]} (decides)", f"difference to {best}"] if models else []
     tests = results["tests"]
     head += [f"{name}: {NAMES[test['primary_metric']]}" for name, test in tests.items()]
     head += ["validation loss" if models else "validation loss (decides)"]
@@ -27,7 +27,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
         row = [(name, state if state != "finished" else keys if keys != name.replace(",", ", ") else "")]
         if models:
             row.append(ranged(metric, model[metric]) if model else ("-", ""))
-            row.append(_against(results, name, best))
+            row.append(against(results, name, best))
             for test in tests.values():
                 there, score = test["models"].get(name), test["primary_metric"]
                 row.append(ranged(score, there[score]) if there else ("-", ""))
@@ -45,18 +45,6 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
         row.append((f"{run['tokens_per_second']:,.0f}" if run.get("tokens_per_second") else "-", ""))
         rows.append(row)
     return ["run", *head], rows
-
-
-def _against(results: dict[str, Any], name: str, best: str) -> Cell:
-    """The paired difference to the best row in the deciding score."""
-    pair = next((p for p in results["pairs"] if set(p["models"]) == {name, best}), None)
-    if pair is None:
-        return ("best", "") if name == best else ("-", "")
-    score = pair["scores"][results["primary_metric"]]
-    if pair["models"][1] == best:
-        score = score | {"difference": -score["difference"], "low": -score["high"], "high": -score["low"]}
-    text, around = ranged(results["primary_metric"], score, "difference")
-    return text, f"{around}; p {score['p_value_holm']:.3g}"
 
 
 def _gib(number: float | None) -> str:
@@ -93,18 +81,17 @@ def _plot_quality(results: dict[str, Any], style: dict[str, dict]) -> Figure:
     axes = figure.subplots(1, 3, sharey=True)
     for name, model in results["models"].items():
         run, score, times = results["runs"][name], model[metric], model["latency"]["e2e_ms"]
-        trained = run.get("trainable_parameters")
-        memory = model["peak_memory_bytes"]
-        costs = [times and times["p50"], memory and memory / 2**30, trained and 100 * trained / run["total_parameters"]]
-        for axis, cost in zip(axes, costs):
-            if cost:
+        trained, memory = run.get("trainable_parameters"), model["peak_memory_bytes"]
+        share = 100 * trained / run["total_parameters"] if trained else 0
+        for axis, cost in zip(axes, (times and times["p50"], memory and memory / 2**30, share)):
+            if cost or axis is axes[2]:
                 axis.errorbar(cost, score["value"], fmt="o", color=style[name]["color"], capsize=3, markersize=7, label=name,
                               yerr=[[score["value"] - score["low"]], [score["high"] - score["value"]]])  # fmt: skip
     axes[0].set_ylabel(NAMES[metric])
     words = ("one answer at batch size 1, ms (median)", "memory while answering, GiB", "trained, % of the parameters")
     for axis, label in zip(axes, words):
         axis.set_xlabel(label)
-        axis.set_xlim(0, 1.12 * axis.dataLim.x1 if axis.has_data() else 1)
+        axis.set_xlim(-0.03 * (end := 1.12 * axis.dataLim.x1 if axis.has_data() and axis.dataLim.x1 > 0 else 1), end)
     _finish(figure, axes)
     return figure
 

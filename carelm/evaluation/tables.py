@@ -39,16 +39,38 @@ def make_tables(results: dict[str, Any]) -> list[Table]:
     return [*elsewhere, *_checks(results), _unreferenced(results)]
 
 
+def _columns(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pairs that have a column of their own; none among several runs, of which there would be too many."""
+    return [] if "best" in results else results["pairs"]
+
+
+def against(results: dict[str, Any], name: str, best: str) -> tuple[str, str]:
+    """A run's paired difference to the best one in the deciding score, and its interval with the p-value."""
+    pair = next((p for p in results["pairs"] if set(p["models"]) == {name, best}), None)
+    if pair is None:
+        return ("best", "") if name == best else ("-", "")
+    score = pair["scores"][results["primary_metric"]]
+    if pair["models"][1] == best:
+        score = score | {"difference": -score["difference"], "low": -score["high"], "high": -score["low"]}
+    text, around = ranged(results["primary_metric"], score, "difference")
+    return text, f"{around}; p {score['p_value_holm']:.3g}"
+
+
 def _elsewhere(name: str, test: dict[str, Any], said: list[str]) -> list[Table]:
     """One of `also_test`: what the models do on questions that they were not trained for."""
-    models, pairs, about = test["models"], test["pairs"], test["test"]
+    models, pairs, about, metric = test["models"], _columns(test), test["test"], test["primary_metric"]
     scores = shared_scores(models)
     rows = [
-        [NAMES[score] + (" (decides)" if score == test["primary_metric"] else ""),
+        [NAMES[score] + (" (decides)" if score == metric else ""),
          *(_cell(score, m[score]) for m in models.values()),
          *(f"{_cell(score, p['scores'][score], 'difference')}, p {p['scores'][score]['p_value_holm']:.3g}" for p in pairs)]
         for score in scores
     ]  # fmt: skip
+    if best := test.get("best"):
+        below = (
+            "{} ({})".format(*cell) if cell[1] else cell[0] for cell in (against(test, name, best) for name in models)
+        )
+        rows.insert(scores.index(metric) + 1, [f"difference to {best}", *below])
     asked = f"{about['questions']} questions of {about['conversations']} conversations from {about['dataset']}."
     sentences = [*test["verdicts"], about["leaks"]["sentence"], *(c for c in test["cautions"] if c not in said), asked]
     return [
@@ -63,10 +85,10 @@ def _unreferenced(results: dict[str, Any]) -> Table:
         title="Answers without a reference",
         text="The share of the runs of four words that stood in the same answer before, and how long the answers are. Neither "
         "more nor less is better. Tokens include the end of turn.",
-        head=["", *models, *_called(results["pairs"])],
+        head=["", *models, *_called(_columns(results))],
         rows=[
             [NAMES[score], *(_cell(score, m[score]) for m in models.values()),
-             *(_cell(score, pair["scores"][score], "difference") for pair in results["pairs"])]
+             *(_cell(score, pair["scores"][score], "difference") for pair in _columns(results))]
             for score in UNREFERENCED
         ],
     )  # fmt: skip

@@ -131,7 +131,7 @@ def test_the_table_has_the_deciding_score_first_then_the_difference_to_the_best_
     compared(tmp_path, *runs)
     table = (tmp_path / "comparison.md").read_text().partition("## The runs")[2].partition("##")[0].split("\n")
     head, a, b, c = (re.split(r" *\| *", line)[1:-1] for line in table if line.startswith("|") and "---" not in line)
-    assert head[:4] == ["run", "ROUGE-L (decides)", "less a", "validation loss"]
+    assert head[:4] == ["run", "ROUGE-L (decides)", "difference to a", "validation loss"]
     assert a[2] == "best" and re.fullmatch(r"-0\.4\d\d \(-0\.\d+ to -0\.\d+; p \S+\)", b[2])
     assert b[4:] == ["9.0 (p95 11.0)", "1.00", "1.000% (1)", "14.0 (7 steps)", "2.00", "50"]
     assert c[0] == "c (failed)" and "error: no rows" in (tmp_path / "comparison.html").read_text()
@@ -174,6 +174,22 @@ def test_labels_that_the_models_choose_decide_also_between_answers_with_a_reason
     assert accuracies == [1.0, 0.75] and found["pairs"][0]["scores"]["constrained_accuracy"]["difference"] == -0.25
     assert found["models"]["without"]["constrained_confusion"]["same"] == {"same": 7, "other": 3, "unparsable": 0}
     assert "macro F1, constrained (decides)" in (tmp_path / "comparison.md").read_text()
+
+
+def test_the_page_has_of_all_pairs_and_confusions_those_of_the_deciding_score(run, tmp_path):
+    compared(tmp_path, *with_and_without(run))
+    for page in ((tmp_path / f"comparison.{suffix}").read_text() for suffix in ("md", "html")):
+        assert "Labels, with, the likeliest of the list" in page and "Labels, with, as written" not in page
+        assert page.count("without less with") == 1 and "the others stand in comparison.json" in page
+
+
+def test_what_holds_for_each_run_is_said_where_it_is_not_the_same_in_all(run, tmp_path):
+    runs = [run("a", "Lamp {0}", "--max_new_tokens", "8"), run("b", "aisle {0}", "--max_new_tokens", "96")]
+    for one, number in zip(runs, (8, 96)):
+        change_results(one, lambda r, n=number: r.update(conditions={"max_new_tokens": n, "seed": 42}))
+    found = compared(tmp_path, *runs)
+    assert found["conditions"] == {"max_new_tokens": {"a": 8, "b": 96}, "seed": 42, "num_resamples": 1000}
+    assert "max_new_tokens is not the same in all runs: a 8, b 96." in found["cautions"]
 
 
 def test_each_run_keeps_the_temperature_that_its_own_validation_rows_gave(run, tmp_path):
@@ -247,7 +263,9 @@ def test_the_table_of_the_runs_and_a_section_show_what_became_of_each_elsewhere(
     assert "| clinic: ROUGE-1 |" in head
     section = page.partition("## Elsewhere: clinic")[2].partition("##")[0]
     assert "a: 0 of 9 training rows are near-duplicates. b: 0 of 9" in section and "c: 1 of 9" in section
-    assert "ROUGE-1 (decides)" in section and "c less a" not in section
+    assert "ROUGE-1 (decides)" in section and " less " not in section
+    [row] = [line for line in section.split("\n") if line.startswith("| difference to b |")]
+    assert re.fullmatch(r"(\| [^|]+){2}\| -\S+ \(.*; p \S+\) \| best \| -\S+ \(.*; p \S+\) \|", row)
 
 
 def test_a_test_with_other_questions_is_refused_and_one_that_a_run_was_not_asked_is_said(also_tested, tmp_path):
