@@ -15,6 +15,7 @@ import numpy as np
 
 from carelm.errors import UserError
 from carelm.evaluation import label_file, report, results
+from carelm.evaluation.check_scores import ask
 from carelm.evaluation.label_form import find_form
 from carelm.evaluation.label_results import CERTAINTY, Labelled
 from carelm.evaluation.labels import parse_label
@@ -121,7 +122,9 @@ def _compare(
         known={row.name: {key: row.figures[key] for key in CERTAINTY if key in row.figures} for row in scored},
     )
     measured = {row.name: {key: row.figures[key] for key in MEASURED} for row in rows}
-    found = results.make_results(recipe, questions, lines, measured, labelled=labelled, has_labels_only=has_labels_only)
+    have_checks = not has_labels_only and all(row.recipe.checks == recipe.checks for row in rows)
+    checks = ask(recipe, questions) if have_checks else []
+    found = results.make_results(recipe, questions, lines, measured, checks, labelled, has_labels_only)
     found["test"] = {key: value for key, value in found_by[rows[0].run]["test"].items() if key != "num_shots"}
     found["best"] = _best(found)
     found["verdicts"] = [
@@ -130,11 +133,26 @@ def _compare(
         if found["best"] in pair["models"]
     ]
     found["cautions"] += _cautions(rows, recipe.primary_metric, has_labels_only)
+    if not have_checks and any(row.recipe.checks for row in rows):
+        found["cautions"].append("The runs' checks are not about the same answers: see each run's own report.")
     found["cautions"] += [f"{name} was not asked {test}." for name, about in found_by.items() if not about]
-    leaks = {row.run: found_by[row.run]["test"]["leaks"]["sentence"] for row in rows if test}
-    if len({*leaks.values()}) > 1:
-        found["test"] |= {"leaks": {"sentence": " ".join(f"{run}: {sentence}" for run, sentence in leaks.items())}}
+    asked = {row.run: found_by[row.run]["test"] for row in rows}
+    predicted = {
+        run: [c["sentence"] for c in about.get("predicted_columns", {}).values()] for run, about in asked.items()
+    }
+    found["cautions"][:0] = _of_each(predicted)
+    if test:
+        leaks = {run: [about["leaks"]["sentence"]] for run, about in asked.items()}
+        found["test"] |= {"leaks": {"sentence": " ".join(_of_each(leaks))}}
     return found, questions, lines
+
+
+def _of_each(said: dict[str, list[str]]) -> list[str]:
+    """Sentences about each run: once where all have the same, else with the run's name in front."""
+    each = [*said.values()]
+    if all(sentences == each[0] for sentences in each):
+        return each[0]
+    return [f"{run}: {sentence}" for run, sentences in said.items() for sentence in sentences]
 
 
 def _conditions(of_runs: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -39,9 +39,9 @@ def make_tables(results: dict[str, Any]) -> list[Table]:
     return [*elsewhere, *_checks(results), _unreferenced(results)]
 
 
-def _columns(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The pairs that have a column of their own; none among several runs, of which there would be too many."""
-    return [] if "best" in results else results["pairs"]
+def _columns(results: dict[str, Any], pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs that have a column of their own; none in a comparison of runs, where there would be too many."""
+    return [] if "best" in results else pairs
 
 
 def against(results: dict[str, Any], name: str, best: str) -> tuple[str, str]:
@@ -58,7 +58,7 @@ def against(results: dict[str, Any], name: str, best: str) -> tuple[str, str]:
 
 def _elsewhere(name: str, test: dict[str, Any], said: list[str]) -> list[Table]:
     """One of `also_test`: what the models do on questions that they were not trained for."""
-    models, pairs, about, metric = test["models"], _columns(test), test["test"], test["primary_metric"]
+    models, pairs, about, metric = test["models"], _columns(test, test["pairs"]), test["test"], test["primary_metric"]
     scores = shared_scores(models)
     rows = [
         [NAMES[score] + (" (decides)" if score == metric else ""),
@@ -85,10 +85,10 @@ def _unreferenced(results: dict[str, Any]) -> Table:
         title="Answers without a reference",
         text="The share of the runs of four words that stood in the same answer before, and how long the answers are. Neither "
         "more nor less is better. Tokens include the end of turn.",
-        head=["", *models, *_called(_columns(results))],
+        head=["", *models, *_called(_columns(results, results["pairs"]))],
         rows=[
             [NAMES[score], *(_cell(score, m[score]) for m in models.values()),
-             *(_cell(score, pair["scores"][score], "difference") for pair in _columns(results))]
+             *(_cell(score, pair["scores"][score], "difference") for pair in _columns(results, results["pairs"]))]
             for score in UNREFERENCED
         ],
     )  # fmt: skip
@@ -106,7 +106,7 @@ def _checks(results: dict[str, Any], where: str = "") -> list[Table]:
         ]
         differences = [
             f"{p['difference']:+.3f}" if few else f"{_cell('', p, 'difference')}, p {p['p_value_holm']:.3g}"
-            for p in check["pairs"]
+            for p in _columns(results, check["pairs"])
         ]
         rows.append([name, str(check["questions"]), f"{check['references']:.3f}", *shares, *differences])
     first = next(iter(checks.values()))
@@ -115,7 +115,7 @@ def _checks(results: dict[str, Any], where: str = "") -> list[Table]:
             title=f"Checks{where}",
             text="The share of answers that pass, of those to the questions that the check is about, with the references' own. "
             "p is Holm-adjusted over the pairs of a check.",
-            head=["check", "questions", "references", *first["models"], *_called(first["pairs"])],
+            head=["check", "questions", "references", *first["models"], *_called(_columns(results, first["pairs"]))],
             rows=rows,
         ),
         Table(

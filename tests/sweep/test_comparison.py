@@ -192,6 +192,24 @@ def test_what_holds_for_each_run_is_said_where_it_is_not_the_same_in_all(run, tm
     assert "max_new_tokens is not the same in all runs: a 8, b 96." in found["cautions"]
 
 
+def test_checks_that_all_runs_have_are_compared(run, tmp_path):
+    check = "[{name: its number, when: 'lamp (?P<n>[0-9]+)', pattern: '(?P=n)'}]"
+    found = compared(tmp_path, run("a", "aisle {0}", "--checks", check), run("b", "Aisle", "--checks", check))
+    assert [m["value"] for m in found["checks"]["its number"]["models"].values()] == [1, 0]
+    assert "## Checks" in (tmp_path / "comparison.md").read_text()
+    runs = [run("c", "aisle {0}", "--checks", check), run("d", "Aisle")]
+    assert any("checks are not about the same answers" in caution for caution in compared(tmp_path, *runs)["cautions"])
+
+
+def test_columns_that_a_run_was_told_are_named_with_the_run_where_another_was_told_otherwise(run, tmp_path):
+    runs = [run("a", "Lamp {0}"), run("b", "aisle {0}")]
+    for one, said in zip(runs, ("intent: an upper bound.", "intent: predicted.")):
+        told = {"intent": {"sentence": said}}
+        change_results(one, lambda results, told=told: results["test"].update(predicted_columns=told))
+    assert compared(tmp_path, *runs)["cautions"][:2] == ["a: intent: an upper bound.", "b: intent: predicted."]
+    assert compared(tmp_path, runs[0])["cautions"][0] == "intent: an upper bound."
+
+
 def test_each_run_keeps_the_temperature_that_its_own_validation_rows_gave(run, tmp_path):
     found = compared(tmp_path, *with_and_without(run))
     assert [model["calibration"]["temperature"] for model in found["models"].values()] == [2.5, 1.5]
