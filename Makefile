@@ -8,7 +8,7 @@ READY_DEV := $(VENV)/.ready-dev
 # DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: install train eval test test-long bench bench-gpu real-base check style
+.PHONY: install train eval test test-long assistants bench bench-gpu real-base check style
 
 install: $(READY)
 
@@ -26,6 +26,10 @@ test: $(READY_DEV)
 # The tests that take a minute or more each, most of them every other way to stop a job of a SLURM cluster.
 test-long: $(READY_DEV)
 	python -m pytest -m long $(TESTS)
+
+# The five assistants in small, on the demo's base and a few invented rows: shows that all of them run. Minutes, offline.
+assistants: $(READY)
+	python demo/assistants.py
 
 bench: $(READY)
 	python benchmarks/methods.py

@@ -12,7 +12,8 @@ from carelm.errors import UserError
 from carelm.keys import REFUSED, known_keys
 from carelm.recipe_file import check_identity, load_recipe, save_recipe
 
-RECIPES = sorted((PROJECT / "recipes/datasets").glob("*.yaml"))
+MAPS = sorted((PROJECT / "recipes/datasets").glob("*.yaml"))
+RECIPES = [*sorted((PROJECT / "recipes").glob("*.yaml")), *MAPS]
 SMALL = {
     "model_name_or_path": "demo/base",
     "dataset_name": "rows.jsonl",
@@ -56,14 +57,13 @@ def test_no_recipe_named_means_the_demo():
     assert load_recipe([], usage="").name == "demo"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MAPS, ids=lambda p: p.stem)
 def test_a_recipe_that_maps_a_dataset_leaves_base_and_learning_rate_to_whoever_uses_it(path):
-    if path.stem != "demo":
-        assert not {"model_name_or_path", "learning_rate"} & yaml.safe_load(path.read_text()).keys()
-        assert load_recipe(["--config", str(path)], usage="").training["learning_rate"] == 2e-4
-        recipe = load_recipe(["--config", str(path), "--config", "recipes/overlays/demo_base.yaml"], usage="")
-        assert (recipe.model["model_name_or_path"], recipe.training["learning_rate"]) == ("demo/base", 2e-3)
-        assert str(recipe.output_dir) == f"outputs/{path.stem}+demo_base"
+    assert not {"model_name_or_path", "learning_rate"} & yaml.safe_load(path.read_text()).keys()
+    assert load_recipe(["--config", str(path)], usage="").training["learning_rate"] == 2e-4
+    recipe = load_recipe(["--config", str(path), "--config", "recipes/overlays/demo_base.yaml"], usage="")
+    assert (recipe.model["model_name_or_path"], recipe.training["learning_rate"]) == ("demo/base", 2e-3)
+    assert str(recipe.output_dir) == f"outputs/{path.stem}+demo_base"
 
 
 def test_a_recipe_without_a_base_says_which_one_it_takes(load, capsys):

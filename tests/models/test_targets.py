@@ -1,11 +1,14 @@
 """Which modules LoRA changes, with which ranks and first weights: keys of a recipe, checked on the meta device."""
 
+import re
+
 import pytest
 import torch
 import yaml
+from conftest import PROJECT
 from peft import PeftConfig
 from test_models import LLAMA3_8B, QV, TINYLLAMA
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from carelm.errors import UserError
 from carelm.models import adapters
@@ -204,3 +207,34 @@ def test_they_are_part_of_what_makes_it_this_run_and_not_of_its_data(tmp_path, c
     check_identity(load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage=""), tmp_path / "recipe.yaml")
     chat = make_chat(before)
     assert prepared._fingerprint(before, chat, {}) == prepared._fingerprint(after, chat, {})
+
+
+LLAMA3_1B = LlamaConfig(
+    vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, base, config, trained, total",
+    [
+        # r=16 on all linear layers of Llama-3.2-1B trains 11,272,192, as others report; the upper 8 of its 16 layers half of it
+        ("intents", "meta-llama/Llama-3.2-1B-Instruct", LLAMA3_1B, 11_272_192, 1_247_086_592),
+        ("customer_service", "meta-llama/Llama-3.2-1B-Instruct", LLAMA3_1B, 5_636_096, 1_241_450_496),
+        ("ticket_matching", "unsloth/llama-3-8b-Instruct-bnb-4bit", LLAMA3_8B, 41_943_040, 8_072_204_288),
+        ("medical_dialogue", "meta-llama/Meta-Llama-3-8B-Instruct", LLAMA3_8B, 41_943_040, 8_072_204_288),
+        ("dialogue_summary", "meta-llama/Llama-3.2-1B-Instruct", LLAMA3_1B, 11_272_192, 1_247_086_592),
+        ("support_tinyllama", "TinyLlama/TinyLlama-1.1B-Chat-v1.0", TINYLLAMA, 1_126_400, 1_101_174_784),
+    ],
+)
+def test_an_assistants_recipe_trains_the_published_number_of_the_parameters_of_the_base_that_its_header_names(
+    name, base, config, trained, total
+):
+    path = PROJECT / f"recipes/{name}.yaml"
+    recipe = load_recipe(["--config", str(path)], usage="")
+    assert recipe.model["model_name_or_path"] == base and f"# Base: {base} (" in path.read_text(encoding="utf-8")
+    with torch.device("meta"):
+        model = adapters.add_adapter(AutoModelForCausalLM.from_config(config), recipe)
+    assert count_parameters(model) == (trained, total)
+    layers = {int(re.search(r"layers\.(\d+)\.", layer)[1]) for layer in lora_layers(model)}
+    assert layers == set(recipe.layers_to_transform or range(config.num_hidden_layers))
