@@ -70,6 +70,7 @@ def precision_recall(
 ) -> tuple[Scored, np.ndarray, np.ndarray]:
     """Average precision, the sum of precision times gained recall over the thresholds (as scikit-learn's), with its resamples;
     and the precision where recall first comes to 0.05, 0.10 ... 1: [20], and of each resample [resamples, 20].
+    Resamples without a positive question have no recall and are left out.
 
     Args:
         score: of each question, higher for the positive label.
@@ -80,6 +81,8 @@ def precision_recall(
     order = np.argsort(-score, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(score[order]) < 0, True))  # equal scores are decided together
     owner, positive = owner[order], positive[order].astype(float)
+    if positive.any():
+        drawn = drawn[drawn.astype(float) @ np.bincount(owner, positive, drawn.shape[1]) > 0]
     averages, precisions = [], []
     at_a_time = max(1, AT_A_TIME_BYTES // (8 * len(score)))
     drawn = np.concatenate([np.ones((1, drawn.shape[1]), drawn.dtype), drawn])  # first the questions as they are

@@ -72,9 +72,11 @@ def _certainty(models: dict[str, Any]) -> Table:
         what = f"get {curve['positive']}" if curve else "get their label"
         if decided:
             note = (
-                f"Decided: the share of the test questions that {what} from a probability on at which "
+                f"Decided: the share of the test questions that {what} from a probability on, the lowest at which "
                 f"{decided['at_precision']:.0%} are right on the {model['calibration']['validation_questions']} validation "
-                "questions, and how many of them are right. Temperatures are fitted on the validation questions too."
+                "questions, and how many of these test questions are right (Wilson's interval). What is chosen as the lowest "
+                "is mostly a little too low: on new questions fewer are right. Temperatures are fitted on the validation "
+                "questions too."
             )
     head = ["", "calibration error", "after scaling", "temperature", "average precision", "decided", "right of these"]
     return Table("How sure the labels are", note, head, rows)

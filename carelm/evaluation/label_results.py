@@ -8,6 +8,7 @@ import numpy as np
 from carelm.evaluation import calibration, overlap, scores
 from carelm.evaluation.label_form import Form
 from carelm.evaluation.labels import parse_label
+from carelm.evaluation.predicted import GOLD
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import CONSTRAINED, Scored, Statistics
 from carelm.recipe import Recipe
@@ -132,10 +133,28 @@ def cautions(recipe: Recipe, labelled: Labelled, models: dict[str, Any]) -> list
         found.append(
             f"{number or 'No'} validation questions: {instead}; set validation_fraction or max_eval_samples higher."
         )
+    others = [column for column, place in recipe.predicted_columns.items() if place != GOLD]
+    if labelled.form and number and others:
+        found.append(
+            f"The validation questions have the data's own {', '.join(others)}, the test questions have predictions: the "
+            "temperatures and the thresholds of the labels were chosen on other questions than they are used on."
+        )
     for name, model in models.items():
-        if model.get("decided", {}).get("threshold", 0) is None:
+        temperature, decided = model.get("calibration", {}).get("temperature"), model.get("decided", {})
+        if temperature and abs(np.log(temperature)) > np.log(calibration.WIDEST_TEMPERATURE) - 1e-3:
+            how = "all or nearly all are right" if temperature < 1 else "labels are no better than a guess"
+            found.append(
+                f"{name}: the temperature ends at the bound of its search, {temperature:.3g}, because on the {number} "
+                f"validation questions {how}: its scaled probabilities and their calibration error say nothing."
+            )
+        if decided.get("threshold", 0) is None:
             found.append(
                 f"{name} decides no question: at no threshold is it {PRECISION:.0%} right on the validation questions."
+            )
+        elif decided.get("precision", {}).get("high", 1) < PRECISION:
+            found.append(
+                f"{name} is {decided['precision']['value']:.0%} right where it decides, less than the {PRECISION:.0%} of the "
+                "validation questions on which its threshold was chosen."
             )
     return found
 
@@ -169,11 +188,11 @@ def _decided(
     threshold = calibration.threshold_for(PRECISION, *validation)
     odds, right = test
     decided = odds >= (np.inf if threshold is None else threshold)
-    counts = np.stack([right & decided, decided], 1).astype(float)
-    turns = {"share": scores.mean_of(decided.astype(float)), "precision": scores.share_of(counts)}
+    turns = {"share": scores.mean_of(decided.astype(float))}
     found = scores.resample(scores.by_conversation(turns, conversations), drawn)
-    figures = {"share": scores.interval(found["share"])}
+    figures = {"share": scores.interval(found["share"]), "questions": int(decided.sum())}
     if decided.any():
-        figures["precision"] = scores.interval(found["precision"])
+        number = len({conversations[k] for k in np.flatnonzero(decided)})
+        figures["precision"] = scores.wilson_interval(float(right[decided].mean()), number)
     probability = None if threshold is None else float(np.exp(-np.logaddexp(0, -threshold)))
     return {"at_precision": PRECISION, "threshold": probability, **figures}

@@ -8,6 +8,7 @@ the same draws, which takes the difficulty of a conversation out of their differ
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,15 @@ def interval(scored: Scored) -> dict[str, float]:
     """The score and its 95 % percentile interval over the resamples."""
     low, high = np.percentile(scored.resampled, (2.5, 97.5))
     return {"value": scored.value, "low": float(low), "high": float(high)}
+
+
+def wilson_interval(share: float, number: int) -> dict[str, float]:
+    """A share of so many conversations and its 95 % score interval (Wilson 1927, https://doi.org/10.2307/2276774). Where there
+    are few of them or all are right it is wide, and resamples are all alike there, or hold none at all."""
+    z = 1.959964
+    middle, width = share + z * z / (2 * number), z * math.sqrt(share * (1 - share) / number + (z / (2 * number)) ** 2)
+    low, high = ((middle + side * width) / (1 + z * z / number) for side in (-1, 1))
+    return {"value": share, "low": max(0.0, low), "high": min(1.0, high)}
 
 
 def difference(a: Scored, b: Scored) -> dict[str, float]:

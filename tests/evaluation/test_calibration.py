@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from carelm.evaluation import calibration, label_results, overlap, scores
+from carelm.evaluation.label_form import Form
 from carelm.evaluation.questions import Question
 from carelm.recipe_file import load_recipe
 
@@ -59,13 +60,73 @@ def test_a_temperature_that_makes_all_probabilities_one_does_not_hide_which_labe
     assert curve[0.5] == 1 and curve[1] == pytest.approx(50 / 75)
 
 
+def certain(validation, test, *keys):
+    """What `certainty` finds for labels yes and no of these log-odds, each true where it is said, and its cautions."""
+    recipe = load_recipe(["--labels", "yes", "no", *keys], usage="")
+    questions, known = [], {}
+    for split, rows in (("validation", validation), ("test", test)):
+        odds = np.array([value for value, _ in rows], float)
+        known[split] = np.stack([odds / 2, -odds / 2], 1)
+        questions.append(
+            [Question(f"q{i}", f"c{i}", "none", [], ["yes" if y else "no"]) for i, (_, y) in enumerate(rows)]
+        )
+    labelled = label_results.Labelled(Form(("yes", "no"), False, "", ""), questions[0], {"model": known})
+    found = label_results.certainty(recipe, questions[1], labelled, "model", scores.draws(len(test), 1000, 0))
+    return found, " ".join(label_results.cautions(recipe, labelled, {"model": found}))
+
+
+SURE = [(4, True)] * 40 + [(1, False)] * 30 + [(1, True)] * 30  # decides from 4 on
+
+
+def test_of_few_decided_questions_the_share_that_is_right_has_a_wide_interval():
+    """Of resamples a fifth or so would hold none of them, and the others all say 1."""
+    found, cautions = certain(SURE, [(4, True)] * 2 + [(1, False)] * 98)
+    assert (found["decided"]["questions"], found["decided"]["share"]["value"]) == (2, 0.02)
+    assert found["decided"]["precision"] == {"value": 1.0, "low": pytest.approx(0.342, abs=1e-3), "high": 1.0}
+    found, more = certain(SURE, [(4, True)] * 70 + [(4, False)] * 30)
+    assert found["decided"]["precision"]["low"] == pytest.approx(0.604, abs=1e-3)
+    assert found["decided"]["precision"]["high"] == pytest.approx(0.781, abs=1e-3)
+    assert "model is 70% right where it decides, less than the 95%" in more and "where it decides" not in cautions
+
+
+def test_resamples_without_a_positive_question_do_not_count_as_a_precision_of_none():
+    found, _ = certain(SURE, [(4, True)] + [(1, False)] * 99)
+    assert found["precision_recall"]["average_precision"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert all(point["low"] == 1 for point in found["precision_recall"]["curve"])
+    found, _ = certain(SURE, [(1, False)] * 100)
+    assert found["precision_recall"]["average_precision"]["value"] == 0
+
+
+def test_a_temperature_at_the_bound_of_its_search_is_said():
+    test = [(1, True), (1, False)] * 30
+    for validation, line in (
+        (
+            [(3, True), (-3, False)] * 30,
+            "bound of its search, 0.01, because on the 60 validation questions all or nearly",
+        ),
+        (
+            [(3, False), (-3, True)] * 30,
+            "bound of its search, 100, because on the 60 validation questions labels are no",
+        ),
+    ):
+        assert line in certain(validation, test)[1]
+    assert "bound" not in certain(SURE, test)[1]
+
+
+def test_validation_questions_with_other_columns_than_the_test_have_a_caution():
+    test, column = [(1, True), (1, False)] * 30, ["--prompt_template", "{q} {intent}", "--completion_template", "{a}",
+                                                             "--predicted_columns"]  # fmt: skip
+    assert "the data's own intent, the test" in certain(SURE, test, *column, "{intent: outputs/intents}")[1]
+    assert "the data's own" not in certain(SURE, test, *column, "{intent: gold}")[1]
+
+
 def test_average_precision_and_the_curve_are_those_of_a_count_by_hand_and_ties_are_decided_together():
     score, positive = np.array([0.9, 0.8, 0.8, 0.3]), np.array([True, False, True, False])
     owner, drawn = np.arange(4), np.array([[1, 1, 1, 1], [2, 0, 1, 1], [0, 2, 0, 2]], np.uint8)
     average, precision, resampled = calibration.precision_recall(score, positive, owner, drawn)
     assert average.value == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     assert precision[0] == 1 and precision[9] == 1 and precision[10] == precision[19] == pytest.approx(2 / 3)
-    assert average.resampled == pytest.approx([average.value, 1.0, 0.0]) and resampled.shape == (3, 20)
+    assert average.resampled == pytest.approx([average.value, 1.0]) and resampled.shape == (2, 20)
 
 
 def test_the_threshold_is_the_lowest_from_which_on_enough_is_right():
