@@ -7,12 +7,13 @@ a time. The key is read from OPENAI_API_KEY and written nowhere.
 
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ WAITS_S = (1.0, 4.0)  # before the second and the third try
 LONGEST_WAIT_S = 30.0  # that an endpoint may ask for
 LARGEST_BYTES = 2**24  # of one reply
 AT_A_TIME = 8
+# What some models refuse, by the name to send it under instead; None: it is left out.
+OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None, "top_p": None, "seed": None}
+REFUSED = re.compile(r"[Uu]nsupported (?:parameter|value): '(\w+)'")  # OpenAI's words for it
 PASSES = {429, 500, 502, 503, 504}  # statuses that may pass
 OF_MESSAGES = ("role", "content", "name", "tool_calls", "tool_call_id")
 PERCENTILES = (50, 95, 99)
@@ -65,12 +69,13 @@ class ApiModel:
 
 @dataclass(frozen=True)
 class AskedApi:
-    """A model of an endpoint, what it is asked, and where its answers are kept."""
+    """A model of an endpoint, what it is asked, and where its answers are kept; `refused` are keys of OTHERWISE."""
 
     candidate: ApiModel
     questions: list["Question"]
     bodies: dict[str, dict[str, Any]]  # by the question's id
     file: PredictionFile
+    refused: list[str] = field(default_factory=list)
 
 
 class _Unusable(Exception):
@@ -79,6 +84,8 @@ class _Unusable(Exception):
     def __init__(self, what: str, passes: bool = False, wait_s: float = 0.0, status: int | None = None):
         super().__init__(what)
         self.passes, self.wait_s, self.status = passes, wait_s, status
+        found = REFUSED.search(what) if status == 400 else None
+        self.refused = found[1] if found else None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -169,6 +176,8 @@ def answer(
     if ranks.rank() != 0:
         return [], {}
     lines = asked.file.close()
+    measured = read_json(folder / f"measured-{asked.candidate.name}.json")
+    refused = measured.pop("refused", [])
     lengths = [line["prompt_tokens"] for line in lines]
     timed = [line["wire_ms"] for line in lines if line["wire_ms"] is not None][: recipe.num_latency_prompts]
     whole = {f"p{p}": round(float(np.percentile(timed, p)), 3) for p in PERCENTILES} if timed else {}
@@ -185,9 +194,14 @@ def answer(
         "peak_memory_bytes": None,
         "prompt_tokens": {"p50": p50, "p95": p95, "max": max(lengths)},
         "usage": {"prompt_tokens": sum(lengths), "new_tokens": sum(line["new_tokens"] for line in lines)},
-        "throughput": read_json(folder / f"measured-{asked.candidate.name}.json"),
+        "throughput": measured,
         "latency": {"prompts": len(timed), "over_the_wire": True, "ttft_ms": {}, "tpot_ms": {}, "e2e_ms": whole},
-        "conditions": {"device": "over the wire", "endpoint": asked.candidate.url, "model": asked.candidate.model},
+        "conditions": {
+            "device": "over the wire",
+            "endpoint": asked.candidate.url,
+            "model": asked.candidate.model,
+            **({"refused": refused} if refused else {}),
+        },
     }
 
 
@@ -229,22 +243,29 @@ def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch) ->
         "examples_per_second": round(len(several) / seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
         "batch_size": 1 if several is alone else AT_A_TIME,
+        "refused": asked.refused,
     }))  # fmt: skip
 
 
 def _ask(asked: AskedApi, question: "Question", is_alone: bool) -> dict[str, Any]:
     """The line of one question; `_Unusable` after the last try."""
-    body = json.dumps(asked.bodies[question.id]).encode()
-    request = urllib.request.Request(asked.candidate.url + "/chat/completions", body, _headers())
-    for wait_s in (*WAITS_S, None):
-        started = time.perf_counter()
+    waits = [*WAITS_S]
+    while True:
+        own = asked.bodies[question.id]
+        body = {OTHERWISE[key] if key in asked.refused else key: value for key, value in own.items()}
+        body.pop(None, None)
+        url, started = asked.candidate.url + "/chat/completions", time.perf_counter()
         try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), _headers())
             text, tokens, prompt_tokens, reason = _read(_send(request, TIMEOUT_S))
             break
         except _Unusable as error:
-            if wait_s is None or not error.passes:
+            if error.refused in OTHERWISE.keys() & body.keys():
+                _ask_otherwise(asked, error.refused)
+            elif waits and error.passes:
+                time.sleep(min(LONGEST_WAIT_S, max(waits.pop(0), error.wait_s)))
+            else:
                 raise
-            time.sleep(min(LONGEST_WAIT_S, max(wait_s, error.wait_s)))
     return {
         "id": question.id,
         "conversation": question.conversation,
@@ -258,6 +279,20 @@ def _ask(asked: AskedApi, question: "Question", is_alone: bool) -> dict[str, Any
         "wire_ms": round(1e3 * (time.perf_counter() - started), 3) if is_alone else None,
         "made_by": asked.file.made_by[question.id],
     }
+
+
+def _ask_otherwise(asked: AskedApi, key: str) -> None:
+    """All further questions are asked without a key that the endpoint refuses, or under its other name; said once."""
+    if key not in asked.refused:
+        asked.refused.append(key)
+        ranks.say(f"{asked.candidate.name}: {what_was_refused(key)}")
+
+
+def what_was_refused(key: str) -> str:
+    """A sentence on a key of OTHERWISE."""
+    if other := OTHERWISE[key]:
+        return f"it refuses {key} and is sent {other}, of which hidden reasoning takes its part: set max_new_tokens higher where answers are empty."
+    return f"it refuses {key} and is asked without: its own default decides, and its answers may be others each time."
 
 
 def _body(recipe: Recipe, model: ApiModel, question: "Question") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from carelm.evaluation import check_scores, label_results, repetition, scores, scripts
+from carelm.evaluation import api, check_scores, label_results, repetition, scores, scripts
 from carelm.evaluation.label_results import Labelled
 from carelm.evaluation.questions import Question
 from carelm.recipe import Recipe
@@ -158,6 +158,8 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
         cautions.append(
             "The models were not measured in one place: their speeds do not compare (see the conditions of each)."
         )
+    for name, m in measured.items():
+        cautions += [f"{name}: {api.what_was_refused(key)}" for key in m["conditions"].get("refused", [])]
     for key, what in (("precision", "computed in"), ("bits", "held in")):
         held = {name: m[key] for name, m in measured.items()}
         if len(set(held.values())) > 1:

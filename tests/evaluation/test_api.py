@@ -13,6 +13,7 @@ from launching import PROJECT
 from carelm.errors import UserError
 from carelm.evaluation import api
 from carelm.evaluation.questions import Question
+from carelm.evaluation.results import _cautions
 from carelm.recipe_file import load_recipe
 from carelm.training.stops import HangWatch
 
@@ -113,6 +114,47 @@ def test_questions_go_out_as_messages_and_answers_come_back_in_their_order(endpo
     assert measured["usage"] == {"prompt_tokens": 120, "new_tokens": 30}
     assert measured["latency"]["prompts"] == 2 and measured["latency"]["e2e_ms"]["p50"] > 0
     assert [line["wire_ms"] is not None for line in lines] == [True, False, False, True, False, False]
+
+
+def refusing(*refused):
+    """An endpoint that answers, in OpenAI's words, where one of these keys is sent."""
+
+    def say(body, n):
+        key = next((key for key in refused if key in body), None)
+        if key is None:
+            return completion("fine")
+        words = {"max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                               "'max_completion_tokens' instead.",
+                 "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) "
+                                "value is supported."}  # fmt: skip
+        error = {"message": words.get(key, f"Unsupported parameter: '{key}' is not supported."), "param": key}
+        return 400, json.dumps({"error": error | {"type": "invalid_request_error"}}).encode()
+
+    return say
+
+
+def test_what_a_model_refuses_is_sent_under_its_other_name_or_left_out_and_said_once(endpoint, tmp_path, capsys):
+    endpoint.say = refusing("max_tokens", "temperature")
+    lines, measured = ask(endpoint, tmp_path, "--max_new_tokens", "7")
+    assert [line["prediction"] for line in lines] == ["fine"] * 6
+    assert len(endpoint.bodies) == 8 and endpoint.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
+    assert endpoint.bodies[-1]["max_completion_tokens"] == 7
+    said = capsys.readouterr().err
+    assert said.count("api:shop-large: it refuses max_tokens and is sent max_completion_tokens") == 1
+    assert said.count("api:shop-large: it refuses temperature and is asked without") == 1
+    assert "refused" not in measured["throughput"]
+    again = ask(endpoint, tmp_path, "--max_new_tokens", "7")[1]
+    assert again["conditions"]["refused"] == measured["conditions"]["refused"] == ["max_tokens", "temperature"]
+    cautions = _cautions(load_recipe([], usage=""), {"api:shop-large": measured}, pairs=0)
+    assert [caution.split(" and is")[0] for caution in cautions] == [
+        "api:shop-large: it refuses max_tokens", "api:shop-large: it refuses temperature"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["model", "max_completion_tokens"])
+def test_a_refusal_that_has_no_other_way_ends_it_with_the_endpoints_words(endpoint, tmp_path, key):
+    endpoint.say = refusing("max_tokens", key)
+    assert f"answers 400: Unsupported parameter: '{key}' is not supported." in error_of(endpoint, tmp_path)
+    assert len(endpoint.bodies) == 2  # the one that has another way, and this one
 
 
 def test_the_throughput_is_of_those_that_go_out_together(endpoint, tmp_path):
