@@ -36,7 +36,8 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers' `sdpa_attention_forward`, which still answers whatever needs no gradients or is out of the ordinary.
+    """As transformers' `sdpa_attention_forward`, which still answers whatever needs no gradients or is out of the ordinary:
+    positions that see nothing, too, of which torch makes zeros.
 
     Args:
         query: [batch, heads, length, width].
@@ -49,10 +50,11 @@ def attend(
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     length, seen = query.shape[2], key.shape[2]
-    is_causal = attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
-    is_plain = is_causal and length == seen
-    if attention_mask is not None:
-        is_plain = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    if attention_mask is None:
+        is_causal = kwargs.get("is_causal")
+        is_plain = length == seen and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    else:
+        is_plain = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1 and attention_mask.any(-1).all()
     odd = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
     if (
         not (torch.is_grad_enabled() and query.dtype == torch.bfloat16 and query.device.type == "cpu" and is_plain)

@@ -60,6 +60,25 @@ def test_it_is_as_near_to_the_exact_result_as_torchs_own(monkeypatch, length, bl
         assert (value - one).norm() < 1.5 * (other - one).norm()
 
 
+@pytest.mark.parametrize("told", [{}, {"is_causal": None}, {"is_causal": True}, {"is_causal": False}])
+@pytest.mark.parametrize("of_module", [True, False])
+@pytest.mark.parametrize("hides", [None, "nothing", "some rows"])
+def test_what_a_position_sees_is_what_transformers_own_lets_it_see(told, of_module, hides):
+    """`is_causal` may be told as None, and a row that sees nothing is zeros: no mean of what it must not see."""
+    tensors, mask = drawn(4, 2, 12), None
+    if hides:
+        mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+        mask[0, :, :3] &= hides == "nothing"
+    layer = Layer(2)
+    layer.is_causal = of_module
+
+    def result(function):
+        return output_and_gradients(lambda *x: function(layer, *x, mask, **told)[0], tensors, torch.bfloat16)
+
+    for found, wanted in zip(result(attention.attend), result(attention.sdpa_attention_forward)):
+        assert torch.allclose(found, wanted, atol=0.1, rtol=0.05)
+
+
 def test_a_model_that_trains_in_bf16_takes_it_and_what_needs_no_gradient_does_not(monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
