@@ -291,7 +291,8 @@ def _ask_otherwise(asked: AskedApi, key: str) -> None:
 def what_was_refused(key: str) -> str:
     """A sentence on a key of OTHERWISE."""
     if other := OTHERWISE[key]:
-        return f"it refuses {key} and is sent {other}, of which hidden reasoning takes its part: set max_new_tokens higher where answers are empty."
+        hint = "of which hidden reasoning takes its part: set max_new_tokens higher where answers are empty"
+        return f"it refuses {key} and is sent {other}, {hint}."
     return f"it refuses {key} and is asked without: its own default decides, and its answers may be others each time."
 
 
