@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import PROJECT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tokenizers import KINDS
@@ -21,6 +22,7 @@ TEMPLATES = {
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
     "named": "{% for m in messages %}{{ 'ASSISTANT: ' if m.role == 'assistant' else 'USER: ' }}{{ m.content }}"
     "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}{{ 'ASSISTANT:' if add_generation_prompt }}",
+    "plain": (PROJECT / "recipes/sweeps/plain.jinja").read_text(encoding="utf-8"),  # of the ready sweep of bases
 }
 PIECES = [
     "Yes",

@@ -13,6 +13,7 @@ from carelm.data.conversations import join_messages
 from carelm.data.report import SplitReport
 from carelm.errors import UserError
 from carelm.recipe import Recipe
+from carelm.recipe_file import load_recipe
 
 TICKETS = {
     "text_column": "text", "role_column": "by", "conversation_column": "ticket", "order_column": "n", "trained_turns": "all",
@@ -241,6 +242,28 @@ def test_a_message_may_name_itself_and_a_conversation_of_its_own(tmp_path, make)
 def test_a_circle_of_replies_is_refused(tmp_path, make):
     rows = replies((0, None, True, "x"), (1, 3, True, "a"), (2, 1, False, "b"), (3, 2, True, "c"))
     assert "rows.jsonl:2" in error_of(make(write_jsonl(tmp_path / "rows.jsonl", rows), **REPLIES))
+
+
+def test_the_recipe_of_tweets_follows_each_reply_to_the_tweet_that_began_it(tmp_path):
+    """Rows as that export has them: replies before what they reply to, parents as 3.0, several replies as 1,7."""
+    columns = "tweet_id author_id inbound created_at text response_tweet_id in_response_to_tweet_id".split()
+    rows = [
+        (1, "shop", False, "Tue Oct 31 22:10:47 +0000 2017", "@11 It is here.", "2", "3.0"),
+        (2, "11", True, "Tue Oct 31 22:11:45 +0000 2017", "@shop Fine!", "", "1.0"),
+        (3, "11", True, "Tue Oct 31 22:08:27 +0000 2017", "@shop The red one.", "1", "4.0"),
+        (4, "shop", False, "Tue Oct 31 21:54:49 +0000 2017", "@11 Which size?", "3,7", "5.0"),
+        (5, "11", True, "Tue Oct 31 21:49:35 +0000 2017", "@shop No parcel yet.", "4", ""),
+        (7, "12", True, "Tue Oct 31 21:59:35 +0000 2017", "@shop Mine too.", "8", "4.0"),
+        (8, "shop", False, "Tue Oct 31 22:59:35 +0000 2017", "@12 We look.", "", "7.0"),
+        (9, "13", True, "Tue Oct 31 20:00:00 +0000 2017", "@shop hello?", "", ""),
+    ]  # fmt: skip
+    write_csv(tmp_path / "twcs.csv", [dict(zip(columns, row)) for row in rows])
+    words = ["--dataset_name", str(tmp_path / "twcs.csv"), "--validation_fraction", "0", "--test_fraction", "0"]
+    recipe = load_recipe(["--config", "recipes/datasets/twitter_support.yaml", *words], usage="")
+    assert said(recipe) == [
+        "u: @shop No parcel yet. | a: @11 Which size? | u: @shop The red one. | a: @11 It is here.",
+        "u: @shop No parcel yet. | a: @11 Which size? | u: @shop Mine too. | a: @12 We look.",
+    ]
 
 
 # What is wrong

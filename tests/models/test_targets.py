@@ -8,13 +8,14 @@ import yaml
 from conftest import PROJECT
 from peft import PeftConfig
 from test_models import LLAMA3_8B, QV, TINYLLAMA
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MixtralConfig, PhiConfig
 
 from carelm.errors import UserError
 from carelm.models import adapters
 from carelm.models.base import count_parameters, load_base
 from carelm.models.precision import Precision
 from carelm.recipe_file import check_identity, load_recipe, save_recipe
+from carelm.sweep.sweep_file import read_sweep
 
 GPT2 = GPT2Config(n_layer=4, n_embd=64, n_head=4, vocab_size=100)
 MIXTRAL = MixtralConfig(
@@ -238,3 +239,32 @@ def test_an_assistants_recipe_trains_the_published_number_of_the_parameters_of_t
     assert count_parameters(model) == (trained, total)
     layers = {int(re.search(r"layers\.(\d+)\.", layer)[1]) for layer in lora_layers(model)}
     assert layers == set(recipe.layers_to_transform or range(config.num_hidden_layers))
+
+
+GATED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    "name, config, modules, trained",
+    [
+        ("mistral-7b", MistralConfig(vocab_size=32_768), GATED, 41_943_040 // 2),
+        ("llama-3.2-1b", LLAMA3_1B, GATED, 11_272_192 // 2),
+        # q, k, v and dense 2560 -> 2560, fc1 2560 -> 10240 and back
+        ("phi-2", PhiConfig(hidden_size=2560, intermediate_size=10_240, num_hidden_layers=32),
+         {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, 16 * 16 * (4 * 5120 + 2 * 12_800)),
+        # c_attn 768 -> 2304, c_proj 768 -> 768, c_fc 768 -> 3072 and back
+        ("distilgpt2", GPT2Config(n_layer=6), {"c_attn", "c_proj", "c_fc"}, 3 * 16 * (3072 + 1536 + 2 * 3840)),
+    ],
+)  # fmt: skip
+def test_the_ready_sweep_of_bases_changes_all_linear_layers_of_the_upper_half_of_each(
+    tmp_path, name, config, modules, trained
+):
+    runs = read_sweep([str(PROJECT / "recipes/sweeps/bases.yaml"), "--output_dir", str(tmp_path)]).runs
+    assert [run.name for run in runs] == ["mistral-7b", "llama-3.2-1b", "phi-2", "distilgpt2"]
+    [recipe] = [run.recipe for run in runs if run.name == name]
+    with torch.device("meta"):
+        model = adapters.add_adapter(AutoModelForCausalLM.from_config(config), recipe)
+    changed = [re.search(r"\.(?:layers|h)\.(\d+)\..*?(\w+)$", layer).groups() for layer in lora_layers(model)]
+    half = config.num_hidden_layers // 2
+    assert {int(number) for number, _ in changed} == set(range(half, 2 * half))
+    assert {module for _, module in changed} == modules and count_parameters(model)[0] == trained
