@@ -1,6 +1,5 @@
 """What can be wrong between the keys of a recipe, found without torch and without data."""
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -9,7 +8,7 @@ from carelm.answer_checks import parse_checks
 from carelm.data.tags import check_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
-from carelm.files import locate
+from carelm.files import locate, near
 from carelm.keys import ALTERNATIVES, LORA_KEYS
 from carelm.recipe import Recipe
 
@@ -139,11 +138,10 @@ def check(recipe: Recipe) -> None:
             "bases/smollm2-135m-instruct"
         )
     beside = Path(locate(str(Path(base).parent)))
-    if base.count("/") == 1 and not os.path.exists(recipe.base) and beside.is_dir():  # a Hub id, or a folder misspelt
-        near = difflib.get_close_matches(Path(base).name, [p.name for p in beside.iterdir()], n=1)
-        if near:
+    if base.count("/") == 1 and not os.path.exists(recipe.base):  # a Hub id, or a folder misspelt
+        if found := near(beside / Path(base).name):
             raise UserError(
-                f"model_name_or_path: there is no folder {base}; did you mean {Path(base).parent / near[0]}?"
+                f"model_name_or_path: there is no folder {base}; did you mean {Path(base).parent / found[0].name}?"
             )
 
 

@@ -1,5 +1,6 @@
 """Files and folders: where a name leads, writing whole, hashes. Imports no torch."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -30,6 +31,12 @@ def locate(name: str, *others: Path) -> str:
             kept = ROOT / plain.relative_to(ORIGIN) if ORIGIN and plain.is_relative_to(ORIGIN) else path
             return str(kept if kept.exists() else path)
     return name
+
+
+def near(path: Path) -> list[Path]:
+    """What lies in the folder of a file that is not there and is called most like it, the nearest first; at most three."""
+    there = {p.name.casefold(): p for p in sorted(path.parent.iterdir())} if path.parent.is_dir() else {}
+    return [there[name] for name in difflib.get_close_matches(path.name.casefold(), there)]
 
 
 def cache() -> Path:

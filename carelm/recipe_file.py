@@ -3,6 +3,8 @@
 import argparse
 import ast
 import dataclasses
+import glob
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import yaml
 from carelm.adapter_folder import decided_of_run
 from carelm.checks import check
 from carelm.errors import UserError
-from carelm.files import locate, write_whole
+from carelm.files import locate, near, write_whole
 from carelm.keys import (
     ALTERNATIVES,
     DEFAULTS,
@@ -99,7 +101,7 @@ def read_layers(files: list[str]) -> list[Layer]:
     for i, path in enumerate(paths):
         if path.resolve() in [p.resolve() for p in paths[:i]]:
             raise UserError(f"--config names {path} twice; remove one")
-    return [(str(path), read_yaml(path)) for path in paths]
+    return [(str(path), read_recipe(path)) for path in paths]
 
 
 def command_line(given: dict[str, list[str]]) -> Layer:
@@ -142,7 +144,7 @@ def _load_mixed(recipe: Recipe) -> dict[str, Recipe]:
             raise UserError(f"also_train: {file} stands there twice; remove one")
         paths.append(path.resolve())
         try:
-            own = _typed_keys(str(path), read_yaml(path))
+            own = _typed_keys(str(path), read_recipe(path))
             if own.get("also_train"):
                 raise UserError("it has also_train itself; name its recipes here too, and a recipe without it")
             template, ours = own.get("chat_template_path"), recipe.training.get("chat_template_path")
@@ -175,7 +177,7 @@ def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
         if path.stem in tests:
             raise UserError(f"also_test: two are called '{path.stem}'; rename one of the files")
         paths.append(path.resolve())
-        own = _typed_keys(str(path), read_yaml(path)) | ({"dataset_name": data} if data else {})
+        own = _typed_keys(str(path), read_recipe(path)) | ({"dataset_name": data} if data else {})
         if own.get("also_test"):
             raise UserError(
                 f"also_test: {file} has also_test itself; name its recipes here too, and a recipe without it"
@@ -312,6 +314,19 @@ def split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list[
 def _typed_keys(where: str, keys: dict[str, Any]) -> dict[str, Any]:
     place = "--" if where == "command line" else f"{where}: "
     return {name: typed(known(name, where), value, place) for name, value in keys.items()}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe's file. Data that lies beside the recipe, and not where its name leads from the current folder or
+    the project's, is named by its whole path; so is data that is nowhere, where something beside the recipe is called alike."""
+    keys = read_yaml(path)
+    name = keys.get("dataset_name")
+    if isinstance(name, str) and name and not os.path.isabs(os.path.expanduser(name)):
+        beside = path.resolve().parent / name
+        if not (os.path.exists(locate(name)) or glob.glob(name, recursive=True)):
+            if glob.glob(str(beside), recursive=True) or beside.exists() or (Path(name).suffix and near(beside)):
+                keys["dataset_name"] = str(beside)
+    return keys
 
 
 def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from carelm import files, ranks
 from carelm.errors import UserError
 from carelm.provenance import git_commit
 from carelm.recipe import Recipe, micro_batch_size
-from carelm.recipe_file import load_recipe
+from carelm.recipe_file import load_recipe, read_layers, split_command_line
 
 KEPT = ("carelm", "train", "eval", "slurm", "recipes", "demo", "accelerate_configs", "ds_configs")
 
@@ -31,7 +31,8 @@ def main() -> None:
         print(files.locate(words[0]))
     elif task == "keep":
         number, link, *words = words
-        print(keep(words, check(int(number), words).parent, Path(link)))
+        output = check(int(number), words)
+        print(keep(with_whole_path_of_data(words), output.parent, Path(link)))
     else:
         print(check(int(words[0]), words[1:]))
 
@@ -78,6 +79,15 @@ def keep(words: list[str], beside: Path, link: Path) -> Path:
             "a folder that you can write to"
         ) from None
     return folder
+
+
+def with_whole_path_of_data(words: list[str]) -> list[str]:
+    """The words with the path of data that lies beside a recipe: it does not lie beside the recipe's copy."""
+    files, given = split_command_line(words)
+    for _, keys in reversed(read_layers(files) if "dataset_name" not in given else []):
+        if name := keys.get("dataset_name"):
+            return [*words, "--dataset_name", name] if os.path.isabs(str(name)) else words
+    return words
 
 
 def _keep_recipes(words: list[str], aside: Path, later: Path) -> list[str]:

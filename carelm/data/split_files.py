@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from carelm.data.readers import READ, data_suffix, stem
+from carelm.data.report import shortened
 from carelm.data.split_names import SPLITS, SplitNames
 from carelm.errors import UserError
-from carelm.files import locate
+from carelm.files import locate, near
 from carelm.recipe import Recipe
 
 # What lies beside data and is none; every other file that is not read is named.
@@ -99,7 +100,7 @@ def _match(pattern: str, names: SplitNames) -> dict[str, Path | None]:
     pattern = os.path.expanduser(pattern)
     matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
     if not matches:
-        raise UserError(f"dataset_name: there is no file, folder or glob {pattern}")
+        raise UserError(f"dataset_name: there is no file, folder or glob {pattern}{_instead(pattern)}")
     fixed = Path(
         *[
             part
@@ -119,6 +120,19 @@ def _match(pattern: str, names: SplitNames) -> dict[str, Path | None]:
             else:
                 reached[f"{name}/"] = None
     return reached
+
+
+def _instead(name: str) -> str:
+    """What could have been meant by a name that leads nowhere, or why it does."""
+    folder = Path(locate(os.path.dirname(name) or "."))
+    if glob.has_magic(name):
+        return ""
+    if not folder.is_dir():
+        return f", and no folder {folder}"
+    if found := near(folder / Path(name).name):
+        return f"; did you mean {' or '.join(str(path) for path in found)}?"
+    there = [path.name for path in sorted(folder.iterdir()) if data_suffix(path.name)]
+    return f"; data files in {folder.resolve()}: {shortened(there) or 'none'}"
 
 
 def _words(names: SplitNames, files: dict[str, Path], is_glob: bool) -> dict[str, str | None]:

@@ -52,6 +52,22 @@ def test_every_recipe_that_is_named_is_copied_under_its_own_name(keep, tmp_path,
     assert all(Path(file).is_relative_to(copy) for file in (mine, demo, theirs))
 
 
+def test_data_that_lies_beside_a_recipe_is_found_from_the_recipes_copy_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("shop").mkdir()
+    Path("shop/rows.csv").write_text("question,answer\nWhere?,There.\n")
+    Path("shop/shop.yaml").write_text(
+        'dataset_name: rows.csv\nprompt_template: "{question}"\ncompletion_template: "{answer}"\n'
+    )
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for own in ([], ["--dataset_name", "demo/data"]):
+        shutil.rmtree("outputs", ignore_errors=True)
+        monkeypatch.setattr("sys.argv", ["job", "keep", "1", "job.code", "--config", "shop/shop.yaml", *own])
+        job.main()
+        words = words_of(Path(capsys.readouterr().out.strip()))
+        assert words[2:] == (own or ["--dataset_name", str(tmp_path / "shop/rows.csv")])
+
+
 def test_the_copy_is_whole_and_says_what_it_is_of(keep, tmp_path):
     copy = keep("7", "--config", "recipes/demo.yaml")
     assert copy == tmp_path / "out/.code/7" == (tmp_path / "slurm-7.code").resolve()

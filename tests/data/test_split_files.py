@@ -192,6 +192,30 @@ def test_a_folder_without_a_clear_train_split_is_refused_with_what_is_there(tmp_
     assert named in error_of(make(folder))
 
 
+def test_what_could_have_been_meant_by_a_file_that_is_not_there_is_said(tmp_path, make):
+    for name in ("tickets.csv", "tickets-2.csv", "notes.txt"):
+        write_jsonl(tmp_path / "shop" / name, [])
+    said = error_of(make(tmp_path / "shop/Tikets.csv"))
+    assert said.endswith(f"did you mean {tmp_path}/shop/tickets.csv or {tmp_path}/shop/tickets-2.csv?")
+    assert error_of(make(tmp_path / "shop/x.csv")).endswith(
+        f"; data files in {tmp_path}/shop: tickets-2.csv, tickets.csv"
+    )
+    assert error_of(make(tmp_path / "shap/x.csv")).endswith(f", and no folder {tmp_path}/shap")
+
+
+def test_data_is_looked_for_beside_the_recipe_that_names_it_where_it_is_not_here(tmp_path, make, monkeypatch):
+    """`make` writes the recipe into tmp_path."""
+    monkeypatch.chdir(write_jsonl(tmp_path / "here/other.jsonl", pairs(1)).parent)
+    write_jsonl(tmp_path / "rows.jsonl", pairs(3))
+    write_jsonl(tmp_path / "parts/a-1.jsonl", pairs(4))
+    assert make("rows.jsonl").dataset_name == str(tmp_path / "rows.jsonl")
+    assert len(make_examples(make("parts"))[0]["train"]) == len(make_examples(make("parts/*.jsonl"))[0]["train"]) == 4
+    assert error_of(make("row.jsonl")).endswith(f"row.jsonl; did you mean {tmp_path}/rows.jsonl?")
+    assert make("demo/data").dataset_name == "demo/data" and make("owner/name").dataset_name == "owner/name"
+    write_jsonl(tmp_path / "here/rows.jsonl", pairs(2))
+    assert make("rows.jsonl").dataset_name == "rows.jsonl" and len(make_examples(make("rows.jsonl"))[0]["train"]) == 2
+
+
 def test_a_file_folder_or_split_that_is_not_there_is_named(tmp_path, make):
     assert "nowhere.jsonl" in error_of(make(tmp_path / "nowhere.jsonl"))
     assert "nowhere/*.csv" in error_of(make(tmp_path / "nowhere/*.csv"))
