@@ -13,11 +13,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def serve(repositories: dict[str, Path]) -> Iterator[str]:
-    """The address of a Hub with these repositories ("models/OWNER/NAME" or "datasets/OWNER/NAME": the folder)."""
+def serve(repositories: dict[str, Path], refusal: tuple[int, str] = (404, "EntryNotFound")) -> Iterator[str]:
+    """The address of a Hub with these repositories ("models/OWNER/NAME" or "datasets/OWNER/NAME": the folder); `refusal` is
+    the status and the error code of everything else."""
 
     class Handler(_Handler):
         folders = repositories
+        refused = refusal
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -31,6 +33,7 @@ def serve(repositories: dict[str, Path]) -> Iterator[str]:
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folders: dict[str, Path] = {}
+    refused = (404, "")
 
     def do_GET(self):
         match unquote(urlsplit(self.path).path).strip("/").split("/"):
@@ -53,10 +56,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return {file.name: file.read_bytes() for file in files}
 
     def answer(self, content: bytes | None) -> None:
-        self.send_response(404 if content is None else 200)
+        self.send_response(self.refused[0] if content is None else 200)
         self.send_header("Content-Length", str(len(content or b"")))
         if content is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Error-Code", self.refused[1])
         else:
             self.send_header("ETag", f'"{_hash(content)}"')
             self.send_header("X-Repo-Commit", COMMIT)

@@ -1,6 +1,9 @@
 """The tokenizer of a base, with the chat template that the recipe names."""
 
+import os
+
 from carelm.chat.template import read_template, settle
+from carelm.data.sources import why_not_had
 from carelm.errors import UserError
 
 
@@ -18,6 +21,8 @@ def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool,
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file fails in as many ways as it has readers
+        if not os.path.exists(name_or_path):
+            raise why_not_had("model_name_or_path", name_or_path, error) from None
         reason = " ".join(str(error).split())[:200]
         reason = reason if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {reason}"
         raise UserError(f"model_name_or_path: no tokenizer can be loaded from {name_or_path} ({reason})") from None

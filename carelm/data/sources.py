@@ -22,7 +22,7 @@ from carelm.data.tags import TAGS, add_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.data.values import as_text, as_word, cell_text
 from carelm.errors import UserError, first_line
-from carelm.files import fingerprint, locate
+from carelm.files import fingerprint, locate, near
 from carelm.keys import FREE_KEYS, NOT_ABOUT_DATA, OF_MIXED
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -123,6 +123,27 @@ def _why_silent() -> str | None:
     return reasons[0] if reasons else f"no answer in {HUB_PATIENCE:g} s"
 
 
+def why_not_had(key: str, name: str, error: Exception) -> UserError:
+    """Why a model or dataset of this name is neither here nor to be had from the Hub, and the way on; `error` is what its
+    library says."""
+    page = f"{_hub()}/{'datasets/' if key == 'dataset_name' else ''}{name}"
+    log_in = f"accept its licence on {page} where it has one, and log in here: hf auth login"
+    kinds, cause = set(), error
+    while cause is not None:
+        kinds, cause = kinds | {type(cause).__name__}, cause.__cause__ or cause.__context__
+    nowhere = f"{key}: {name} is no file or folder here"
+    if {os.environ.get(variable, "0") for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} - {"", "0"}:
+        return UserError(
+            f"{nowhere}, no earlier run has fetched it, and the Hub is not asked (offline); name a folder, or run once where "
+            f"there is a connection ({log_in})"
+        )
+    if "GatedRepoError" in kinds:
+        return UserError(f"{key}: {name} is gated; {log_in}")
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return UserError(f"{nowhere}, and the Hub knows none or does not show it; mend the name, or {log_in}")
+    return UserError(f"{nowhere} and cannot be had from the Hub ({first_line(error)[:200]})")
+
+
 def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
     """The (source, row) pairs of each split that the data has by name, after `row_filter`, and where they are from.
 
@@ -206,16 +227,15 @@ def _splits_of_lists(
 
 
 def _load_hub(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
+    owner, slash, name = recipe.dataset_name.partition("/")
+    if slash and (found := near(Path(locate(owner), name))):
+        raise UserError(f"dataset_name: there is no {recipe.dataset_name}; did you mean {owner}/{found[0].name}?")
     import datasets
 
     try:
         loaded = datasets.load_dataset(recipe.dataset_name, recipe.dataset_config)
     except Exception as error:  # the Hub's client raises its own, OSError, ValueError: all mean that it is not there
-        reason = first_line(error)
-        raise UserError(
-            f"dataset_name: {recipe.dataset_name} is no file here and cannot be had from the Hub ({reason}); "
-            "name a file or folder in its place"
-        ) from None
+        raise why_not_had("dataset_name", recipe.dataset_name, error) from None
     names, words = SplitNames(recipe), {str(name).casefold(): name for name in loaded}
     names.check(words.items(), recipe.dataset_name)
     by_split = {split: [name for word, name in words.items() if word in names.words[split]] for split in SPLITS}

@@ -1,12 +1,17 @@
 """A Hub that does not answer is not waited for."""
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 from hub_server import serve
+from launching import PROJECT
 
 from carelm.data import sources
+from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
 
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -49,3 +54,27 @@ def test_what_is_told_to_stay_offline_asks_nothing(asked, monkeypatch):
     assert asked(NOWHERE, "--model_name_or_path", "nobody/nothing") == ("1", "")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert asked(NOWHERE) == ("1", "")  # the demo needs nothing from it
+
+
+@pytest.mark.parametrize(
+    "refusal, keys, said",
+    [
+        ((403, "GatedRepo"), ("--model_name_or_path", "shop/base"), "shop/base is gated; accept its licence on HUB/shop/base"),
+        ((401, "RepoNotFound"), ("--dataset_name", "shop/rows"), "the Hub knows none or does not show it; mend the name, or "
+         "accept its licence on HUB/datasets/shop/rows"),
+        (None, ("--model_name_or_path", "shop/base"), "no earlier run has fetched it, and the Hub is not asked (offline)"),
+    ],
+)  # fmt: skip
+def test_what_the_hub_does_not_give_is_one_line_with_licence_and_login_as_likely_causes(tmp_path, refusal, keys, said):
+    with serve({}, refusal) if refusal else contextlib.nullcontext(NOWHERE) as hub:
+        done = subprocess.run([sys.executable, "train/sft.py", *keys, "--output_dir", tmp_path / "out"], cwd=PROJECT,
+                              env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)}, capture_output=True,
+                              text=True, timeout=60)  # fmt: skip
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and line.startswith(f"error: {keys[0][2:]}: {keys[1]} is ")
+    assert said.replace("HUB", hub) in line and line.rstrip(")").endswith("log in here: hf auth login")
+
+
+def test_a_dataset_whose_name_is_nearly_that_of_a_folder_is_no_question_for_the_hub(make):
+    with pytest.raises(UserError, match="dataset_name: there is no demo/datas; did you mean demo/data?"):
+        sources.load_splits(make("demo/datas"))
