@@ -16,7 +16,7 @@ from carelm.recipe import Recipe
 def check(recipe: Recipe) -> None:
     """What can be wrong between keys, found without torch."""
     for key in ("global_batch_size", "num_virtual_tokens", "sample_max_new_tokens", "max_new_tokens", "max_batch_tokens",
-                "num_resamples", "num_latency_prompts"):  # fmt: skip
+                "num_resamples"):  # fmt: skip
         if getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1")
     for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -46,7 +46,7 @@ def check(recipe: Recipe) -> None:
         if given.get(key) is not None and given[key] <= 0:
             raise UserError(f"{key}: {given[key]} is not above 0")
     for key in ("warmup_steps", "weight_decay", "max_grad_norm", "lora_dropout", "seed", "data_seed", "split_seed",
-                "num_shots", "temperature", "num_sample_answers", "dataloader_num_workers"):  # fmt: skip
+                "num_shots", "temperature", "num_sample_answers", "num_latency_prompts", "dataloader_num_workers"):  # fmt: skip
         if given.get(key) is not None and given[key] < 0:
             raise UserError(f"{key}: {given[key]} is below 0")
     if (given.get("lora_dropout") or 0) >= 1:
@@ -110,7 +110,10 @@ def check(recipe: Recipe) -> None:
         if getattr(recipe, key) is not None:
             columns = template_columns(getattr(recipe, key), key)
             if key != "system_prompt" and not columns:
-                raise UserError(f"{key}: {getattr(recipe, key)!r} names no column; write {{column}}")
+                raise UserError(
+                    f"{key}: {getattr(recipe, key)!r} names no column; write its name in braces, and all of it in quotes: "
+                    '"{column}"'
+                )
             in_templates += columns
     for column in recipe.optional_columns:
         if column not in in_templates:

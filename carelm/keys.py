@@ -72,14 +72,19 @@ REFUSED = {
     "use_peft": "set method: lora, prompt_tuning or full",
     "lora_task_type": "CareLM trains causal language models only; leave it out",
     **dict.fromkeys(
-        ("packing", "packing_strategy", "padding_free", "eval_packing", "train_sampling_strategy", "length_column_name"),
-        "set group_by_length",
+        ("packing", "packing_strategy", "padding_free", "eval_packing"),
+        "a row stands by itself, so that a step has the same examples on every rung and none sees another; group_by_length "
+        "(true by default) batches rows of like length, which leaves little padding",
     ),
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name"), "set group_by_length"),
     **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "set trained_turns"),
     "truncation_mode": "set too_long",
     **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "set prompt_template and completion_template"),
     **dict.fromkeys(("eos_token", "pad_token"), "the chat template decides: set chat_template_path"),
-    "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint; --restart begins anew",
+    **dict.fromkeys(
+        ("resume", "resume_from_checkpoint"),
+        "the same command goes on from the newest whole checkpoint; --restart begins anew",
+    ),
     "local_rank": "torch.distributed.launch and deepspeed add it; start the ranks with torchrun or accelerate launch",
     "use_cpu": "hide the GPUs: CUDA_VISIBLE_DEVICES= accelerate launch ...",
     "load_best_model_at_end": "set early_stopping_patience, which keeps the best checkpoint",
@@ -99,6 +104,17 @@ REFUSED = {
         "it has no effect in CareLM; leave it out",
     ),
 }  # fmt: skip
+# What others call a key whose name here is not like it.
+MEANT = {
+    **dict.fromkeys(("bits", "quantization", "quantization_bit", "quantize", "qlora", "4bit"), "load_in_4bit"),
+    **dict.fromkeys(("base", "base_model", "pretrained_model", "model_id"), "model_name_or_path"),
+    **dict.fromkeys(("data", "data_path", "data_files", "train_file", "train_data"), "dataset_name"),
+    **dict.fromkeys(("r", "rank"), "lora_r"),
+    **dict.fromkeys(("template", "prompt"), "prompt_template"),
+    "lr": "learning_rate",
+    "alpha": "lora_alpha",
+    "dry_run": "preview",
+}
 LAUNCHER_KEYS = (
     "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
 )  # fmt: skip
@@ -207,16 +223,25 @@ def known(key: str, where: str) -> Key:
     if key not in known_keys():
         names = [k for k in known_keys() if k not in REFUSED]
         starts = [k for k in names if str(key) and k.startswith(str(key))]
-        near = starts[:1] or difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+        near = (
+            [MEANT[key]] if key in MEANT else starts[:1] or difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+        )
         hint = f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
         raise UserError(f"{where}: unknown key '{key}'{hint}")
     return known_keys()[key]
 
 
+WANTED = {"bool": "; write true or false", "int": "; give a whole number", "float": "; give a number"}
+
+
 def typed(key: Key, value: Any, where: str) -> Any:
     """The value in the key's type. YAML reads 2e-4 as text, so text that is a number counts as one."""
     kinds = {kind.strip().split("[")[0] for kind in key.annotation.split("|")}
-    hint = "; in YAML a text that begins with { stands in quotes" if isinstance(value, dict) and "str" in kinds else ""
+    hint = next((hint for kind, hint in WANTED.items() if kind in kinds), "")
+    if isinstance(value, dict) and "str" in kinds:
+        hint = "; in YAML a text that begins with { stands in quotes"
+    elif "dict" in kinds and where == "--":
+        hint = """; on a command line it stands in quotes, as '{"key": "value"}'"""
     problem = UserError(f"{where}{key.name}: {value!r} is not of type {key.annotation}{hint}")
     if isinstance(value, str) and value.lower() in ("none", "null") and "str" not in kinds:
         value = None

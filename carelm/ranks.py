@@ -77,8 +77,9 @@ def check_variables() -> None:
         )
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Runs a launched file's `main`; a UserError or a full disk becomes one line, printed once, and its exit status."""
+def run_main(main: Callable[[], None], kept: str = "the newest whole checkpoint stays") -> None:
+    """Runs a launched file's `main`; a UserError or a full disk becomes one line, printed once, and its exit status. `kept`
+    says what a full disk leaves."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of carelm.interrupts'
     try:
@@ -93,9 +94,7 @@ def run_main(main: Callable[[], None]) -> None:
             traceback.print_exc()
             sys.stdout.flush()
             os._exit(1)  # Python's own way out waits for the processes that load batches
-        error = UserError(
-            f"output_dir: the disk is full ({caught}); the newest whole checkpoint stays; make room and run again"
-        )
+        error = UserError(f"output_dir: the disk is full ({caught}); {kept}; make room and run again")
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # the message begins a line of its own
     if rank() == 0:

@@ -201,7 +201,9 @@ class Recipe:
         "match}; (?P=order) in a pattern is what (?P<order>...) in when has matched.",
     )
     num_resamples: int = _key(1000, "Resamples of the test conversations for the intervals.")
-    num_latency_prompts: int = _key(50, "Prompts that are timed one at a time (all, where there are fewer).")
+    num_latency_prompts: int = _key(
+        50, "Prompts that are timed one at a time (all, where there are fewer); 0: no latency is measured."
+    )
     # the model card
     card_notes: str | None = _key(
         None, "Text that stands on top of the model card, as Markdown: what it is for, its data, its limits."

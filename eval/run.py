@@ -107,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ranks.run_main(main)
+    ranks.run_main(main, kept="the answers so far stay and are not made again")

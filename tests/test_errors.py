@@ -10,6 +10,7 @@ import types
 
 import pytest
 from launching import PROJECT, launch, script
+from safetensors.torch import load_file
 
 from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
@@ -193,6 +194,28 @@ def test_a_second_start_at_once_is_told_of_the_first_one_and_not_that_it_begins_
         finally:
             first.kill()
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_of_one_step_on_one_row_learns_and_says_what_little_it_learns(tmp_path):
+    """A share of warmup rounds up to a whole step, whose learning rate is 0."""
+    rows = str(write(tmp_path / "rows.jsonl", ROWS[:1]))
+    recipe = recipe_file(tmp_path, dataset_name=rows, max_steps=1, validation_fraction=0, test_fraction=0)
+    done = script("--config", recipe, "--output_dir", tmp_path / "out", "--num_sample_answers", 0, check=True)
+    assert "carelm: 1 training example only: what is learnt is little more than their text" in done.stderr
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)  # they begin as zeros
+
+
+def test_a_full_disk_in_an_evaluation_has_words_of_its_own():
+    lines = "import runpy, carelm.recipe_file; " \
+            "carelm.recipe_file.load_recipe = lambda *_, **__: open('/dev/full', 'w').write('x' * 2**20); " \
+            "runpy.run_path('eval/run.py', run_name='__main__')"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", lines], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "checkpoint" not in done.stderr
+    assert (
+        "the disk is full ([Errno 28] No space left on device); the answers so far stay and are not made"
+        in only_error(done)
+    )
 
 
 def test_losses_are_shown_with_four_decimals_and_written_in_full(finished):

@@ -9,7 +9,7 @@ import yaml
 from conftest import PROJECT
 
 from carelm.errors import UserError
-from carelm.keys import REFUSED, known_keys
+from carelm.keys import MEANT, REFUSED, known_keys
 from carelm.recipe_file import check_identity, load_recipe, save_recipe
 
 MAPS = sorted((PROJECT / "recipes/datasets").glob("*.yaml"))
@@ -410,6 +410,41 @@ def test_help_lists_every_own_key_and_starts_without_torch():
     for key in ("learning_rate", "lora_r", "max_length"):
         assert f"--{key}" in shown.stdout
     assert "--deepspeed" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--load_in_4bit yes", "--load_in_4bit: 'yes' is not of type bool; write true or false"),
+        ("--learning_rate small", "--learning_rate: 'small' is not of type float; give a number"),
+        ("--max_steps 1.5", "--max_steps: 1.5 is not of type int; give a whole number"),
+        ("--row_filter {mark: good}", """; on a command line it stands in quotes, as '{"key": "value"}'"""),
+        (
+            "--prompt_template question --completion_template {answer}",
+            """write its name in braces, and all of it in quotes: "{column}\"""",
+        ),
+        (
+            "--packing",
+            "key 'packing' is not set in a recipe: a row stands by itself, so that a step has the same examples",
+        ),
+        ("--bits 4", "unknown key 'bits'; did you mean 'load_in_4bit'?"),
+        ("--lr 1e-4", "unknown key 'lr'; did you mean 'learning_rate'?"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_said_with_what_to_write(words, said):
+    with pytest.raises(UserError) as caught:
+        load_recipe(words.split(), usage="")
+    assert said in str(caught.value)
+
+
+def test_what_others_call_a_key_leads_to_one_that_is_there():
+    assert not {*MEANT} & {*known_keys()} and {*MEANT.values()} <= {*known_keys()} - {*REFUSED}
+
+
+def test_latency_may_be_left_unmeasured_but_not_less():
+    assert load_recipe(["--num_latency_prompts", "0"], usage="").num_latency_prompts == 0
+    with pytest.raises(UserError, match="num_latency_prompts: -1 is below 0"):
+        load_recipe(["--num_latency_prompts", "-1"], usage="")
 
 
 def test_braces_without_quotes_are_told_so(tmp_path):

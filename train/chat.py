@@ -117,4 +117,4 @@ def system_message(recipe: Recipe) -> tuple[str | None, str | None]:
 
 
 if __name__ == "__main__":
-    ranks.run_main(main)
+    ranks.run_main(main, kept="files that were saved before stay")

@@ -52,6 +52,10 @@ def main() -> None:
         return print(preview(recipe, chat, recipe.preview)) if ranks.rank() == 0 else None
     prepared = prepare(recipe, chat)
     ranks.say("data\n" + format_report(prepared.report))
+    if (few := len(prepared.train)) < 20:
+        ranks.say(
+            f"{few} training {'example' if few == 1 else 'examples'} only: what is learnt is little more than their text"
+        )
     if prepared.validation is None:
         ranks.say(
             "no validation rows: no eval loss says whether it learns more than its own rows (validation_fraction)"

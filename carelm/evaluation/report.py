@@ -52,7 +52,9 @@ def write(
     """Writes everything that a person or a program reads of a comparison into `folder`, results.json last."""
     curves = loss_curves(recipe.output_dir / "runs")
     with matplotlib.rc_context(STYLE):
-        plots = {"scores": plot_scores(results), "latency": plot_latency(results)}
+        plots = {"scores": plot_scores(results)}
+        if all(model["latency"]["e2e_ms"] for model in results["models"].values()):
+            plots["latency"] = plot_latency(results)
         plots |= label_report.plots(results, COLOURS)
         if curves:
             plots["loss"] = plot_loss(curves)

@@ -29,7 +29,8 @@ def check_names(model: PreTrainedModel, recipe: Recipe) -> None:
         for name in names or []:
             is_expression = key == "exclude_modules" and len(names) == 1
             if not name or not _ends(there, name) and not (is_expression and any(re.fullmatch(name, n) for n in there)):
-                raise UserError(f"{key}: {type(model).__name__} has no '{name}' (there: {_last_parts(there)})")
+                those = linear_names(model) if key == "lora_target_modules" else there
+                raise UserError(f"{key}: {type(model).__name__} has no '{name}' (there: {_last_parts(those)})")
     if recipe.layers_to_transform is not None:
         _check_layers(model, recipe, modules)
 
@@ -98,9 +99,14 @@ def target_names(model: PreTrainedModel, recipe: Recipe) -> list[str] | str | No
             f"layers_to_transform: {type(model).__name__} has no module '{names[0]}' (lora_target_modules), and beside an "
             "expression PEFT takes no layers; write them into the expression, or name modules such as q_proj"
         )
-    head = model.get_output_embeddings()
-    linear = (n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head)
+    linear = linear_names(model)
     return sorted({name[match.end() :] for name in linear if (match := _layer(name, recipe.layers_pattern))})
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    """The linear modules but the output layer: what all-linear means."""
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)) and m is not head]
 
 
 def exclude_names(model: PreTrainedModel, recipe: Recipe) -> list[str] | str | None:

@@ -112,6 +112,13 @@ class Trainer(transformers.Trainer):
         """Of the whole run, earlier parts of it included."""
         return self.wall_seconds_before + time.time() - self.started
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As transformers has it, but for a run of one step, whose share of warmup would round up to all of it: at a learning
+        rate of 0."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # Batches and loss
 
     def get_train_dataloader(self) -> DataLoader:

@@ -331,6 +331,17 @@ def test_one_rank_and_two_make_the_same_predictions_and_scores(compared, tmp_pat
     assert found["models"] == last["models"]
 
 
+def test_without_prompts_to_time_the_report_has_no_latency(compared, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(compared[0], tmp_path / "run")
+    run_here(monkeypatch, capsys, "--output_dir", str(copy), *KEYS[:4], *KEYS[6:], "--num_latency_prompts", "0")
+    results = json.loads((copy / "eval/results.json").read_text())
+    assert all(
+        m["latency"] == {"prompts": 0, "ttft_ms": {}, "tpot_ms": {}, "e2e_ms": {}} for m in results["models"].values()
+    )
+    report = (copy / "eval/report.md").read_text()
+    assert "![latency]" not in report and "| prompts timed one at a time | 0 | 0 |" in report
+
+
 def test_results_hold_every_promised_key(compared):
     folder, last = compared
     results = json.loads((folder / "eval/results.json").read_text())

@@ -308,7 +308,8 @@ def test_an_invalid_generation_config_is_repaired_and_said(base, tmp_path, capsy
     [
         (
             ("--lora_target_modules", "q_proj", "none_such"),
-            "lora_target_modules: LlamaForCausalLM has no 'none_such' .*q_proj",
+            "lora_target_modules: LlamaForCausalLM has no 'none_such' "
+            r"\(there: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj\)$",
         ),
         (("--lora_target_modules", "all-linear", "lm_head"), "lora_target_modules: .* has no 'all-linear'"),
         (("--lora_modules_to_save", "score"), "lora_modules_to_save: .* has no 'score' .*lm_head"),
