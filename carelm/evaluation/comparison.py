@@ -136,6 +136,11 @@ def _compare(
     if not have_checks and any(row.recipe.checks for row in rows):
         found["cautions"].append("The runs' checks are not about the same answers: see each run's own report.")
     found["cautions"] += [f"{name} was not asked {test}." for name, about in found_by.items() if not about]
+    of_words = [
+        {name: {**b, "differences": {}} for name, b in found_by[row.run].get("baselines", {}).items()} for row in rows
+    ]
+    if all(baselines == of_words[0] for baselines in of_words):  # they follow from the rows alone
+        found["baselines"] = of_words[0]
     asked = {row.run: found_by[row.run]["test"] for row in rows}
     predicted = {
         run: [c["sentence"] for c in about.get("predicted_columns", {}).values()] for run, about in asked.items()

@@ -32,7 +32,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     shown = [Table("Labels", note, ["", "label", NAMES["accuracy"], NAMES["macro_f1"], "no label"], found)]
     sure = {name: model for name, model in models.items() if "calibration" in model}
     shown += [_certainty(sure)] if sure else []
-    if baselines:
+    if any(baseline["differences"] for baseline in baselines.values()):
         rows = [
             [f"{model} less {name}", NAMES[score], _ranged(figure, "difference"), f"{figure['p_value_holm']:.3g}"]
             for name, baseline in baselines.items()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from carelm.evaluation import label_report, run_report
@@ -84,17 +85,28 @@ def write_comparison(
 
 def _write_pages(folder: Path, stem: str, shown: "_Shown", results: dict[str, Any], svgs: dict[str, str]) -> None:
     template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_breakable,
     ).get_template("report.html.j2")
     page = template.render(
         shown=shown,
         results=results,
-        plots={k: jinja2.utils.markupsafe.Markup(v) for k, v in svgs.items()},
+        plots={k: Markup(v) for k, v in svgs.items()},
     )
     write_whole(folder / f"{stem}.html", page)
     for name, svg in svgs.items():
         write_whole(folder / f"{name}.svg", svg)
     write_whole(folder / f"{stem}.md", _markdown(shown, results, list(svgs)))
+
+
+def _breakable(value: Any) -> Any:
+    """A text, escaped, in which a line may break after the axes of a run's name (`lora_r=4,learning_rate=0.0002`)."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return Markup(re.sub(r",(?=\w+=)", ",<wbr>", str(escape(value))))
 
 
 def summary(folder: Path, results: dict[str, Any]) -> dict[str, Any]:

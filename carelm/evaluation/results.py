@@ -192,11 +192,11 @@ def _about_answers(recipe: Recipe, questions: list[Question], models: dict[str, 
         if share > scripts.FEW:
             advice = "set primary_metric: chrf" if recipe.primary_metric.startswith(score) else "chrF reads them"
             cautions.append(f"{what}, and {share:.0%} of the references' letters are others: {advice}.")
+    cut = {name: n for name, model in models.items() if (n := model["cut_predictions"]) > len(questions) / 2}
+    if cut:
+        each = ", ".join(f"{name} ({number})" for name, number in cut.items())
+        cautions.append(f"Most of the {len(questions)} answers were cut at max_new_tokens: {each}; set it higher.")
     for name, model in models.items():
-        if model["cut_predictions"] > len(questions) / 2:
-            cautions.append(
-                f"{name}: {model['cut_predictions']} of {len(questions)} answers were cut at max_new_tokens; set it higher."
-            )
         if recipe.labels:
             table = model["confusion"].values()
             answered = {label: sum(row[label] for row in table) for label in next(iter(table))}

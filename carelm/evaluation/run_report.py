@@ -8,7 +8,8 @@ from carelm.evaluation.scores import NAMES
 from carelm.evaluation.tables import against, ranged
 
 Cell = tuple[str, str]  # what it says, and what stands small below it
-LINES = ("-", "--", ":", "-.")
+LINES = ("-", "--", ":", "-.")  # with MARKERS, for what has the colour of another row
+MARKERS = ("o", "s", "^", "D")
 
 
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
@@ -53,7 +54,8 @@ def _gib(number: float | None) -> str:
 
 def plots(results: dict[str, Any], curves: dict[str, Any], colours: tuple[str, ...]) -> dict[str, Figure]:
     """The figures by name. The rows have the same colours in all of them."""
-    style = {name: {"color": colours[k % len(colours)], "linestyle": LINES[k // len(colours) % len(LINES)]}
+    style = {name: {"color": colours[k % len(colours)], "linestyle": LINES[k // len(colours) % len(LINES)],
+                    "marker": MARKERS[k // len(colours) % len(MARKERS)]}
              for k, name in enumerate(results["runs"])}  # fmt: skip
     found = {"quality": _plot_quality(results, style)} if results["models"] else {}
     return found | ({"loss": _plot_losses(curves, style)} if curves else {})
@@ -65,9 +67,9 @@ def _plot_losses(curves: dict[str, dict[str, list[tuple[int, float]]]], style: d
     axis = figure.subplots()
     for name, curve in curves.items():
         if "training" in curve:
-            axis.plot(*zip(*curve["training"]), **style[name], linewidth=0.8, alpha=0.3)
+            axis.plot(*zip(*curve["training"]), **style[name] | {"marker": ""}, linewidth=0.8, alpha=0.3)
         if "validation" in curve:
-            axis.plot(*zip(*curve["validation"]), **style[name], linewidth=1.8, marker="o", markersize=4, label=name)
+            axis.plot(*zip(*curve["validation"]), **style[name], linewidth=1.8, markersize=4, label=name)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("validation loss (faint: training)")
     _finish(figure, [axis])
@@ -85,7 +87,7 @@ def _plot_quality(results: dict[str, Any], style: dict[str, dict]) -> Figure:
         share = 100 * trained / run["total_parameters"] if trained else 0
         for axis, cost in zip(axes, (times and times["p50"], memory and memory / 2**30, share)):
             if cost or axis is axes[2]:
-                axis.errorbar(cost, score["value"], fmt="o", color=style[name]["color"], capsize=3, markersize=7, label=name,
+                axis.errorbar(cost, score["value"], **style[name] | {"linestyle": ""}, capsize=3, markersize=7, label=name,
                               yerr=[[score["value"] - score["low"]], [score["high"] - score["value"]]])  # fmt: skip
     axes[0].set_ylabel(NAMES[metric])
     words = ("one answer at batch size 1, ms (median)", "memory while answering, GiB", "trained, % of the parameters")
@@ -102,4 +104,5 @@ def _finish(figure: Figure, axes: Any) -> None:
         axis.set_axisbelow(True)
     handles, labels = axes[0].get_legend_handles_labels()
     columns = max(1, min(len(labels), 120 // max(12, max(map(len, labels), default=1) + 4)))
+    figure.set_figheight(figure.get_figheight() + 0.23 * (len(labels) // columns))  # of the legend's further rows
     figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)

@@ -72,7 +72,8 @@ def _elsewhere(name: str, test: dict[str, Any], said: list[str]) -> list[Table]:
         )
         rows.insert(scores.index(metric) + 1, [f"difference to {best}", *below])
     asked = f"{about['questions']} questions of {about['conversations']} conversations from {about['dataset']}."
-    sentences = [*test["verdicts"], about["leaks"]["sentence"], *(c for c in test["cautions"] if c not in said), asked]
+    verdicts = [] if "best" in test else test["verdicts"]  # among runs a row of their own says the same
+    sentences = [*verdicts, about["leaks"]["sentence"], *(c for c in test["cautions"] if c not in said), asked]
     return [
         Table(f"Elsewhere: {name}", " ".join(sentences), ["score", *models, *_called(pairs)], rows),
         *_checks(test, f", {name}"),

@@ -210,6 +210,38 @@ def test_columns_that_a_run_was_told_are_named_with_the_run_where_another_was_to
     assert compared(tmp_path, runs[0])["cautions"][0] == "intent: an upper bound."
 
 
+def test_the_baseline_of_word_overlap_stands_beside_runs_that_share_it(run, tmp_path):
+    runs = [run(name, "same", *LABELS, reference="{1}") for name in ("a", "b")]
+    score = {"value": 0.94, "low": 0.9, "high": 0.97}
+    counts = {label: {"same": 5, "other": 5, "unparsable": 0} for label in ("same", "other")}
+    for k, one in enumerate(runs):
+        overlap = {
+            "threshold": 0.4,
+            "validation_questions": 60,
+            "accuracy": score,
+            "macro_f1": score,
+            "confusion": counts,
+        }
+        overlap |= {"differences": {"adapter": {"macro_f1": {"difference": k}}}}
+        change_results(one, lambda results, overlap=overlap: results.update(baselines={"word overlap": overlap}))
+    compared(tmp_path, *runs)
+    page = (tmp_path / "comparison.md").read_text()
+    assert "| word overlap | from 0.40 on, chosen on 60 validation rows | 0.940 (0.900 to 0.970) |" in page
+    assert "Against the baselines" not in page
+
+
+def test_long_names_may_break_after_an_axis_and_one_line_says_whose_answers_were_cut(run, tmp_path):
+    runs = [run("lora_r=4,lora_alpha=8", "Lamp {0}"), run("b", "aisle 1,000 {0}")]
+    for one in runs:
+        file = one.recipe.output_dir / "eval/predictions-adapter.jsonl"
+        file.write_text(file.read_text().replace('"stop"', '"length"'))
+    cut = "Most of the 20 answers were cut at max_new_tokens: lora_r=4,lora_alpha=8 (20), b (20); set it higher."
+    assert cut in compared(tmp_path, *runs)["cautions"]
+    page = (tmp_path / "comparison.html").read_text()
+    assert cut.replace("4,", "4,<wbr>") in page and "<th>lora_r=4,<wbr>lora_alpha=8</th>" in page
+    assert "aisle 1,000" in page
+
+
 def test_each_run_keeps_the_temperature_that_its_own_validation_rows_gave(run, tmp_path):
     found = compared(tmp_path, *with_and_without(run))
     assert [model["calibration"]["temperature"] for model in found["models"].values()] == [2.5, 1.5]
