@@ -1,14 +1,14 @@
 """A recipe's YAML file, what is laid over it and the command line -> a checked recipe, and back. Imports no torch."""
 
-import argparse
 import ast
 import dataclasses
 import glob
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -16,6 +16,7 @@ from carelm.adapter_folder import decided_of_run
 from carelm.checks import check
 from carelm.errors import UserError
 from carelm.files import locate, near, write_whole
+from carelm.key_help import format_help
 from carelm.keys import (
     ALTERNATIVES,
     DEFAULTS,
@@ -24,7 +25,6 @@ from carelm.keys import (
     NOT_ABOUT_DATA,
     OF_A_TEST,
     OF_MIXED,
-    REFUSED,
     Key,
     identity_of,
     known,
@@ -73,7 +73,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Recipe:
+def load_recipe(arguments: list[str], usage: str, first: Sequence[str] = ()) -> Recipe:
     """Reads `[--config FILE ...] [--key value ...]` into a checked recipe; `--help` prints every key and exits.
 
     Of several files (`--config A --config B`) a later one wins, key by key, and the command line wins over all.
@@ -81,18 +81,26 @@ def load_recipe(arguments: list[str], usage: str, only_own: bool = False) -> Rec
     Args:
         arguments: the command line without the script's name.
         usage: the text above the list of keys in `--help`.
-        only_own: `--help` lists CareLM's keys and few others, for files that train nothing.
+        first: the keys that `--help` lists first, for files that train nothing.
 
     Raises:
         UserError: for an unreadable file, and for a key that is unknown, abbreviated, doubled, refused or wrongly typed.
     """
     if "--help" in arguments or "-h" in arguments:
-        _print_help(usage, only_own)
+        print(format_help(usage, first), end="")
+        sys.exit(0)
     files, given = split_command_line(arguments)
-    if only_own and "adapter" in given:
+    if first and "adapter" in given:
         raise UserError("--adapter is what a training goes on from; to ask another model: --models FOLDER")
     files = files or ["recipes/demo.yaml"]
-    return resolve([*read_layers(files), command_line(given)], name="+".join(Path(file).stem for file in files))
+    layers = read_layers(files)
+    names = (  # a run's own recipe.yaml, which says where it lies, is called as its folder
+        Path(place).resolve().parent.name
+        if Path(place).name == "recipe.yaml" and "output_dir" in keys
+        else Path(place).stem
+        for place, keys in layers
+    )
+    return resolve([*layers, command_line(given)], name="+".join(names))
 
 
 def read_layers(files: list[str]) -> list[Layer]:
@@ -247,28 +255,6 @@ def _decided_by_adapter(values: dict[str, Any]) -> dict[str, Any]:
     decided = decided_of_run(values["adapter"], read_yaml(saved) if saved.is_file() else {})
     decided = {key: value for key, value in decided.items() if value is not None or key in DEFAULTS}
     return {key: typed(known_keys()[key], value, f"adapter {values['adapter']}: ") for key, value in decided.items()}
-
-
-def _print_help(usage: str, only_own: bool) -> NoReturn:
-    """Prints every key with its type and default, CareLM's first, and exits with status 0."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
-    )
-    groups = {
-        "own": parser.add_argument_group("CareLM's keys"),
-        "model": parser.add_argument_group("keys of TRL's ModelConfig"),
-        "training": parser.add_argument_group("keys of TRL's SFTConfig and transformers' TrainingArguments"),
-    }
-    shared = ("output_dir", "model_name_or_path", "max_length", "seed")
-    for key in known_keys().values():
-        if key.name in REFUSED or (only_own and key.owner != "own" and key.name not in shared):
-            continue
-        default = repr(DEFAULTS[key.name]) if key.name in DEFAULTS else key.default
-        choices = f" One of: {', '.join(key.choices)}." if key.choices else ""
-        help = f"{key.help}{choices} ({key.annotation}, default: {default})".replace("%%", "%").replace("%", "%%")
-        groups[key.owner].add_argument(f"--{key.name}", metavar="", help=help)
-    parser.print_help()
-    sys.exit(0)
 
 
 def _lay_over(values: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Any]:

@@ -20,11 +20,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
+from carelm.keys import EVALUATION_KEYS
+from carelm.next_steps import say_next, words_of
 from carelm.recipe_file import load_also_tests, load_recipe, save_recipe
 
 
 def main() -> None:
-    recipe = load_recipe(sys.argv[1:], usage=__doc__, only_own=True)
+    recipe = load_recipe(sys.argv[1:], usage=__doc__, first=EVALUATION_KEYS)
     others = load_also_tests(recipe)
     stay_offline(recipe, *others.values())
     launch = ranks.check_launch_without_zero3()
@@ -104,6 +106,11 @@ def main() -> None:
             ranks.say(sentence)
         ranks.say(f"report: {folder / 'report.html'}")
         print(json.dumps(report.summary(folder, found)), flush=True)
+        words, into = words_of(recipe, sys.argv[1:]), recipe.output_dir / "merged"
+        steps = [["train/chat.py", *words]]
+        if "adapter" in lines[""] and recipe.method == "lora" and not into.exists():
+            steps.append(["train/merge.py", "--adapter", str(recipe.output_dir), "--output_dir", str(into)])
+        say_next(*steps)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,17 @@ def test_a_full_disk_in_an_evaluation_has_words_of_its_own():
     )
 
 
+def test_a_finished_run_ends_with_the_next_two_commands_which_are_about_it(finished):
+    folder, done = finished
+    last = [line.split() for line in done.stderr.splitlines()[-2:]]
+    assert [line[:4] for line in last] == [
+        ["carelm:", "next:", "python", file] for file in ("eval/run.py", "train/chat.py")
+    ]
+    for line in last:
+        recipe = load_recipe(line[4:], usage="", first=("models",))
+        assert recipe.output_dir == folder / "out" and recipe.dataset_name == str(folder / "rows.jsonl")
+
+
 def test_losses_are_shown_with_four_decimals_and_written_in_full(finished):
     _, done = finished
     metrics = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,7 @@
 """A recipe is checked key by key before anything is loaded, and its file describes the run completely."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import yaml
 from conftest import PROJECT
 
 from carelm.errors import UserError
-from carelm.keys import MEANT, REFUSED, known_keys
+from carelm.key_help import format_help
+from carelm.keys import EVALUATION_KEYS, MEANT, REFUSED, known_keys
+from carelm.next_steps import words_of
 from carelm.recipe_file import check_identity, load_recipe, save_recipe
 
 MAPS = sorted((PROJECT / "recipes/datasets").glob("*.yaml"))
@@ -212,7 +215,7 @@ def test_a_sweeps_file_is_told_from_a_recipe(load):
 
 def test_what_asks_models_takes_no_adapter_to_go_on_from():
     with pytest.raises(UserError, match="--models FOLDER"):
-        load_recipe(["--adapter", "outputs/shop"], usage="", only_own=True)
+        load_recipe(["--adapter", "outputs/shop"], usage="", first=("models",))
 
 
 def test_an_abbreviated_key_is_refused_and_the_whole_one_named(load):
@@ -445,6 +448,36 @@ def test_latency_may_be_left_unmeasured_but_not_less():
     assert load_recipe(["--num_latency_prompts", "0"], usage="").num_latency_prompts == 0
     with pytest.raises(UserError, match="num_latency_prompts: -1 is below 0"):
         load_recipe(["--num_latency_prompts", "-1"], usage="")
+
+
+def test_help_lists_a_commands_own_keys_first_and_each_key_once():
+    def listed(first=()):
+        return re.findall(r"^  --(\w+)|^(keys .*):$", format_help("", first), re.M)
+
+    for first in ((), EVALUATION_KEYS):
+        names = [name for name, _ in listed(first) if name]
+        own = {name for name, key in known_keys().items() if key.owner == "own"}
+        assert len(names) == len({*names}) and own <= {*names}
+    assert [name or title for name, title in listed(("models", "top_p"))][:4] == ["keys of this command", "models", "top_p",
+                                                                                   "output_dir"]  # fmt: skip
+    titles = [title for _, title in listed() if title]
+    assert titles[0] == "keys of a training" and titles[-1] == "keys that the evaluation reads (eval/run.py)"
+    places = {name: i for i, (name, _) in enumerate(listed())}
+    assert places["method"] < places["learning_rate"] < places["num_shots"]
+
+
+def test_a_runs_own_recipe_is_called_as_its_folder(load, tmp_path):
+    save_recipe(load(output_dir=str(tmp_path / "shop")), tmp_path / "recipe.yaml")
+    assert load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage="").name == tmp_path.name
+    (tmp_path / "recipe.yaml").write_text("messages_column: messages\n")
+    assert load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage="").name == "recipe"
+
+
+def test_what_only_a_training_takes_is_not_in_the_words_of_the_next_command(load, tmp_path):
+    recipe = load(output_dir=str(tmp_path / "shop"))
+    words = ["--config", "a.yaml", "--restart", "--models", "base", "adapter", "--seed=3", "--labels", "yes", "no"]
+    assert words_of(recipe, words) == ["--config", "a.yaml", "--seed=3", "--labels", "yes", "no"]
+    assert words_of(recipe, ["--adapter", "old"]) == ["--config", str(tmp_path / "shop/recipe.yaml")]
 
 
 def test_braces_without_quotes_are_told_so(tmp_path):

@@ -31,6 +31,7 @@ from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
 
+KEYS = ("models", "system_prompt", "max_new_tokens", "temperature", "top_p")  # the chat's own, for --help
 MOST_BYTES = 2**22  # of standard input: more is no message
 
 
@@ -38,10 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--message")
     options, keys = parser.parse_known_args()
-    recipe = for_chat(load_recipe(keys, usage=__doc__, only_own=True))
+    recipe = for_chat(load_recipe(keys, usage=__doc__, first=KEYS))
     if ranks.world_size() > 1:
         raise UserError(f"num_processes: a chat is one process, not {ranks.world_size()}; start python train/chat.py")
     message = options.message
+    if message is not None and not message.strip():
+        raise UserError(
+            '--message: it is empty; write it in quotes, --message "Where is my order?", or leave it out to chat'
+        )
     if message is None and sys.stdin is None:
         raise UserError("standard input is closed; use --message TEXT")
     if message is None and not sys.stdin.isatty():

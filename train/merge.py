@@ -30,6 +30,7 @@ from carelm.adapter_folder import adapter_fingerprint
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.files import write_whole
+from carelm.next_steps import say_next
 from carelm.recipe_file import load_recipe
 from carelm.training.runs import find_recipe, free_name
 
@@ -136,9 +137,11 @@ def make() -> None:
             merged = candidates.find(recipe, f"{aside}@{dtype}")
             near = certificate.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
             result |= dataclasses.asdict(near)
-            ranks.say(f"mean KL {near.mean_kl:.3g} nats (tolerance {tolerance:g}), top-1 agreement "
-                      f"{near.top1_agreement:.4f}, same answer {near.same_text_share:.4f}")  # fmt: skip
-            if not near.mean_kl <= tolerance:
+            same, passed = round(near.same_text_share * len(questions)), near.mean_kl <= tolerance
+            ranks.say(f"{'passed' if passed else 'not passed'}: beside the adapter on {len(questions)} test questions, {same} "
+                      f"answers are the same and {near.top1_agreement:.2%} of the likeliest tokens; mean KL {near.mean_kl:.2g} "
+                      f"nats, {tolerance:g} are allowed")  # fmt: skip
+            if not passed:
                 nearer = ["--onto quantized"] * (onto == "base" and bool(held.bits)) + ["--dtype fp32"] * (
                     dtype != "fp32"
                 )
@@ -163,7 +166,16 @@ def make() -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     ranks.say(f"merged: {options.output_dir}")
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    models = (
+        []
+        if options.output_dir == options.adapter / "merged"
+        else ["base", str(options.adapter), str(options.output_dir)]
+    )
+    say_next(
+        ["eval/run.py", *keys, *(["--models", *models] if models else [])],
+        ["train/chat.py", *keys, "--models", str(options.output_dir)],
+    )
 
 
 if __name__ == "__main__":

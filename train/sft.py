@@ -28,7 +28,8 @@ from carelm.adapter_folder import check_adapter, check_unchanged  # noqa: E402
 from carelm.chat.chat import make_chat  # noqa: E402
 from carelm.data.report import format_report  # noqa: E402
 from carelm.data.sources import stay_offline  # noqa: E402
-from carelm.recipe import micro_batch_size  # noqa: E402
+from carelm.next_steps import say_next, words_of  # noqa: E402
+from carelm.recipe import Recipe, micro_batch_size  # noqa: E402
 from carelm.recipe_file import load_recipe  # noqa: E402
 from carelm.training import card, runs, stops  # noqa: E402
 from carelm.training.prepared import check_nodes_agree, prepare  # noqa: E402
@@ -42,7 +43,7 @@ def main() -> None:
     micro_batch_size(recipe, ranks.world_size())  # is refused here where it does not divide
     if not recipe.preview and (finished := runs.find_finished(recipe)):
         ranks.say(f"{recipe.output_dir} holds this run, finished at step {finished['global_step']}; nothing to do")
-        return report(runs.publish(recipe, finished))
+        return report(recipe, runs.publish(recipe, finished))
 
     goes_on = runs.goes_on(recipe)
     if recipe.adapter and not goes_on:
@@ -132,12 +133,14 @@ def main() -> None:
         metrics = runs.finish(recipe, metrics, prepared.report)
         losses = [f"{loss:.4f}" for loss in (metrics["eval_loss_before"], metrics["eval_loss"]) if loss is not None]
         ranks.say(f"finished: {recipe.output_dir}, eval loss {' -> '.join(losses) or 'not known'}")
-        report(metrics)
+        report(recipe, metrics)
 
 
-def report(metrics: dict) -> None:
+def report(recipe: Recipe, metrics: dict) -> None:
     if ranks.rank() == 0:
         print(json.dumps(metrics), flush=True)
+        words = words_of(recipe, sys.argv[1:])
+        say_next(["eval/run.py", *words], ["train/chat.py", *words])
 
 
 if __name__ == "__main__":

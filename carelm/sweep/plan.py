@@ -10,13 +10,14 @@ from carelm.training.prepared import prepare
 
 def format_plan(sweep: Sweep) -> str:
     """A line per run, with its optimizer steps; the data of those whose steps follow from it is prepared."""
+    where = f"in {sweep.folder}, a folder each:"
     if sweep.search:
         run = sweep.make_run("trial-000", {}, "search")
         ranges = [f"{key}: {given}" for key, given in sweep.ranges.items()]
-        return "\n".join([f"{sweep.search['num_trials']} trials  {_what(run)} at most", *ranges])
+        return "\n".join([where, f"{sweep.search['num_trials']} trials  {_what(run)} at most", *ranges])
     width = max((len(run.name) for run in sweep.runs), default=0)
     lines = [f"{run.name:{width}}  {_what(run)}  {_axes(run)}".rstrip() for run in sweep.runs]
-    return "\n".join(lines)
+    return "\n".join([where, *lines])
 
 
 def _what(run: Run) -> str:

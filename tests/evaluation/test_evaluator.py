@@ -1,5 +1,6 @@
 """The evaluator: the same answers whatever the batch and the ranks, nothing answered twice, figures where they belong."""
 
+import io
 import json
 import os
 import re
@@ -333,7 +334,13 @@ def test_one_rank_and_two_make_the_same_predictions_and_scores(compared, tmp_pat
 
 def test_without_prompts_to_time_the_report_has_no_latency(compared, tmp_path, monkeypatch, capsys):
     copy = shutil.copytree(compared[0], tmp_path / "run")
-    run_here(monkeypatch, capsys, "--output_dir", str(copy), *KEYS[:4], *KEYS[6:], "--num_latency_prompts", "0")
+    keys = ("--output_dir", str(copy), *KEYS[:4], *KEYS[6:], "--num_latency_prompts", "0")
+    monkeypatch.setattr(sys, "stderr", err := io.StringIO())
+    run_here(monkeypatch, capsys, *keys)
+    assert err.getvalue().splitlines()[-2:] == [
+        f"carelm: next: python train/chat.py {' '.join(keys)}",
+        f"carelm: next: python train/merge.py --adapter {copy} --output_dir {copy}/merged",
+    ]
     results = json.loads((copy / "eval/results.json").read_text())
     assert all(
         m["latency"] == {"prompts": 0, "ttft_ms": {}, "tpot_ms": {}, "e2e_ms": {}} for m in results["models"].values()

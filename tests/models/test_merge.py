@@ -41,6 +41,15 @@ def merged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("merge") / "run"
     make_adapter(folder)
     done = run_merge("--adapter", folder, "--output_dir", folder / "merged", "--num_prompts", 8)
+    assert done.stderr.splitlines()[-4:-3] == [
+        "carelm: passed: beside the adapter on 8 test questions, 8 answers are the same and 100.00% of the likeliest tokens; "
+        f"mean KL {json.loads(done.stdout.splitlines()[-1])['mean_kl']:.2g} nats, 1e-06 are allowed"
+    ]
+    saved = f"--config {folder}/recipe.yaml"  # two commands to paste
+    assert done.stderr.splitlines()[-2:] == [
+        f"carelm: next: python eval/run.py {saved}",
+        f"carelm: next: python train/chat.py {saved} --models {folder}/merged",
+    ]
     return folder, json.loads(done.stdout.strip().splitlines()[-1])
 
 

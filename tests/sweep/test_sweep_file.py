@@ -125,6 +125,7 @@ def test_a_dry_run_prints_the_runs_with_the_steps_that_the_trainer_counts(read, 
     keys = {"max_samples": 46, "global_batch_size": 8, "num_train_epochs": 1.5}
     sweep = read(overrides=keys, runs=[{"max_steps": -1}, {"max_steps": 7}, {"models": ["base"]}])
     assert format_plan(sweep).splitlines() == [
+        f"in {sweep.folder}, a folder each:",
         "max_steps=-1  9 steps  max_steps=-1",
         "max_steps=7   7 steps  max_steps=7",
         "models=base   only answers  models=['base']",

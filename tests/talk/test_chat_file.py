@@ -88,6 +88,7 @@ def test_in_a_script_the_answer_alone_is_on_standard_output(tmp_path):
         ((), b"\x7fELF\x02\0", "standard input is binary (byte 6 is 0); send text"),
         ((), b"", "standard input is empty; send a message, or use --message TEXT"),
         (("--models", "adapter", "--output_dir", "none", "--message", "x"), b"", "models: 'adapter': there is no folder"),
+        (("--message", " "), b"", '--message: it is empty; write it in quotes, --message "Where is my order?", or leave'),
         (("--models", "api:gpt", "--message", "x"), b"", "models: api:gpt is for the evaluation alone"),
         (("--prompt_template", "{a} {b}", "--completion_template", "{c}", "--message", "x"), b"", "prompt_template has"),
     ],

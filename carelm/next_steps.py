@@ -1,0 +1,29 @@
+"""The commands that follow one, to paste."""
+
+import os
+import shlex
+
+from carelm import ranks
+from carelm.files import ORIGIN, ROOT
+from carelm.recipe import Recipe
+from carelm.recipe_file import split_command_line
+
+
+def say_next(*commands: list[str]) -> None:
+    """A line for each: a launched file as seen from here, and its words."""
+    for file, *words in commands:
+        ranks.say(f"next: {shlex.join(['python', os.path.relpath((ORIGIN or ROOT) / file), *words])}")
+
+
+def words_of(recipe: Recipe, arguments: list[str]) -> list[str]:
+    """The words that name this run to the next command: those of this one, or the run's own recipe.yaml where they hold what
+    only a training takes."""
+    _, given = split_command_line(arguments)
+    if "adapter" in given:
+        return ["--config", str(recipe.output_dir / "recipe.yaml")]
+    kept, is_kept = [], True
+    for argument in arguments:
+        if argument.startswith("--"):
+            is_kept = argument.partition("=")[0] not in ("--restart", "--models")
+        kept += [argument] if is_kept else []
+    return kept
