@@ -85,7 +85,8 @@ def main() -> None:
             found = results.make_results(s.recipe, s.questions, lines[s.name], measured[s.name], s.checks, labelled)
             of_sets[s.name] = found | {"test": s.about}
         for s in asked:
-            of_sets[s.name]["cautions"][:0] = [c["sentence"] for c in s.about["predicted_columns"].values()]
+            predicted = [c["sentence"] for c in s.about["predicted_columns"].values()]
+            of_sets[s.name]["cautions"][:0] = [*predicted, *s.about["earlier_leaks"]]
         found = of_sets.pop("") | {"tests": of_sets}
         found["cautions"] += [
             f"{model.name} was trained with other {', '.join(keys)} than this evaluation has."

@@ -1,6 +1,8 @@
 """What the models of a comparison are asked: the recipe's own test split, and those of the recipes in `also_test`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from carelm import ranks
@@ -10,7 +12,10 @@ from carelm.errors import UserError
 from carelm.evaluation.check_scores import AskedCheck, ask
 from carelm.evaluation.label_form import Form, find_form
 from carelm.evaluation.questions import Question, make_questions_of_both
+from carelm.files import locate
 from carelm.recipe import Recipe
+from carelm.recipe_file import load_recipe
+from carelm.training.runs import find_recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +55,27 @@ def make_question_sets(recipe: Recipe, others: dict[str, Recipe]) -> list[Questi
         if leaks["near_duplicates"]:
             ranks.say(f"also_test: {name}: {leaks['sentence']}")
         sets.append(replace(found, about=found.about | {"leaks": leaks}))
-    return sets
+    return [replace(s, about=s.about | {"earlier_leaks": list(_earlier_leaks(recipe, s.recipe))}) for s in sets]
+
+
+def _earlier_leaks(recipe: Recipe, tested: Recipe) -> Iterator[str]:
+    """Sentences on the runs that a run has gone on from (`adapter`): which of their training rows are nearly test questions, or
+    that this is not known."""
+    seen: set[str] = set()
+    while (name := recipe.adapter) and name not in seen:
+        seen.add(name)
+        unknown = "its adapter may have seen test questions"
+        if (file := find_recipe(Path(locate(name)))) is None:
+            yield f"The run has gone on from {name}, and what that was trained on cannot be told here: {unknown}."
+            return
+        try:
+            recipe = load_recipe(["--config", str(file)], usage="")
+            leaks = find_leaks(recipe, tested)
+        except UserError as error:
+            yield f"The run has gone on from {name}, and what that was trained on cannot be read here ({error}): {unknown}."
+            return
+        if leaks["near_duplicates"]:
+            yield f"The run has gone on from {name}, of which {leaks['sentence']}"
 
 
 def _make(name: str, recipe: Recipe, chat: Chat) -> QuestionSet:

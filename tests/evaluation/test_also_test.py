@@ -2,13 +2,16 @@
 
 import json
 import runpy
+import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from carelm.data.leaks import find_leaks
 from carelm.errors import UserError
+from carelm.evaluation.question_sets import make_question_sets
 from carelm.recipe_file import load_also_tests, load_recipe
 
 SHOP = {"prompt_template": "Query: {q}", "completion_template": "{a}"}
@@ -104,6 +107,35 @@ def test_training_rows_that_are_nearly_test_questions_are_counted_without_the_te
     leaks = find_leaks(recipe, load_also_tests(recipe)["clinic"])
     assert (leaks["training_rows"], leaks["near_duplicates"]) == (9, 1)
     assert leaks["first"] == ["train.jsonl:9 and test.jsonl:1"]
+
+
+def test_rows_that_an_earlier_run_was_trained_on_are_looked_for_among_the_test_questions(files, tmp_path):
+    """Of an adapter that the run has gone on from, and of the one before that, which here went on from this very folder."""
+    week, first = (tmp_path / name for name in ("week", "first"))
+    rows = {"week": ["Is lamp 0 in stock?!", "Open?"], "first": ["Closed?", "Broken?"]}
+    for folder, before in ((week, first), (first, week)):
+        folder.mkdir()
+        data = write_rows(tmp_path / f"data/{folder.name}", [{"q": q, "a": "Yes."} for q in rows[folder.name]], [])
+        (tmp_path / f"data/{folder.name}/test.jsonl").unlink()
+        keys = SHOP | {"dataset_name": data, "adapter": str(before), "test_fraction": 0, "validation_fraction": 0}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(keys))
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+    def sentences(adapter=week):
+        (own,) = make_question_sets(replace(load(files), adapter=str(adapter)), {})
+        return own.about["earlier_leaks"]
+
+    (one,) = sentences()
+    assert one.startswith(
+        f"The run has gone on from {week}, of which 1 of 2 training rows are near-duplicates of its test"
+    )
+    shutil.rmtree(tmp_path / "data/first")
+    assert f"from {first}, and what that was trained on cannot be read here" in sentences()[1]
+    shutil.rmtree(first)
+    assert sentences()[1].startswith(
+        f"The run has gone on from {first}, and what that was trained on cannot be told here"
+    )
+    assert make_question_sets(load(files), {})[0].about["earlier_leaks"] == []
 
 
 def test_every_test_has_scores_pairs_and_a_section_of_its_own(files, monkeypatch, capsys):

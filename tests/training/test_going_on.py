@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from drawn import make_adapter
-from launching import losses, script, torchrun
+from launching import eval_losses, launch, losses, relative_distance, script, torchrun, zero3_sharding_everything
 from safetensors.torch import load_file, save_file
 
 from carelm.adapter_folder import adapter_fingerprint, check_adapter
@@ -72,6 +72,19 @@ def test_it_begins_with_the_loss_that_the_adapter_ended_with_and_goes_on_on_two_
 
     again = script(*config, *second, check=True)
     assert "gone on from is not here and is not compared" in again.stderr and "nothing to do" in again.stderr
+
+
+@pytest.mark.long
+def test_weights_beside_the_adapter_begin_as_they_ended_under_zero_3_on_two_ranks(tmp_path):
+    keys = (*SHORT, "--lora_r", 4, "--lora_modules_to_save", "lm_head", "norm", "--load_in_4bit", "false")
+    first, alone = tmp_path / "first", tmp_path / "alone"
+    script("--output_dir", first, *keys, check=True)
+    script("--output_dir", alone, "--adapter", first, *keys, check=True)
+    config_file = zero3_sharding_everything(tmp_path)
+    launch("--output_dir", tmp_path / "two", "--adapter", first, *keys, config_file=config_file)
+    assert eval_losses(tmp_path / "two") == pytest.approx(eval_losses(alone), rel=1e-5)
+    assert eval_losses(alone)[0] == pytest.approx(eval_losses(first)[4], rel=1e-6)
+    assert relative_distance(tmp_path / "two", alone) < 1e-4
 
 
 def recipe_of(tmp_path, adapter, *keys):
