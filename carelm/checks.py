@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from carelm.answer_checks import parse_checks
+from carelm.data.masking import check_personal
 from carelm.data.tags import check_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
@@ -66,6 +67,7 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
     parse_checks(recipe.checks)
     check_tags(recipe)
+    check_personal(recipe)
     if recipe.overlap_columns and (len(recipe.overlap_columns) != 2 or len(recipe.labels) != 2):
         raise UserError(
             f"overlap_columns: {len(recipe.overlap_columns)} columns and {len(recipe.labels)} labels; it takes two of each"

@@ -125,6 +125,14 @@ class Recipe:
     reply_to_column: str | None = _key(
         None, "Column with the id (id_column) of the message that this one replies to, instead of order_column."
     )
+    mask_personal_data: bool = _key(
+        False,
+        "Put [EMAIL], [PHONE], [CARD] and [IBAN] in the place of such data, in all rows, in evaluation and in chat; without it "
+        "they are counted.",
+    )
+    phone_region: str | None = _key(
+        None, 'Country whose phone numbers are known without a + in front, as two letters (DE, US, IN; "NO" in quotes).'
+    )
     trained_turns: str = _key("last", "Which assistant turns carry loss.", ("last", "all"))
     category_column: str | None = _key(None, "Column with the category, for scores by category.")
     id_column: str | None = _key(None, "Column with the row's id (default: conversation_column or file:row).")

@@ -160,7 +160,7 @@ def _load_mixed(recipe: Recipe) -> dict[str, Recipe]:
                 raise UserError(
                     f"chat_template_path: {template} is not this run's ({ours}), and a run has one; set it here too"
                 )
-            values = _about_data(own, OF_MIXED) | {"max_samples": None, "also_train": None}
+            values = _about_data(recipe, own, OF_MIXED) | {"max_samples": None, "also_train": None}
             mixed[file] = dataclasses.replace(recipe, **values, name=str(file))
             check(mixed[file])
         except UserError as error:
@@ -198,7 +198,7 @@ def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def _with_test_of(recipe: Recipe, own: dict[str, Any], name: str) -> Recipe:
-    values = _about_data(own, OF_A_TEST)
+    values = _about_data(recipe, own, OF_A_TEST)
     limits = [limit for limit in (recipe.max_eval_samples, values["max_eval_samples"]) if limit is not None]
     values["max_eval_samples"] = min(limits, default=None)
     training = recipe.training | {"max_length": own.get("max_length", DEFAULTS["max_length"])}
@@ -207,8 +207,9 @@ def _with_test_of(recipe: Recipe, own: dict[str, Any], name: str) -> Recipe:
     return dataclasses.replace(test, num_latency_prompts=0)
 
 
-def _about_data(own: dict[str, Any], more: tuple[str, ...]) -> dict[str, Any]:
-    """CareLM's keys about data, and `more` of them, as another recipe's file has them or by default."""
+def _about_data(recipe: Recipe, own: dict[str, Any], more: tuple[str, ...]) -> dict[str, Any]:
+    """CareLM's keys about data, and `more` of them, as another recipe's file has them or by default; what the run masks is
+    masked in rows of other recipes too."""
     fields = {f.name: f for f in dataclasses.fields(Recipe) if "help" in f.metadata}
     about_data = [key for key in fields if key not in NOT_ABOUT_DATA | FREE_KEYS]
     values = {}
@@ -216,6 +217,8 @@ def _about_data(own: dict[str, Any], more: tuple[str, ...]) -> dict[str, Any]:
         field = fields[key]
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         values[key] = own.get(key, DEFAULTS.get(key, default))
+    values["mask_personal_data"] |= recipe.mask_personal_data
+    values["phone_region"] = values["phone_region"] or recipe.phone_region
     return values
 
 

@@ -96,6 +96,10 @@ def for_chat(recipe: Recipe) -> Recipe:
         ranks.say(f"num_shots: the {recipe.num_shots} examples are the evaluator's, a chat begins without")
     if empty := [c for c in recipe.optional_columns if c in template_columns(recipe.prompt_template or "", "")]:
         ranks.say(f"optional_columns: {', '.join(empty)} stay empty in a chat")
+    if recipe.mask_personal_data:
+        ranks.say(
+            "mask_personal_data: the models read [EMAIL], [PHONE], [CARD] and [IBAN] for what you type, as in training"
+        )
     if over_the_wire := [name for name in recipe.models if name.startswith("api:")]:
         raise UserError(f"models: {over_the_wire[0]} is for the evaluation alone; a chat is with models that run here")
     models, is_full = recipe.models, recipe.method == "full"

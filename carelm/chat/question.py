@@ -2,6 +2,7 @@
 
 import json
 
+from carelm.data.masking import mask
 from carelm.data.tags import make_tags, used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
@@ -16,7 +17,7 @@ def asked_columns(recipe: Recipe) -> list[str]:
 
 
 def compose(recipe: Recipe, texts: list[str]) -> str:
-    """The user's message made of one text for each of `asked_columns`, or of one text.
+    """The user's message made of one text for each of `asked_columns`, or of one text, with what the recipe masks in them.
 
     Raises:
         UserError: where a text is empty, or is no text.
@@ -29,7 +30,8 @@ def compose(recipe: Recipe, texts: list[str]) -> str:
             raise UserError("the message is no UTF-8 text; type or paste it again") from None
         if not text.strip():
             raise UserError(f"{column} is empty; nothing is sent")
-    return fill(recipe.prompt_template, dict(zip(columns, texts)) | tags_of(recipe, texts)) if columns else texts[0]
+    masked = [mask(recipe, text, column) for text, column in zip(texts, columns or [""])]
+    return fill(recipe.prompt_template, dict(zip(columns, masked)) | tags_of(recipe, texts)) if columns else masked[0]
 
 
 def tags_of(recipe: Recipe, texts: list[str]) -> dict[str, str]:

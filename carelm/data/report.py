@@ -11,6 +11,7 @@ class SplitReport:
     files: dict[str, int] = field(default_factory=dict)  # rows of each, before row_filter
     notes: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)  # columns, and keys of messages, with the rows that have them
+    personal_data: dict[str, Any] = field(default_factory=dict)  # see PersonalCount.describe
     rows: int = 0
     used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
@@ -60,6 +61,8 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
         if r["files"]:
             lines.append(f"{'':<11}from {shortened(list(r['files']))}")
         lines += [f"{'':<11}{note}" for note in r["notes"]]
+        if r["personal_data"].get("sentence"):
+            lines.append(f"{'':<11}{r['personal_data']['sentence']}")
         if r["unused"]:
             unused = [f"{what} (of {number} rows)" for what, number in r["unused"].items()]
             lines.append(f"{'':<11}not used: {shortened(unused)}")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from carelm.data.example import Example, NoAnswer
+from carelm.data.masking import mask, mask_turns
 from carelm.data.messages import split_turns, to_turns
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill, template_columns
@@ -33,11 +34,11 @@ def to_example(
         raise NoAnswer("no reference")
     unused: set[str] = set()
     if recipe.text_column:
-        prompt, completion = split_turns(row[recipe.text_column], recipe.trained_turns)
+        prompt, completion = split_turns(mask_turns(recipe, row[recipe.text_column]), recipe.trained_turns)
     elif recipe.messages_column:
         turns, left = to_turns(recipe, source, _cell(row, recipe.messages_column, source))
         unused = {f"key {key} of messages" for key in left}
-        prompt, completion = split_turns(turns, recipe.trained_turns)
+        prompt, completion = split_turns(mask_turns(recipe, turns), recipe.trained_turns)
     else:
         answer = references[0] if instead else _answer(recipe, source, row)
         question = _fill(recipe, "prompt_template", source, row)
@@ -58,7 +59,7 @@ def to_example(
         category=cell_text(row, recipe.category_column, source, recipe.labels) if recipe.category_column else None,
         source=source,
         references=tuple(references),
-        compared=tuple(cell_text(row, column, source) or "" for column in recipe.overlap_columns),
+        compared=tuple(_text(recipe, source, row, column, labels=()) for column in recipe.overlap_columns),
         tools=_tools(recipe, source, row),
         columns=columns,
         words="\n".join(columns)
@@ -88,7 +89,7 @@ def _columns(recipe: Recipe, source: str, row: dict[str, Any]) -> tuple[str, ...
     the same split."""
     columns = template_columns(recipe.prompt_template or "", "prompt_template")
     columns = [column for column in columns if column not in (*used_tags(recipe), *recipe.predicted_columns)]
-    return tuple(cell_text(row, column, source, recipe.labels) or "" for column in columns)
+    return tuple(_text(recipe, source, row, column, recipe.labels) for column in columns)
 
 
 def _answer(recipe: Recipe, source: str, row: dict[str, Any]) -> str:
@@ -102,7 +103,7 @@ def _answer(recipe: Recipe, source: str, row: dict[str, Any]) -> str:
 
 def _reference(recipe: Recipe, source: str, row: dict[str, Any], column: str) -> str:
     """The column's text; where `completion_template` names one of `reference_columns`, the template with it in that place."""
-    text = cell_text(row, column, source, recipe.labels) or ""
+    text = _text(recipe, source, row, column, recipe.labels)
     columns = template_columns(recipe.completion_template or "", "completion_template")
     named = next((c for c in columns if c in recipe.reference_columns), None)
     if named is None or not text.strip():
@@ -114,10 +115,15 @@ def _fill(recipe: Recipe, key: str, source: str, row: dict[str, Any]) -> str:
     """The template of this key with the row's columns."""
     values = {}
     for column in template_columns(getattr(recipe, key), key):
-        values[column] = cell_text(row, column, source, recipe.labels) or ""
+        values[column] = _text(recipe, source, row, column, recipe.labels)
         if not values[column].strip() and column not in recipe.optional_columns:
             raise NoAnswer(f"empty column '{column}'")
     return fill(getattr(recipe, key), values)
+
+
+def _text(recipe: Recipe, source: str, row: dict[str, Any], column: str, labels: Sequence[str]) -> str:
+    """A column's text for a prompt, an answer or a comparison, with what the recipe masks in it."""
+    return mask(recipe, cell_text(row, column, source, labels) or "", column)
 
 
 def _tools(recipe: Recipe, source: str, row: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from carelm.data.comparison import Comparison, last_words
 from carelm.data.example import Example, NoAnswer
 from carelm.data.groups import draw_groups, largest_group
+from carelm.data.masking import PersonalCount
 from carelm.data.near_duplicates import NearDuplicates
 from carelm.data.readers import Rows
 from carelm.data.report import SplitReport, list_counts
@@ -57,8 +58,10 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
     dropped: Counter = Counter()
     unused: Counter = Counter()
     used = used_columns(recipe)
+    personal = PersonalCount(recipe)
     without_answer = 0
     for source, row in rows:
+        personal.add(source, row)
         try:
             example = to_example(recipe, source, row, split, reference_columns)
         except NoAnswer as reason:
@@ -84,6 +87,7 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
                 f"column {column}" for column, value in row.items() if column not in used and not is_empty(value)
             )
     report.dropped = dict(dropped)
+    report.personal_data = personal.describe()
     report.unused = dict(sorted(unused.items()))
     if without_answer > recipe.max_empty_share * len(rows):
         optional = "name the columns that may be empty in optional_columns, " if "empty column" in str(dropped) else ""

@@ -37,6 +37,13 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
     went_on = ""
     if recipe.adapter:
         went_on = f"It goes on from the adapter `{recipe.adapter}` (fingerprint {metrics['adapter_fingerprint']}).\n\n"
+    masked = ""
+    if recipe.mask_personal_data:
+        region = f" (of {recipe.phone_region}, and those with +)" if recipe.phone_region else " with +"
+        masked = (
+            f" E-mail addresses, phone numbers{region}, card numbers and IBANs in these rows were replaced by [EMAIL], "
+            "[PHONE], [CARD] and [IBAN], as far as rules find them; names and postal addresses were not."
+        )
     table = "\n".join(f"| {name} | {value} |" for name, value in figures if value is not None)
     keys = {k: v for k, v in recipe.keys().items() if v not in (None, [], {})}
     notes = f"{recipe.card_notes.strip()}\n\n" if (recipe.card_notes or "").strip() else ""
@@ -48,7 +55,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
 
 {notes}A chat assistant fine-tuned with CareLM: {method}, from `{base}`.
 
-{went_on}**Data.** `{recipe.dataset_name}`, rows used: {used}.
+{went_on}**Data.** `{recipe.dataset_name}`, rows used: {used}.{masked}
 
 | figure | value |
 |---|---|

@@ -21,6 +21,7 @@ import psutil
 from carelm import ranks
 from carelm.chat.chat import FORGOTTEN, Chat, Rendered
 from carelm.data.example import Example
+from carelm.data.masking import personal_versions
 from carelm.data.mixture import draw_mixed
 from carelm.data.report import SplitReport, list_counts
 from carelm.data.sources import hash_files, recipe_keys_about_data
@@ -130,6 +131,7 @@ def _fingerprint(recipe: Recipe, chat: Chat, files: dict[str, str] | None) -> st
         chat.tokenizer.backend_tokenizer.to_str().encode() if chat.tokenizer.is_fast else chat.tokenizer.get_vocab()
     )
     parts.append(code_fingerprint("carelm/data", "carelm/chat", "carelm/training/prepared.py"))
+    parts.append(personal_versions())
     for name, other in recipe.mixed.items():
         files_of_it = hash_files(other)
         parts += [name, recipe_keys_about_data(other), files_of_it]

@@ -1,0 +1,163 @@
+"""What `mask_personal_data` replaces in rows and messages, and what the data report counts of it."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from carelm.data.personal import find_personal, has_html, has_signature
+from carelm.data.tags import used_tags
+from carelm.data.templates import template_columns
+from carelm.errors import UserError
+
+if TYPE_CHECKING:
+    from carelm.recipe import Recipe
+
+LIBRARIES = {"phonenumbers": "phonenumbers", "stdnum": "python-stdnum"}  # module: package
+MOST_COUNTED = 10_000  # rows of a split that are looked at where nothing is masked
+WORDS = {  # of one and of several in the report
+    "EMAIL": ("e-mail address", "e-mail addresses"),
+    "PHONE": ("phone number", "phone numbers"),
+    "CARD": ("card number", "card numbers"),
+    "IBAN": ("IBAN", "IBANs"),
+}
+HTML, SIGNATURE = "HTML", "a signature"
+
+
+def missing() -> str:
+    """What the search needs and is not installed, with the way to it; empty where all is there."""
+    absent = [package for module, package in LIBRARIES.items() if not _is_installed(module)]
+    return f"{' and '.join(absent)} not installed: pip install -r requirements.txt" if absent else ""
+
+
+@cache
+def personal_versions() -> list[str]:
+    """Of the libraries that decide what is found; none of those that are not there."""
+    return [importlib.metadata.version(package) for module, package in LIBRARIES.items() if _is_installed(module)]
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def check_personal(recipe: "Recipe") -> None:
+    """Raises UserError for a region that is none, and for masking without the libraries that find what to mask."""
+    if (recipe.mask_personal_data or recipe.phone_region) and (problem := missing()):
+        raise UserError(f"{'mask_personal_data' if recipe.mask_personal_data else 'phone_region'}: {problem}")
+    if recipe.phone_region is not None:
+        import phonenumbers
+
+        if recipe.phone_region not in phonenumbers.SUPPORTED_REGIONS:
+            near = {"UK": "GB", "EN": "GB"}.get(region := recipe.phone_region.strip().upper(), region)
+            hint = f"did you mean {near}?" if near in phonenumbers.SUPPORTED_REGIONS else "write DE, US, IN or another"
+            raise UserError(f"phone_region: {recipe.phone_region!r} is no country's two letters; {hint}")
+
+
+def mask(recipe: "Recipe", text: str, column: str = "") -> str:
+    """The text with [EMAIL], [PHONE], [CARD] and [IBAN] in the place of such data, where the recipe says so."""
+    if not recipe.mask_personal_data:
+        return text
+    for start, end, kind in reversed(find_personal(text, recipe.phone_region, column)):
+        text = f"{text[:start]}[{kind}]{text[end:]}"
+    return text
+
+
+def mask_turns(recipe: "Recipe", turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of what turns say, think and hand to tools; names, ids and roles stay."""
+    if not recipe.mask_personal_data:
+        return turns
+    masked = []
+    for turn in turns:
+        own = {key: mask(recipe, turn[key]) for key in ("content", "reasoning_content") if key in turn}
+        if calls := turn.get("tool_calls"):
+            arguments = [_mask_value(recipe, call["function"]["arguments"]) for call in calls]
+            own["tool_calls"] = [c | {"function": c["function"] | {"arguments": a}} for c, a in zip(calls, arguments)]
+        masked.append(turn | own)
+    return masked
+
+
+def _mask_value(recipe: "Recipe", value: Any, column: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _mask_value(recipe, member, key) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_mask_value(recipe, v, column) for v in value]
+    return mask(recipe, value, column) if isinstance(value, str) else value
+
+
+class PersonalCount:
+    """Counts the personal data of a split's rows: of the first `MOST_COUNTED`, or of all where it is masked."""
+
+    def __init__(self, recipe: "Recipe"):
+        self.found: dict[str, dict[str, Any]] = {}
+        self.rows = 0
+        self._messages_column, self._region = recipe.messages_column, recipe.phone_region
+        self._is_masked, self._missing = recipe.mask_personal_data, missing()
+        templates = (recipe.system_prompt, recipe.prompt_template, recipe.completion_template)
+        named = [c for template in templates for c in template_columns(template or "", "prompt_template")]
+        named += [recipe.messages_column, recipe.text_column, *recipe.reference_columns, *recipe.overlap_columns]
+        self._columns = [c for c in dict.fromkeys(filter(None, named)) if c not in used_tags(recipe)]
+
+    def add(self, source: str, row: dict[str, Any]) -> None:
+        """A row, `source` its file:row."""
+        if self._missing or self.rows >= MOST_COUNTED and not self._is_masked:
+            return
+        self.rows += 1
+        numbers: dict[str, int | None] = {}
+        for column in self._columns:
+            value = row.get(column)
+            if column == self._messages_column and isinstance(value, str):  # a CSV file holds the list as JSON
+                with contextlib.suppress(ValueError, RecursionError):  # what is none is said where it is read
+                    value = json.loads(value)
+            for name, text in _texts(value, column):
+                for _, _, kind in find_personal(text, self._region, name):
+                    numbers[kind] = (numbers.get(kind) or 0) + 1
+                if has_html(text):
+                    numbers[HTML] = None
+                if has_signature(text):
+                    numbers[SIGNATURE] = None
+        for kind, number in numbers.items():
+            so_far = self.found.setdefault(kind, {"number": number and 0, "rows": 0, "first": source})
+            so_far["rows"] += 1
+            if number:
+                so_far["number"] += number
+
+    def describe(self) -> dict[str, Any]:
+        """`found`: for each kind `{"number", "rows", "first"}`, the number None where rows alone are counted; `rows`: how many
+        were looked at; and both as a sentence, empty where there is nothing to say."""
+        if self._missing:
+            return {"found": {}, "rows": 0, "sentence": f"personal data is not looked for: {self._missing}"}
+        parts = []
+        for kind, of_kind in self.found.items():
+            number, rows = of_kind["number"], of_kind["rows"]
+            what = f"{number:,} {WORDS[kind][number != 1]} in" if kind in WORDS else f"{kind} in"
+            parts.append(f"{what} {rows:,} {'row' if rows == 1 else 'rows'} (first: {of_kind['first']})")
+        masked = [part for part, kind in zip(parts, self.found) if kind in WORDS]
+        others = [part for part, kind in zip(parts, self.found) if kind not in WORDS]
+        sentences = []
+        if self._is_masked:
+            sentences.append(f"mask_personal_data replaces {', '.join(masked) or f'nothing in {self.rows:,} rows'}")
+        elif masked:
+            where = f" in the first {self.rows:,} rows" if self.rows == MOST_COUNTED else ""
+            sentences.append(f"personal data{where}: {', '.join(masked)}")
+        if sentences and self._region is None:
+            sentences.append("phone numbers without + are not looked for (phone_region is not set)")
+        sentences += [", ".join(others)] if others else []
+        return {"found": self.found, "rows": self.rows, "sentence": "; ".join(sentences)}
+
+
+def _texts(value: Any, column: str) -> Iterator[tuple[str, str]]:
+    """The texts in a row's value, each with the name that it stands under."""
+    if isinstance(value, str):
+        yield column, value
+    elif isinstance(value, dict):
+        for key, member in value.items():
+            yield from _texts(member, "" if key in ("content", "value", "text", "utterance") else str(key))
+    elif isinstance(value, (list, tuple)):
+        for member in value:
+            yield from _texts(member, column)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield column, str(value)

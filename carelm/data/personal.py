@@ -1,0 +1,188 @@
+"""Personal data in a text, found by rules.
+
+- EMAIL: an address with a domain; "name (at) shop.de" too.
+- PHONE: what `phonenumbers` knows as a number of a country, and any possible number with + in front. A national number behind
+  a word for another number ("order", "Rechnung", "pedido") is none, unless a word such as "call" stands nearer.
+- CARD: digits of a payment card's range and length that pass Luhn's check (ISO/IEC 7812).
+- IBAN: length and form of the country, and the check by modulo 97 (ISO 13616).
+
+Placeholders ({{Order Number}}) are left alone, and numbers in web addresses. HTML and signatures of e-mails are told apart too.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+
+_AT = r"(?:@|[ ]?[(\[{]at[)\]}][ ]?)"
+_AT_IN_BRACKETS = re.compile(r"[(\[{]at[)\]}]", re.IGNORECASE)
+_LETTER = r"[\w\u0900-\u097f]"  # \w lacks the vowel signs of Devanagari
+_EMAIL = re.compile(
+    rf"(?:{_LETTER}|[.%+'-])*{_LETTER}{_AT}(?:(?:{_LETTER}|-)+(?:\.|[ ]?[(\[]dot[)\]][ ]?))+"
+    rf"(?!(?:png|jpe?g|gif|svg|webp|pdf|css|js)\b)[^\W\d_]{_LETTER}+",
+    re.IGNORECASE,
+)
+_PLACEHOLDER = re.compile(r"\{\{[^{}]*\}\}")
+_LINK = re.compile(r"\b(?:https?://|www\.)[^\s<>\"]+", re.IGNORECASE)
+_IBAN = re.compile(r"(?<![^\W_])[A-Z]{2}\d{2}(?:[ \u00a0-]?[A-Z0-9]){11,30}(?![^\W_])", re.IGNORECASE | re.ASCII)
+_CARD = re.compile(r"(?<![\w+.,-])\d(?:[ \u00a0-]?\d){11,18}(?![-.,]?\w)")
+# By range, the lengths in use: Visa, Mastercard, American Express, Diners, Discover, JCB, UnionPay, RuPay, Maestro.
+_CARD_RANGES = re.compile(
+    r"4(?:\d{15}|\d{18})|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}|3[47]\d{13}|"
+    r"3(?:0[0-5]|[689]\d)\d{11}|(?:6011|64[4-9]\d|65\d\d|35(?:2[89]|[3-8]\d)|62\d\d|60\d\d|81\d\d|508\d)\d{12}|"
+    r"(?:5018|5020|5038|5893|6304|6759|676[1-3])\d{8,15}"
+)
+_CARD_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3)}
+_PHONE = re.compile(r"(?:[+\uff0b(]{1,2}[ ]?)?\d(?:[ \u00a0\u2009\u202f().\-/\u2011\u2013]{0,4}\d){6,18}")
+_BEHIND = 14  # characters behind a number that may be its extension
+# What has the signs of a phone number and is none: a date, the address of a machine, what hangs on other text, an amount.
+_DATE = re.compile(r"(?:\d{1,2}[./-]\d{1,2}[./-](?:19|20)?\d\d|(?:19|20)\d\d[./-]\d{1,2}[./-]\d{1,2})(?![./-]?\d)")
+_MACHINE = re.compile(r"(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?!\d)")
+_ATTACHED = re.compile(r"(?:[\w#]|[^\W_][-/_=]|\d[.,:]|[$€£₹][ ]?)\Z")
+_AMOUNT = re.compile(
+    r"[\w%€£₹]|[-/.,:_]\w|\s?(?:[%$€£₹°]|(?:eur(?:os?)?|usd|inr|gbp|dollars?|pounds?|rupees?|rs|(?:de )?pesos|rupien|रुपये|"
+    r"k[mg]|[mc]m|ml|[kmg]b|bytes?|kwh|units?|stück|unidades)\b)",
+    re.IGNORECASE,
+)
+_OTHER_NUMBER = (
+    r"\borders?\b|order ?(?:id|no|num)|purchase|tickets?\b|\bcase\b|\bref\b|reference|track|invoice|bill(?:ing)? ?(?:no|id)",
+    r"(?:customer|client|member(?:ship)?|loyalty|user|employee|patient|policy|contract) ?(?:id|no|num)|\bacc(?:oun)?t\b|a/c",
+    r"serial|s/n|\bsku\b|\bitem|article|model|part n|\bisbn|\bean\b|\bupc\b|gtin|\bimei|\bzip\b|postcode|(?<!area )\bcode",
+    r"\bids?\b|(?-i:[a-z]I[dD]\b)|booking|reservation|confirmation|policy|\bawb\b|parcel|shipment|package|consignment|\btxn",
+    r"transaction|\butr\b|\bgst|aadhaar|passport|social security|voucher|coupon|gift ?card|request n|claim|version|\bbuild\b",
+    r"firmware|barcode",
+    r"bestell|auftrag|kunden-?n|rechnung|sendung|paket|vorgang|vertrag|artikel|serien|konto|beleg|aktenzeichen|steuer",
+    r"gutschein|lieferung|reklamation|geräte|modell|mitglied|\bplz\b",
+    r"pedido|factura|seguimiento|referencia|número de cliente|cuenta|incidencia|reserva|artículo|\bserie\b|código|envío",
+    r"albarán|expediente|\bdni\b|\bnif\b|paquete|compra",
+    r"commande|facture|colis|suivi|ordine|fattura|spedizione|encomenda",
+    r"ऑर्डर|आर्डर|टिकट|ट्रैक|बिल|इनवॉइस|खात|संदर्भ|बुकिंग|कोड|शिकायत|रेफरेंस|पार्सल|सीरियल",
+)
+_PHONE_NUMBER = (
+    r"phone|\btel\b|mobil|\bcell|\bcall|\bring\b|\btext (?:me|us|him|her)|\bsms\b|whats ?app|\bfax|hotline|\bdial|reach",
+    r"contact|\bnumber is|my (?:new |other )?n(?:umber|o)\b|(?:your|his|her) number",
+    r"telef|handy|durchwahl|ruf|erreich|(?:meine|neue|deine|ihre|seine) (?:neue )?nummer",
+    r"teléf|móvil|llam|mi número(?! de (?:cliente|pedido))",
+    r"फोन|फ़ोन|मोबाइल|कॉल|व्हाट्स|संपर्क|मेरा (?:नया )?नंबर",
+)
+_NUMBER_WORDS = re.compile(f"(?P<other>{'|'.join(_OTHER_NUMBER)})|(?P<phone>{'|'.join(_PHONE_NUMBER)})", re.IGNORECASE)
+_CLAUSE = re.compile(r"[!?;\n]|[.,]\s+(?=[^\W\d_])")
+_IN_FRONT = 45  # characters in which such a word counts
+_HTML = re.compile(
+    r"</?(?:a|b|i|u|p|br|hr|em|tt|h[1-6]|ul|ol|li|td|th|tr|div|img|pre|sub|sup|span|font|code|html|body|head|meta|style|table|"
+    r"tbody|thead|strong|small|center|script|blockquote)(?:\s[^<>]*)?/?>|"
+    r"&(?:nbsp|amp|lt|gt|quot|apos|[aou]uml|szlig|euro|[lr][ds]quo|[mn]dash|#\d{2,5}|#x[0-9a-f]{2,5});",
+    re.IGNORECASE,
+)
+_CLOSING = (
+    r"(?:with )?(?:kind|best|warm|many)(?:est)? (?:regards|wishes)|regards|cheers|(?:yours )?(?:sincerely|faithfully|truly)",
+    r"mit freundlichen grüßen|mit freundlichem gruß|(?:viele|liebe|beste|schöne|herzliche) grüße|mfg|lg|vg",
+    r"(?:un )?(?:cordial )?saludos?(?: cordial(?:es)?)?|atentamente|cordialmente",
+    r"सादर|शुभकामनाओं के साथ|भवदीय",
+)
+# A line of two dashes (RFC 3676), a phone's own line, or a closing with a name behind or below it.
+_SIGNATURE = re.compile(
+    r"^--[ ]?\r?$\s*\S|^(?:sent from my|sent from (?:outlook|yahoo)|get outlook for|von meinem .{2,30} gesendet|gesendet von|"
+    r"diese nachricht wurde von|enviado desde|मेरे .{2,30} से भेजा)|"
+    rf"^[ \t]*(?:{'|'.join(_CLOSING)})(?:[ \t]*[,.!]?[ \t\r]*\n\s*\S[^\n]{{1,60}}|[ \t]*,[ \t]*\S[^\n]{{1,60}})$",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def find_personal(text: str, region: str | None = None, column: str = "") -> list[tuple[int, int, str]]:
+    """Where personal data stands in a text: (start, end, kind), in order; the kinds are EMAIL, PHONE, CARD and IBAN.
+
+    Args:
+        region: two letters of the country whose phone numbers are looked for; without it only numbers with +.
+        column: the name of the text's column: a number that stands alone in `order_id` is no phone's.
+    """
+    return list(_find(text, region, column))
+
+
+@lru_cache(maxsize=1024)  # a row's columns are read for the report, for the prompt and for the comparison of questions
+def _find(text: str, region: str | None, column: str) -> tuple[tuple[int, int, str], ...]:
+    has_digits = _PHONE.search(text) is not None
+    has_at = "@" in text or _AT_IN_BRACKETS.search(text) is not None
+    if not has_digits and not has_at:
+        return ()
+    found: list[tuple[int, int, str]] = []
+    taken = [m.span() for m in _PLACEHOLDER.finditer(text)]
+
+    def add(kind: str, spans: Iterator[tuple[int, int]]) -> None:
+        for start, end in spans:
+            if all(end <= a or start >= b for a, b in taken):
+                taken.append((start, end))
+                found.append((start, end, kind))
+
+    if has_at:
+        add("EMAIL", (m.span() for m in _EMAIL.finditer(text)))
+    taken += [m.span() for m in _LINK.finditer(text)]
+    if has_digits:
+        add("IBAN", _ibans(text))
+        add("CARD", _cards(text, column))
+        add("PHONE", _phones(text, region, column))
+    return tuple(sorted(found))
+
+
+def has_html(text: str) -> bool:
+    return ("<" in text or "&" in text) and _HTML.search(text) is not None
+
+
+def has_signature(text: str) -> bool:
+    return "\n" in text and _SIGNATURE.search(text) is not None
+
+
+def _ibans(text: str) -> Iterator[tuple[int, int]]:
+    from stdnum import iban
+
+    for match in _IBAN.finditer(text):
+        # A word may follow that reads like one more group.
+        ends = [i for i in range(match.start() + 15, match.end() + 1) if i == match.end() or not text[i].isalnum()]
+        for end in reversed(ends):
+            if iban.is_valid(re.sub(r"\W", "", text[match.start() : end]), check_country=False):
+                yield match.start(), end
+                break
+
+
+def _cards(text: str, column: str) -> Iterator[tuple[int, int]]:
+    from stdnum import luhn
+
+    for match in _CARD.finditer(text):
+        groups = tuple(map(len, re.split(r"\D", match[0])))
+        digits = "".join(str(unicodedata.digit(c)) for c in match[0] if c.isdigit())
+        if len(groups) > 1 and groups not in _CARD_GROUPS or not _CARD_RANGES.fullmatch(digits):
+            continue
+        if luhn.is_valid(digits) and not _is_other_number(text, match.start(), column):
+            yield match.span()
+
+
+def _phones(text: str, region: str | None, column: str) -> Iterator[tuple[int, int]]:
+    from phonenumbers import Leniency, PhoneNumberMatcher
+
+    for candidate in _PHONE.finditer(text):
+        start, end = candidate.span()
+        has_plus = re.match(r"[(]?[+\uff0b][(]?\d", candidate[0]) is not None
+        if has_plus and text[start - 1 : start].isdigit():
+            continue
+        if not has_plus and (
+            region is None or _ATTACHED.search(text[max(0, start - 3) : start]) or _AMOUNT.match(text, end)
+            or _DATE.match(candidate[0]) or _MACHINE.match(candidate[0])
+            or "(" not in candidate[0] and _is_other_number(text, start, column)
+        ):  # fmt: skip
+            continue
+        leniency = Leniency.POSSIBLE if has_plus else Leniency.VALID
+        for match in PhoneNumberMatcher(text[start : end + _BEHIND], region, leniency):
+            if match.start >= end - start:
+                break
+            # One of two brackets around the number is no part of it.
+            is_open = match.raw_string.startswith("(") and ")" not in match.raw_string
+            yield start + match.start + is_open, start + match.end
+
+
+def _is_other_number(text: str, start: int, column: str) -> bool:
+    """Whether the nearest word in front of a number says that it is an order's, a parcel's ... and not a phone's."""
+    in_front = text[max(0, start - _IN_FRONT) : start]
+    if not any(map(str.isalpha, text)):  # a column that holds numbers says by its name which
+        in_front = column.replace("_", " ")
+    words = list(_NUMBER_WORDS.finditer(_CLAUSE.split(in_front)[-1]))
+    return bool(words) and words[-1].lastgroup == "other"
