@@ -21,6 +21,7 @@ LAUNCH_MOST = (
     "test_curve",
     "test_evaluator",
     "test_stops",
+    "test_assistants",
     "test_merge",
     "test_real_rows",
 )

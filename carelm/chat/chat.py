@@ -58,7 +58,7 @@ class Chat:
         if not tokenizer.chat_template:
             raise UserError(
                 f"model_name_or_path: the tokenizer of {tokenizer.name_or_path} has no chat template; set "
-                "chat_template_path to a .jinja file"
+                "chat_template_path to a .jinja file, such as recipes/sweeps/plain.jinja"
             )
         self.tokenizer = tokenizer
         self.trained_turns = trained_turns
