@@ -11,8 +11,10 @@ from conftest import PROJECT
 from carelm.chat.chat import Chat
 from carelm.chat.tokenizer import load_tokenizer
 from carelm.data import sources
+from carelm.data.conversations import join_messages
 from carelm.data.example import Example, NoAnswer
 from carelm.data.messages import split_turns
+from carelm.data.report import SplitReport
 from carelm.data.rows import to_example
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
@@ -70,6 +72,19 @@ HEADER = "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant
 
 def invented_rows(recipe):
     """Rows of the shape that the recipe reads."""
+    if recipe.text_column:
+        rows = [
+            {
+                recipe.text_column: f"{name} {i} {turn}: {text}",
+                recipe.role_column: name,
+                recipe.id_column: f"{i} {turn} {name}",
+                recipe.reply_to_column: before,
+            }
+            for i, text in enumerate(ODD_TEXTS)
+            for before, name, turn in ((None, "true", 1), (f"{i} 1 true", "false", 1), (f"{i} 1 false", "true", 2),
+                                       (f"{i} 2 true", "false", 2))
+        ]  # fmt: skip
+        return join_messages(recipe, [(f"rows.jsonl:{n}", row) for n, row in enumerate(rows, 1)], SplitReport())
     if not recipe.messages_column:
         templates = (recipe.prompt_template, recipe.completion_template, recipe.system_prompt or "")
         columns = {column for template in templates for column in template_columns(template, "template")}
