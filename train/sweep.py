@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, ranks  # noqa: F401
+from carelm.files import read_json
 from carelm.sweep.grid import Grid
 from carelm.sweep.plan import format_plan
 from carelm.sweep.processes import devices, work
@@ -53,8 +54,9 @@ def main() -> None:
     elif names["finished"]:
         from carelm.evaluation.comparison import compare
 
-        found["comparison"] = str(compare(sweep.folder, sweep.name, runs))
-        ranks.say(f"comparison: {found['comparison']}")
+        page = compare(sweep.folder, sweep.name, runs)
+        found["comparison"] = str(page)
+        ranks.say(f"comparison: {page}; best: {read_json(page.with_suffix('.json'))['best']}")
     print(json.dumps(found), flush=True)
     if names["failed"]:
         sys.exit(1)

@@ -44,7 +44,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
     for name, counts in confusions:
         given = [label for label in next(iter(counts.values())) if label != UNPARSABLE or _unparsable(counts)]
         rows = [[true, *(str(row[label]) for label in given)] for true, row in counts.items()]
-        shown.append(Table(f"Labels, {name}", "", ["true \\ answered", *given], rows))
+        head = ["no label" if label == UNPARSABLE else label for label in given]
+        shown.append(Table(f"Labels, {name}", "", ["true \\ answered", *head], rows))
     return shown
 
 

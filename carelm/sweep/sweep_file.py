@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from carelm.errors import UserError
-from carelm.files import locate
+from carelm.files import locate, near
 from carelm.keys import known
 from carelm.recipe import Recipe, micro_batch_size
 from carelm.recipe_file import Layer, command_line, load_also_tests, read_layers, read_yaml, resolve, split_command_line
@@ -142,18 +142,11 @@ def read_sweep(arguments: list[str]) -> Sweep:
 
 
 def _nearest(path: Path) -> str:
-    """The sweep of the project whose name is nearest; an installed wheel has none of them."""
-    folder = Path(locate("recipes/sweeps"))
-
-    def alike(other: Path) -> tuple[float, float]:
-        pairs = ((path.stem, other.stem), (str(path), str(other)))
-        return tuple(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
-
-    if (near := max(folder.rglob("*.yaml"), key=alike, default=None)) is None:
-        return ""
-    near = near.relative_to(Path.cwd()) if near.is_relative_to(Path.cwd()) else near
-    hint = f"did you mean {near}?" if alike(near)[0] > 0.5 else f"such as {near}"
-    return f"; those of CareLM lie in recipes/sweeps/: {hint}"
+    """Where CareLM's own sweeps lie, and the one whose name is nearest."""
+    own, name = Path(locate("recipes/sweeps")), f"{path.stem}.yaml"
+    found = [*near(path), *near(own / name), *near(own / "two_cores" / name)]
+    here = [f.relative_to(Path.cwd()) if f.is_relative_to(Path.cwd()) else f for f in found]
+    return "; those of CareLM lie in recipes/sweeps/" + (f": did you mean {here[0]}?" if here else "")
 
 
 def _read_keys(path: Path) -> dict[str, Any]:

@@ -329,6 +329,12 @@ def test_a_test_with_other_questions_is_refused_and_one_that_a_run_was_not_asked
     assert list(clinic["models"]) == ["base", "a", "b"] and "c was not asked clinic." in clinic["cautions"]
 
 
+def test_answers_that_come_to_no_label_have_a_column_that_says_so(run, tmp_path):
+    compared(tmp_path, run("a", "hm", *LABELS, reference="{1}"))
+    page = (tmp_path / "comparison.md").read_text()
+    assert "| true \\ answered | same | other | no label |" in page and "| same | 0 | 0 | 10 |" in page
+
+
 def test_validation_rows_are_no_matter_of_a_comparison(run, tmp_path):
     keys = (*LABELS, "--overlap_columns", "one", "two")
     found = compared(tmp_path, run("a", "same", *keys, reference="same"), run("b", "other", *keys, reference="same"))

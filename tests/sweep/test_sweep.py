@@ -67,6 +67,7 @@ def test_a_killed_sweep_goes_on_and_one_that_fails_does_not_end_the_others(tmp_p
         and ": dataset_name: there is no file, folder or glob no/rows.jsonl" in done.stderr
     )
     compared = json.loads((out / "comparison.json").read_text())
+    assert f"comparison.html; best: {compared['best']}\n" in done.stderr
     assert list(compared["models"]) == ["base", "r4", "bare"] and compared["runs"]["none"]["state"] == "failed"
 
     assert "base: all 14 answers are there; nothing to do" in (out / "bare.log").read_text()
