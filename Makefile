@@ -13,12 +13,12 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 install: $(READY)
 
 train: $(READY)
-	accelerate launch train/sft.py
+	python train/sft.py
 	@echo "make: for commands of your own: source $(VENV)/bin/activate" >&2
 
 eval: $(READY)
 	python train/merge.py --adapter outputs/demo --output_dir outputs/demo/merged
-	accelerate launch eval/run.py
+	python eval/run.py
 
 test: $(READY_DEV)
 	python -m pytest $(TESTS)

@@ -99,6 +99,9 @@ def run_main(main: Callable[[], None], kept: str = "the newest whole checkpoint 
         bar.close()  # the message begins a line of its own
     if rank() == 0:
         print(f"{error.label}: {error}", file=sys.stderr, flush=True)
+        if "TORCHELASTIC_RUN_ID" in os.environ or find_launch():
+            alone = f"; one process needs none: python {sys.argv[0]} ..." if world_size() == 1 else ""
+            say(f"what follows, if anything, is the launcher's own report of this{alone}")
         tell_status(error.exit_status, getattr(error, "reason", ""))
     elif error.label == "error":
         # A launcher ends the other ranks once one has ended: rank 0 must come first, with the message.
@@ -294,8 +297,8 @@ def check_gpus(launch: Launch | None) -> None:
 
 
 def use_cpu(launch: Launch | None) -> None:
-    """Where there is no GPU: shares the machine's cores among its ranks, as accelerate gives every CPU process one thread
-    unless it is told; says where more threads are set than there are cores; and imports bitsandbytes, before PEFT does,
+    """Where there is no GPU: shares the machine's cores among its ranks, unless threads are set, as accelerate gives every
+    CPU process one; says where more threads are set than there are cores; and imports bitsandbytes, before PEFT does,
     without torch.compile around functions that a CPU does not call, which takes seconds. Memory that a step frees is kept for
     the next one: given back and asked for again, its pages cost a tenth of a step of long rows."""
     import torch
@@ -310,7 +313,7 @@ def use_cpu(launch: Launch | None) -> None:
     usable = psutil.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # a container or a batch job may have been given fewer
         usable = len(os.sched_getaffinity(0))
-    if launch is not None and not launch.threads_were_set:
+    if not (launch.threads_were_set if launch else "OMP_NUM_THREADS" in os.environ):
         torch.set_num_threads(max(1, min(psutil.cpu_count(logical=False) or 1, usable) // here))
     if here * (threads := torch.get_num_threads()) > usable:
         better = max(1, usable // here)

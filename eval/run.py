@@ -1,8 +1,8 @@
 """Compares models on a recipe's test split: base, adapter and merged checkpoints, with figures that can be trusted.
 
-    accelerate launch eval/run.py
-    accelerate launch eval/run.py --config recipes/datasets/bitext_support.yaml --config recipes/overlays/demo_base.yaml
-    accelerate launch eval/run.py --config recipes/shop.yaml --models base adapter adapter@bf16 outputs/other --num_shots 2
+    python eval/run.py
+    python eval/run.py --config recipes/datasets/bitext_support.yaml --config recipes/overlays/demo_base.yaml
+    python eval/run.py --config recipes/shop.yaml --models base adapter adapter@bf16 outputs/other --num_shots 2
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml eval/run.py --config recipes/shop.yaml
 
 Each rank answers its share. Writes OUTPUT_DIR/eval/: results.json, report.html, report.md, predictions-MODEL.jsonl,

@@ -69,7 +69,9 @@ def test_missing_file(tmp_path):
 
 def test_missing_recipe(tmp_path):
     done = script("--config", tmp_path / "none.yaml")
-    assert done.returncode == 2 and "cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2 and "cannot be read" in done.stderr and len(done.stderr.splitlines()) == 1
+    )  # no launcher
 
 
 def test_row_that_is_not_json(tmp_path):
@@ -124,6 +126,9 @@ def test_ranks_that_are_not_there(tmp_path, rows):
     done = launch("--config", recipe_file(tmp_path, dataset_name=rows), "--output_dir", tmp_path / "out", check=False,
                   config_file=write_accelerate(tmp_path))  # fmt: skip
     assert done.returncode != 0 and "error: num_processes: 2 ranks were asked for and 1 started" in done.stderr
+    after = done.stderr.partition("error: ")[2].splitlines()[1]
+    assert after == ("carelm: what follows, if anything, is the launcher's own report of this; one process needs none: python "
+                     "train/sft.py ...")  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,7 @@
 """Fine-tunes a chat model as one recipe says, from a laptop CPU to many GPUs under DeepSpeed.
 
-    accelerate launch train/sft.py
-    accelerate launch train/sft.py --config recipes/datasets/bitext_support.yaml --learning_rate 1e-4
+    python train/sft.py
+    python train/sft.py --config recipes/datasets/bitext_support.yaml --learning_rate 1e-4
     accelerate launch --config_file accelerate_configs/zero2.yaml train/sft.py --config recipes/datasets/bitext_support.yaml
     python train/sft.py --config recipes/datasets/bitext_support.yaml --config recipes/overlays/demo_base.yaml --preview 2
 
