@@ -99,11 +99,13 @@ def main() -> None:
             if (files := model.changed_data(recipe))
         ]
         found |= {"conditions": answers.conditions(recipe)}
-        report.write(folder, recipe, found, own.questions, lines[""])
+        found = report.write(folder, recipe, found, own.questions, lines[""])
         for name, result in found["tests"].items():
             for sentence in result["verdicts"]:
                 ranks.say(f"{name}: {sentence}")
         for sentence in found["verdicts"] + found["cautions"]:
+            ranks.say(sentence)
+        for sentence in [same["sentence"] for same in found["same"].values()] + found["besides"] + [found["headline"]]:
             ranks.say(sentence)
         ranks.say(f"report: {folder / 'report.html'}")
         print(json.dumps(report.summary(folder, found)), flush=True)

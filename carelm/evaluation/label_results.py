@@ -153,8 +153,9 @@ def cautions(recipe: Recipe, labelled: Labelled, models: dict[str, Any]) -> list
             )
         elif decided.get("precision", {}).get("high", 1) < PRECISION:
             found.append(
-                f"{name} is {decided['precision']['value']:.0%} right where it decides, less than the {PRECISION:.0%} of the "
-                "validation questions on which its threshold was chosen."
+                f"{name} is {decided['precision']['value']:.0%} right where it decides, not the {PRECISION:.0%} of the "
+                "validation questions: the test questions are unlike those, and the threshold that was chosen on them does not "
+                "hold here. Do not let it decide such questions alone; choose it on validation rows that are like them."
             )
     return found
 

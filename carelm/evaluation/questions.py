@@ -27,6 +27,11 @@ class Question:
     references: list[str]
     tools: list[dict[str, Any]] | None = None
     compared: tuple[str, ...] = ()
+    shots: int = 0
+
+    def own_turns(self) -> list[dict[str, Any]]:
+        """The messages of the conversation itself, without system prompt and shots."""
+        return [m for m in self.messages if m["role"] != "system"][self.shots :]
 
     def last_words(self) -> str:
         """What the user says last."""
@@ -97,6 +102,7 @@ def _ask(recipe: Recipe, chat: Chat, examples: list[Example], shots: list[dict[s
                     references=references,
                     tools=example.tools,
                     compared=example.compared,
+                    shots=len(shots),
                 )
             )
     questions = _number_repeated(questions)

@@ -9,13 +9,15 @@ import numpy as np
 from carelm.evaluation import api, check_scores, label_results, repetition, scores, scripts
 from carelm.evaluation.label_results import Labelled
 from carelm.evaluation.questions import Question
+from carelm.evaluation.verdicts import verdict
 from carelm.recipe import Recipe
 
 MOST_CHANGED = 3
 # What is in most generation configs and decides nothing, or what the report's "decoding" says.
 SILENT = ("do_sample temperature top_k top_p top_h min_p typical_p epsilon_cutoff eta_cutoff max_length use_cache "
           "output_scores output_logits output_attentions output_hidden_states return_dict_in_generate").split()  # fmt: skip
-FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
+TYPICAL = 5
+MOSTLY = 0.9  # of a model's answers: above it, what they score says how it keeps to the form
 
 
 def make_results(
@@ -78,6 +80,8 @@ def make_results(
         order = np.argsort(-change, kind="stable")
         pair["better"] = [questions[i].id for i in order[:MOST_CHANGED] if change[i] > 0]
         pair["worse"] = [questions[i].id for i in order[::-1][:MOST_CHANGED] if change[i] < 0]
+        pair["closer"], pair["farther"] = int((change > 0).sum()), int((change < 0).sum())
+        pair["typical"] = {questions[i].id: [float(ranked[a][i]), float(ranked[b][i])] for i in _nearest_median(change)}
     first = scores.Answers(conversations, [p["prediction"] for p in next(iter(lines.values()))], references)
     conversation_count = len(set(conversations))
     checked, unchecked = check_scores.score(checks, questions, lines, recipe.num_resamples, recipe.split_seed)
@@ -93,29 +97,13 @@ def make_results(
         + _about_answers(recipe, questions, models)
         + label_results.cautions(recipe, labelled, models)
         + unchecked,
-        "examples": {name: _extremes(questions, values) for name, values in ranked.items()},
+        "scored_by": deciding,
+        "examples": {name: _examples(questions, values) for name, values in ranked.items()},
         "signatures": {
             "rouge": f"rouge_score {version('rouge-score')}, no stemmer, F-measure",
             **scores.signatures(first),
         },
     }
-
-
-def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
-    """One plain sentence: which of two models is better by this metric, or that the test set does not tell."""
-    a, b = pair["models"]
-    score = pair["scores"][metric]
-    called = scores.NAMES[metric]
-    figures = f"{score['difference']:+.4g}, 95 % interval {score['low']:+.4g} to {score['high']:+.4g}"
-    p_value = f"p {score['p_value_holm']:.3g} after Holm's correction"
-    if conversations < FEWEST_CONVERSATIONS:
-        return (
-            f"{b} against {a}: {conversations} conversations are too few to tell ({called} {score['difference']:+.4g})."
-        )
-    if score["p_value_holm"] >= 0.05 or score["low"] <= 0 <= score["high"]:
-        return f"{b} against {a}: no difference in {called} that this test set can show ({figures}, {p_value})."
-    word = "better" if score["difference"] > 0 else "worse"
-    return f"{b} is {word} than {a} in {called} ({figures}, {p_value})."
 
 
 def _by_category(recipe: Recipe, questions: list[Question], turns: dict[str, scores.Statistics]) -> dict[str, Any]:
@@ -147,12 +135,12 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
     if unused:
         whose = ", ".join(name for name, m in measured.items() if unused.keys() & m["unused_generation_config"].keys())
         cautions.append(
-            f"All models decode alike: {', '.join(unused)} of the generation config of {whose} had no effect."
+            f"All models answer by the same rules: {', '.join(unused)} of the generation config of {whose} had no effect."
         )
     if pairs and 2 * pairs / (recipe.num_resamples + 1) >= 0.05:
         cautions.append(
-            f"With {pairs} pairs, {recipe.num_resamples} resamples cannot show any difference after Holm's correction; set "
-            f"num_resamples to {100 * pairs}."
+            f"{recipe.num_resamples} resamples are too few to show any difference between {pairs} pairs of models: set "
+            f"num_resamples to {100 * pairs} and run again (the answers are kept)."
         )
     if len({str(m["conditions"]) for m in measured.values()}) > 1:
         cautions.append(
@@ -160,13 +148,16 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
         )
     for name, m in measured.items():
         cautions += [f"{name}: {api.what_was_refused(key)}" for key in m["conditions"].get("refused", [])]
-    for key, what in (("precision", "computed in"), ("bits", "held in")):
-        held = {name: m[key] for name, m in measured.items()}
-        if len(set(held.values())) > 1:
-            each = ", ".join(
-                f"{name} {value or 'whole'}{' bits' if key == 'bits' and value else ''}" for name, value in held.items()
-            )
-            cautions.append(f"The models are unlike: {what} {each}.")
+    held = {name: (f"{m['bits']}-bit weights, " if m["bits"] else "whole weights, ") + f"computed in {m['precision']}"
+            for name, m in measured.items()}  # fmt: skip
+    if len({*held.values()}) > 1:
+        each = "; ".join(
+            f"{', '.join(n for n in held if held[n] == how)}: {how}" for how in dict.fromkeys(held.values())
+        )
+        cautions.append(
+            f"The models are held in memory in different ways ({each}). This is no fault: each is used so. Speed and memory "
+            "differ for it, and answers may a little."
+        )
     rough = [
         name
         for name, m in measured.items()
@@ -174,9 +165,9 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
     ]
     if rough:
         cautions.append(
-            f"{', '.join(rough)} computed in 16 bits on a GPU: the same model's greedy answers differ a little between batches "
-            "of other sizes. On an H200 12 of 100 did, and ROUGE-L moved by 0.002 where nothing differed; `python "
-            "benchmarks/gpu.py --only f` measures it on this machine."
+            f"{', '.join(rough)} computed in 16 bits on a GPU: asked again in batches of another size, a model words some "
+            "answers otherwise. On an H200 it did so for 12 of 100, and ROUGE-L moved by 0.002: a difference that small means "
+            "nothing. `python benchmarks/gpu.py --only f` measures it on this machine."
         )
     return cautions
 
@@ -192,17 +183,10 @@ def _about_answers(recipe: Recipe, questions: list[Question], models: dict[str, 
         if share > scripts.FEW:
             advice = "set primary_metric: chrf" if recipe.primary_metric.startswith(score) else "chrF reads them"
             cautions.append(f"{what}, and {share:.0%} of the references' letters are others: {advice}.")
-    cut = {name: n for name, model in models.items() if (n := model["cut_predictions"]) > len(questions) / 2}
-    if cut:
-        each = ", ".join(f"{name} ({number})" for name, number in cut.items())
-        cautions.append(f"Most of the {len(questions)} answers were cut at max_new_tokens: {each}; set it higher.")
+    cautions += _about_form(recipe, len(questions), models)
     for name, model in models.items():
         if recipe.labels:
-            table = model["confusion"].values()
-            answered = {label: sum(row[label] for row in table) for label in next(iter(table))}
-            given = [label for label, count in answered.items() if count and label != scores.UNPARSABLE]
-            if answered[scores.UNPARSABLE]:
-                cautions.append(f"{name}: {answered[scores.UNPARSABLE]} of {len(questions)} answers hold no label.")
+            given = [label for label, count in _answered(model).items() if count and label != scores.UNPARSABLE]
             if len(given) == 1:
                 cautions.append(
                     f"{name}: every label that it gives is {given[0]}; it does not tell the questions apart."
@@ -214,7 +198,54 @@ def _about_answers(recipe: Recipe, questions: list[Question], models: dict[str, 
     return cautions
 
 
-def _extremes(questions: list[Question], values: np.ndarray) -> dict[str, list[str]]:
+def _about_form(recipe: Recipe, questions: int, models: dict[str, Any]) -> list[str]:
+    """Answers that were cut, or hold no label; and where these are nearly all, what that means for a comparison."""
+    said, cut, mostly = [], {}, {}
+    for name, model in models.items():
+        number, without = model["cut_predictions"], _answered(model)[scores.UNPARSABLE] if recipe.labels else 0
+        if max(number, without) >= MOSTLY * questions:
+            found = {"cut off at max_new_tokens": number, "without a label": without}
+            mostly[name] = " and ".join(f"{n} of {questions} {how}" for how, n in found.items() if n > questions / 2)
+            continue
+        if number > questions / 2:
+            cut[name] = number
+        if without:
+            said.append(f"{name}: {without} of {questions} answers hold no label.")
+    if cut:
+        each = ", ".join(f"{name} ({number})" for name, number in cut.items())
+        said.append(f"Most of the {questions} answers were cut at max_new_tokens: {each}; set it higher.")
+    if mostly:
+        each = ", ".join(f"{name} ({counts})" for name, counts in mostly.items())
+        means = (
+            "A longer answer shares less of itself with the expected reply: a part of what another model gains is that it ends "
+            "in time. A higher max_new_tokens makes the comparison fairer."
+        )
+        if recipe.labels:
+            chosen = f"{scores.CONSTRAINED}accuracy"
+            fairer = "examples in the prompt (num_shots) make the comparison fairer"
+            if any(chosen in models[name] for name in mostly):
+                fairer = f"{scores.NAMES[chosen]}, of the label that a model finds likeliest, is the fairer comparison"
+            means = (
+                f"So scores of written answers say that a model does not keep to the form, not what it knows: {fairer}."
+            )
+        said.append(f"Nearly no answer is whole: {each}. {means}")
+    return said
+
+
+def _answered(model: dict[str, Any]) -> dict[str, int]:
+    """How often a model's written answers hold each label, or none."""
+    table = model["confusion"].values()
+    return {label: sum(row[label] for row in table) for label in next(iter(table))}
+
+
+def _examples(questions: list[Question], values: np.ndarray) -> dict[str, Any]:
     order = np.argsort(-values, kind="stable")
     return {"best": [questions[i].id for i in order[:MOST_CHANGED]],
-            "worst": [questions[i].id for i in order[::-1][:MOST_CHANGED]]}  # fmt: skip
+            "worst": [questions[i].id for i in order[::-1][:MOST_CHANGED]],
+            "typical": {questions[i].id: [float(values[i])] for i in _nearest_median(values)}}  # fmt: skip
+
+
+def _nearest_median(values: np.ndarray) -> np.ndarray:
+    """The places of the values nearest the median; among equals drawn ones, as those that stand first may be of one kind."""
+    shuffled = np.random.default_rng(0).permutation(len(values))
+    return shuffled[np.argsort(np.abs(values - np.median(values))[shuffled], kind="stable")][:TYPICAL]

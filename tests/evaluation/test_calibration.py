@@ -86,7 +86,11 @@ def test_of_few_decided_questions_the_share_that_is_right_has_a_wide_interval():
     found, more = certain(SURE, [(4, True)] * 70 + [(4, False)] * 30)
     assert found["decided"]["precision"]["low"] == pytest.approx(0.604, abs=1e-3)
     assert found["decided"]["precision"]["high"] == pytest.approx(0.781, abs=1e-3)
-    assert "model is 70% right where it decides, less than the 95%" in more and "where it decides" not in cautions
+    assert (
+        "model is 70% right where it decides, not the 95%" in more
+        and "does not hold here" in more
+        and "where it decides" not in cautions
+    )
 
 
 def test_resamples_without_a_positive_question_do_not_count_as_a_precision_of_none():

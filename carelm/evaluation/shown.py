@@ -1,0 +1,229 @@
+"""The results in the words, rows and bars in which both reports show them; text is escaped by whoever prints it."""
+
+import json
+from typing import Any, NamedTuple
+
+from carelm.evaluation import label_report, run_report, same_answers
+from carelm.evaluation.plots import way
+from carelm.evaluation.questions import Question
+from carelm.evaluation.scores import NAMES
+from carelm.evaluation.tables import FEWEST_OF_A_PART, ONE_DECIMAL, make_tables, ranged, shared_scores
+from carelm.evaluation.verdicts import figure, main_pair
+
+UNFIT = ("old turns dropped", "prompt cut")
+MOST_CATEGORIES = 8  # that stand unfolded
+MEANINGS = {
+    "rouge1": "Words that answer and expected reply share, in any order. 1 is all of them.",
+    "rouge2": "The same of pairs of neighbouring words.",
+    "rougeL": "The longest run of words, in order, that answer and expected reply share, gaps allowed. 1 is word for word.",
+    "rougeLsum": "The same, line by line.",
+    "bleu": "Runs of one to four words that answer and expected reply share, 0 to 100; stern on short answers.",
+    "chrf": "Runs of letters that they share, 0 to 100. It reads every script, and forgives other endings of a word.",
+    "exact_match": "The share of answers that are the expected reply, to the letter.",
+    "accuracy": "The share of answers whose written label is the right one.",
+    "macro_f1": "Right and complete for each label, in the mean over the labels: a rare label counts as much as a common one.",
+    "constrained_accuracy": "The share of questions whose likeliest label, of the list, is the right one.",
+    "constrained_macro_f1": "Macro F1 of the likeliest labels: a rare label counts as much as a common one.",
+}
+WORDS = {
+    "expected reply": "the reply in the test data, which the models have not seen",
+    "95 % interval": "the thin line on a bar: the middle 95 % of the figures over resampled test sets",
+    "p, Holm-adjusted": "how often chance makes such a difference, raised for the number of pairs; real below 0.05",
+    "calibration error": "how far the probability of the chosen label is from the share that is right, in the mean over 15 "
+    "bins of as many questions each; 0 is perfect",
+    "average precision": "precision in the mean over all thresholds, by the recall that each adds",
+    "A less B": "the score of A minus that of B: above zero, A is better",
+    "p50 / p95 / p99": "half, 95 % and 99 % of the timed prompts were at most that slow",
+}
+
+
+class Bar(NamedTuple):
+    """A figure with its interval, as text and as per cent of the bar's whole length."""
+
+    value: str
+    around: str
+    width: float
+    low: float
+    high: float
+
+
+def bar(score: str, found: dict[str, float], is_few: bool = False) -> Bar:
+    """Args: `is_few` where there are too few questions for an interval."""
+    value, around = ranged(score, found)
+    width, low, high = (found[key] * (1 if score in ONE_DECIMAL else 100) for key in ("value", "low", "high"))
+    return (
+        Bar(value, "too few for an interval", width, width, width) if is_few else Bar(value, around, width, low, high)
+    )
+
+
+class Shown:
+    """Args: `results` with `headline`, `besides` and `same`; the questions; each model's predictions in their order."""
+
+    def __init__(self, title: str, results: dict[str, Any], questions: list[Question], lines: dict[str, list]):
+        self.title, self.everyone, self.metric = title, results["models"], results["primary_metric"]
+        self.results = results = same_answers.without(results, results["same"])
+        self.models = results["models"]
+        self.lines = {name: lines[name] for name in self.models}
+        self.names, self.words, self.ranged, self.most_categories = NAMES, WORDS, ranged, MOST_CATEGORIES
+        self._questions = {q.id: (i, q) for i, q in enumerate(questions)}
+        shared = shared_scores(self.models) if self.models else []
+        self.scores = [s for s in shared if s == self.metric or any(m[s]["value"] for m in self.models.values())]
+        self.left_out = [NAMES[s] for s in shared if s not in self.scores]
+        self.runs = run_report.table(results) if "runs" in results else None
+        self.about_differences = "In the score that decides; the others stand in comparison.json." if self.runs else ""
+        self.tables = label_report.tables(results) + make_tables(results) if self.models else []
+
+    def differences(self) -> list[tuple[str, str, str, str, str]]:
+        """Pair, score, difference, interval and p-value; of several runs in the score that decides alone."""
+        return [
+            (f"{pair['models'][1]} less {pair['models'][0]}", score, *ranged(score, pair["scores"][score], "difference"),
+             f"{pair['scores'][score]['p_value_holm']:.3g}")
+            for pair in self.results["pairs"] for score in ([self.metric] if self.runs else self.scores)
+        ]  # fmt: skip
+
+    def about(self) -> str:
+        """What was asked, and how the intervals come about."""
+        test = self.results["test"]
+        shots = f", with {test['num_shots']} shots" if test.get("num_shots") else ""
+        return (
+            f"{test['questions']} questions of {test['conversations']} conversations from the {test['split']} split of "
+            f"{test['dataset']}{shots}. 95 % percentile intervals over {self.results['conditions']['num_resamples']} resamples "
+            "of conversations."
+        )
+
+    def score_rows(self) -> list[tuple[str, str, str, list[Bar]]]:
+        """Key, name, meaning, and a bar for each model; the score that decides first."""
+        ordered = sorted(self.scores, key=lambda score: score != self.metric)
+        return [(s, NAMES[s], MEANINGS[s], [bar(s, m[s]) for m in self.models.values()]) for s in ordered]
+
+    def categories(self) -> list[tuple[str, int, list[Bar]]]:
+        """The categories with most questions first; none where all questions are of one."""
+        first = next(iter(self.models.values()))["categories"]
+        ordered = sorted(first.items(), key=lambda item: -item[1]["questions"])
+        return [
+            (name, part["questions"],
+             [bar(self.metric, m["categories"][name][self.metric], part["questions"] < FEWEST_OF_A_PART)
+              for m in self.models.values()])
+            for name, part in ordered if len(first) > 1
+        ]  # fmt: skip
+
+    def checks(self) -> list[tuple[str, int, str, list[Bar]]]:
+        """Name, how many questions it is about, the expected replies' own share, and a bar for each model."""
+        return [
+            (name, check["questions"], f"{check['references']:.3f}",
+             [bar("", m, check["conversations"] < FEWEST_OF_A_PART) for m in check["models"].values()])
+            for name, check in self.results["checks"].items()
+        ]  # fmt: skip
+
+    def typical(self) -> tuple[str, list[dict[str, Any]]]:
+        """A sentence on how they are chosen, and the examples nearest the median gain of the tuned model (or of the best run);
+        of one model those nearest its median score."""
+        by, results = self.results["scored_by"], self.results
+        best = results.get("best")
+        first, second = main_pair(self.models)
+        if best:
+            first, second = next(iter(self.models)), best
+        pair = next((p for p in results["pairs"] if {*p["models"]} == {first, second}), None)
+        if pair is None:
+            chosen, called = results["examples"][best or first]["typical"], [best or first]
+            text = f"The {len(chosen)} questions whose {NAMES[by]} is nearest the median: half of all answers score higher."
+        else:
+            chosen, called = pair["typical"], pair["models"]
+            text = (
+                f"The {len(chosen)} questions whose change in {NAMES[by]} from {called[0]} to {called[1]} is nearest the "
+                "median: one half of the questions gained more, the other less. They were not picked for their looks."
+            )
+        shown = self.models if self.runs is None else called
+        return text, [
+            self.example(i, shown) | {"values": dict(zip(called, (f"{NAMES[by]} {figure(by, v)}" for v in values)))}
+            for i, values in chosen.items()
+        ]
+
+    def example(self, question_id: str, models: Any = None) -> dict[str, Any]:
+        """One question with its earlier turns, expected replies and answers (of all models where none are named)."""
+        i, question = self._questions[question_id]
+        turns = question.own_turns()
+        last = max((k for k, m in enumerate(turns) if m["role"] == "user"), default=0)
+        return {
+            "id": question_id,
+            "category": question.category,
+            "question": question.last_words(),
+            "earlier": [(m["role"], _said(m)) for m in turns[:last]],
+            "references": question.references,
+            "answers": {name: self.lines[name][i]["prediction"] for name in models or self.models},
+            "values": {},
+        }
+
+    def example_groups(self) -> list[tuple[str, list[dict[str, Any]]]]:
+        """Title and examples: what changed most between each two models, and each model's best and worst."""
+        groups, pairs, ends_of = [], self.results["pairs"], self.results["examples"]
+        if self.runs:  # all would be too many: the best against what stands first
+            best = self.results["best"]
+            pairs = [pair for pair in pairs if set(pair["models"]) == {next(iter(self.models)), best}]
+            ends_of = {best: ends_of[best]}
+        for pair in pairs:
+            a, b = pair["models"]
+            for how, word in (("better", "gained"), ("worse", "lost")):
+                groups.append((f"{b} {word} most against {a} ({NAMES[pair['changed_by']]})", pair[how]))
+        for name, ends in ends_of.items():
+            groups += [(f"{name}: {end}", ends[end]) for end in ("best", "worst")]
+        return [(title, [self.example(i) for i in ids]) for title, ids in groups if ids]
+
+    def speed(self) -> str:
+        """The time of one answer, in a few words, for the fold that holds the rest."""
+        times = {name: m["latency"]["e2e_ms"]["p50"] for name, m in self.everyone.items() if m["latency"]["e2e_ms"]}
+        return f"one answer takes {', '.join(f'{ms:,.0f} ms ({name})' for name, ms in times.items())}" if times else ""
+
+    def speed_rows(self) -> list[tuple[str, list[str]]]:
+        """Label and one text per model, of everything that is measured beside the scores."""
+        models = self.everyone.values()
+
+        def times(name: str) -> list[str]:
+            return [" / ".join(f"{m['latency'][name][p]:.1f}" for p in ("p50", "p95", "p99")) + way(m)
+                    if m["latency"][name] else "-" for m in models]  # fmt: skip
+
+        def held(m: dict[str, Any]) -> str:
+            return f"{m['precision']}" + (f", weights in {m['bits']} bits" if m["bits"] else "")
+
+        rows = [
+            ("what it is", [m["kind"] for m in models]),
+            ("computed in", [held(m) for m in models]),
+            ("prompts timed one at a time", [str(m["latency"]["prompts"]) for m in models]),
+            ("time to first token, ms (p50 / p95 / p99)", times("ttft_ms")),
+            ("time per further token, ms", times("tpot_ms")),
+            ("whole answer, ms", times("e2e_ms")),
+            ("examples per second", [_speed(m, "examples_per_second") for m in models]),
+            ("tokens per second", [_speed(m, "tokens_per_second") for m in models]),
+            ("largest batch", [str(m["throughput"].get("batch_size", "-")) for m in models]),
+            ("peak memory, GiB", [f"{m['peak_memory_bytes'] / 2**30:.2f}" if m["peak_memory_bytes"] else "-" for m in models]),
+            ("seconds to load", ["-" if m["load_seconds"] is None else f"{m['load_seconds']:.1f}" for m in models]),
+            ("parameters", [f"{n:,}" if (n := m["total_parameters"]) else "-" for m in models]),
+            ("of these trained", [f"{n:,} ({n / m['total_parameters']:.3%})" if (n := m["trained_parameters"]) else "-"
+                                  for m in models]),
+            ("prompt tokens (p50 / p95 / longest)", ["{p50} / {p95} / {max}".format(**m["prompt_tokens"]) for m in models]),
+            ("prompts that did not fit", [", ".join(f"{m['prompt_tokens'][how]} {how}" for how in UNFIT if
+                                                    how in m["prompt_tokens"]) or "0" for m in models]),
+            ("empty answers (count as 0)", [str(m["empty_predictions"]) for m in models]),
+            ("answers cut at max_new_tokens", [str(m["cut_predictions"]) for m in models]),
+        ]  # fmt: skip
+        return [(label, cells) for label, cells in rows if {*cells} - {"-"}]
+
+    def conditions(self) -> dict[str, Any]:
+        """Of all models, then what is each one's own."""
+        own = {
+            name: {**m["conditions"], "unused_generation_config": m["unused_generation_config"]}
+            for name, m in self.everyone.items()
+        }
+        return {**self.results["conditions"], **self.results["signatures"], **own}
+
+
+def _said(message: dict[str, Any]) -> str:
+    return message.get("content") or json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
+
+
+def _speed(model: dict[str, Any], key: str) -> str:
+    speed = model["throughput"]
+    if key not in speed:
+        return "-"
+    part = f" (of the last {speed['examples']})" if speed["examples"] < speed["of_examples"] else ""
+    return f"{speed[key]:,.1f}{part}"

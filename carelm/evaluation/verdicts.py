@@ -1,0 +1,199 @@
+"""Which of two models is better, said twice: in a sentence that needs no statistics (the headline), and with its figures.
+
+Both come from the same decision: the interval of the paired difference and its p-value after Holm's correction.
+"""
+
+from typing import Any
+
+from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES
+
+FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
+ANSWERS = {"better": "Yes", "worse": "No", "unclear": "This test set cannot tell", "few": "This test set cannot tell"}
+IN_SHORT = {"better": "better", "worse": "worse", "unclear": "this test set cannot tell", "few": "too few to tell"}
+
+
+def decide(figure: dict[str, float], conversations: int) -> str:
+    """`better` or `worse` (the second model), `unclear`, or `few`: too few conversations to say anything of others."""
+    if conversations < FEWEST_CONVERSATIONS:
+        return "few"
+    if figure["p_value_holm"] >= 0.05 or figure["low"] <= 0 <= figure["high"]:
+        return "unclear"
+    return "better" if figure["difference"] > 0 else "worse"
+
+
+def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
+    """One sentence with the figures: which of two models is better by this metric, or that the test set does not tell."""
+    a, b = pair["models"]
+    score = pair["scores"][metric]
+    called = NAMES[metric]
+    figures = f"{score['difference']:+.4g}, 95 % interval {score['low']:+.4g} to {score['high']:+.4g}"
+    p_value = f"p {score['p_value_holm']:.3g} after Holm's correction"
+    match decide(score, conversations):
+        case "few":
+            short = f"{called} {score['difference']:+.4g}"
+            return f"{b} against {a}: {conversations} conversations are too few to tell ({short})."
+        case "unclear":
+            return f"{b} against {a}: no difference in {called} that this test set can show ({figures}, {p_value})."
+        case word:
+            return f"{b} is {word} than {a} in {called} ({figures}, {p_value})."
+
+
+def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`headline`, the answer to "is the tuned model better?" in a sentence, and `besides`, what else the figures answer: the
+    other models, the checks, and the tests of `also_test`.
+
+    Args:
+        results: of `make_results`, with `test` and `tests`; with `runs` where a sweep's are compared.
+        folded: models that are not spoken of, as their answers are another's.
+    """
+    models = {name: model for name, model in results["models"].items() if name not in (folded or {})}
+    if "runs" in results:
+        return {"headline": _of_runs(results), "besides": []}
+    first, tuned = main_pair(models)
+    if tuned is None:
+        return {"headline": _alone(results, first), "besides": []}
+    names = _called(models, first, tuned)
+    pairs = {tuple(pair["models"]): pair for pair in results["pairs"]}
+    main = pairs.get((first, tuned)) or turned(pairs[tuned, first])
+    decided = decide(main["scores"][results["primary_metric"]], results["test"]["conversations"])
+    besides = []
+    for (a, b), pair in pairs.items():
+        if {a, b} != {first, tuned} and a in models and b in models:
+            of_pair = decide(pair["scores"][results["primary_metric"]], results["test"]["conversations"])
+            besides.append(f"{b} against {a}: {IN_SHORT[of_pair]}. {_in_questions(results, pair, names)}")
+    besides += _of_checks(results["checks"], first, tuned, names)
+    for name, test in results["tests"].items():
+        there = next((p for p in test["pairs"] if {*p["models"]} == {first, tuned}), None)
+        if there:
+            there = there if there["models"][0] == first else turned(there)
+            of_test = decide(there["scores"][test["primary_metric"]], test["test"]["conversations"])
+            besides.append(f"Elsewhere, on {name}: {IN_SHORT[of_test]}. {_in_questions(test, there, names)}")
+    return {"headline": f"{ANSWERS[decided]}. {_in_questions(results, main, names)}", "besides": besides}
+
+
+def main_pair(models: dict[str, Any]) -> tuple[str, str | None]:
+    """The base (or what stands first) and the tuned model (the run's own, or the first one after); None for a single one."""
+    first = next((name for name, model in models.items() if model["kind"] == "base"), next(iter(models)))
+    others = [name for name in models if name != first]
+    own = [name for name in others if models[name]["kind"] not in ("base", "api")]
+    return first, "adapter" if "adapter" in own else next(iter(own or others), None)
+
+
+def turned(pair: dict[str, Any]) -> dict[str, Any]:
+    """The same pair with its second model first."""
+    scores = {name: {**score, "difference": -score["difference"], "low": -score["high"], "high": -score["low"]}
+              for name, score in pair["scores"].items()}  # fmt: skip
+    return {**pair, "models": pair["models"][::-1], "scores": scores, "closer": pair["farther"], "farther": pair["closer"],
+            "better": pair["worse"], "worse": pair["better"],
+            "typical": {key: values[::-1] for key, values in pair["typical"].items()}}  # fmt: skip
+
+
+def figure(score: str, value: float) -> str:
+    """A score as it is written in a sentence: BLEU and chrF with one decimal."""
+    return f"{value:.1f}" if score in ("bleu", "chrf") else f"{value:.3f}"
+
+
+def _called(models: dict[str, Any], first: str, tuned: str) -> dict[str, str]:
+    """What the sentences call each model."""
+    names = {name: name for name in models}
+    if models[first]["kind"] == "base":
+        names[first] = "the base"
+        if models[tuned]["kind"] not in ("base", "api"):
+            names[tuned] = "the tuned model" if len(models) == 2 or tuned == "adapter" else f"the tuned model ({tuned})"
+    return names
+
+
+def _in_questions(results: dict[str, Any], pair: dict[str, Any], names: dict[str, str]) -> str:
+    """What the second model of a pair does better, counted in questions, and both scores."""
+    metric, models, number = results["primary_metric"], results["models"], results["test"]["questions"]
+    a, b = pair["models"]
+    of_a, of_b = names.get(a, a), names.get(b, b)
+    score = pair["scores"][metric]
+    both = f"{NAMES[metric]} {' -> '.join(figure(metric, models[name][metric]['value']) for name in (a, b))}"
+    decided = decide(score, results["test"]["conversations"])
+    if decided == "unclear":
+        low, high = (f"{'+' if score[end] > 0 else ''}{figure(metric, score[end])}" for end in ("low", "high"))
+        both += f"; the difference may lie anywhere from {low} to {high}"
+        if not score["low"] <= 0 <= score["high"]:
+            both += f", which is not enough among {len(results['pairs'])} comparisons"
+    elif decided == "few":
+        both += f"; {results['test']['conversations']} conversations are too few"
+    if metric in LABEL_SCORES:
+        right = {name: round(models[name][_accuracy(metric)]["value"] * number) for name in (a, b)}
+        how = "Asked to choose among the labels, " if metric.startswith(CONSTRAINED) else ""
+        always = max(sum(row.values()) for row in models[b]["confusion"].values())
+        said = (f"{how}{of_b} gives the right label in {right[b]} of {number} questions, {of_a} in {right[a]}; always giving "
+                f"the commonest label would be right in {always} ({both}).")  # fmt: skip
+        is_turned = decided in ("better", "worse") and (right[b] - right[a]) * score["difference"] < 0
+        note = " Macro F1 counts each label alike, however rare, and decides here." if is_turned else ""
+        return said[0].upper() + said[1:] + note
+    closer, farther = pair["closer"], pair["farther"]
+    by = f" by {NAMES[pair['changed_by']]}" if pair["changed_by"] != metric else ""
+    whose = f"{of_b[0].upper()}{of_b[1:]}'s answers are"
+    if closer == farther == 0:
+        return f"{whose} as close to the expected replies{by} as those of {of_a} in all {number} questions ({both})."
+    ways = [("closer to", "farther", closer, farther), ("farther from", "closer", farther, closer)][decided == "worse"]
+    note = ""
+    if decided in ("better", "worse") and ways[2] < ways[3]:
+        note = f" What changes for the {decided} is more than the rest makes up for."
+    return (
+        f"{whose} {ways[0]} the expected replies{by} than those of {of_a} in {ways[2]} of {number} questions and {ways[1]} "
+        f"in {ways[3]} ({both}).{note}"
+    )
+
+
+def _accuracy(metric: str) -> str:
+    return f"{CONSTRAINED}accuracy" if metric.startswith(CONSTRAINED) else "accuracy"
+
+
+def _of_checks(checks: dict[str, Any], first: str, tuned: str, names: dict[str, str]) -> list[str]:
+    """One sentence on the checks: where the tuned model passes more often, where less, and where nothing can be told."""
+    ways: dict[str, list[str]] = {"more": [], "less": [], "unclear": []}
+    for name, check in checks.items():
+        pair = next(p for p in check["pairs"] if {*p["models"]} == {first, tuned})
+        decided = decide(pair, check["conversations"])
+        if decided in ("better", "worse") and pair["models"][0] != first:
+            decided = "worse" if decided == "better" else "better"
+        way = {"better": "more", "worse": "less"}.get(decided, "unclear")
+        counts = [round(check["models"][model]["value"] * check["questions"]) for model in (first, tuned)]
+        ways[way].append(f"{name} ({counts[0]} -> {counts[1]} of {check['questions']})")
+    said = [f"passes {way} often: {', '.join(found)}" for way, found in ways.items() if found and way != "unclear"]
+    said += [f"no difference can be told: {', '.join(ways['unclear'])}"] if ways["unclear"] else []
+    return [f"Checks, {names[first]} -> {names[tuned]}: {'; '.join(said)}."] if said else []
+
+
+def _alone(results: dict[str, Any], name: str) -> str:
+    metric, model, number = results["primary_metric"], results["models"][name], results["test"]["questions"]
+    score = model[metric]
+    low, high = figure(metric, score["low"]), figure(metric, score["high"])
+    said = f"{NAMES[metric]} {figure(metric, score['value'])}, 95 % interval {low} to {high}"
+    if metric in LABEL_SCORES:
+        right = round(model[_accuracy(metric)]["value"] * number)
+        said += f"; the right label in {right} of {number} questions"
+    return f"Only {name} was asked, so nothing is compared ({said})."
+
+
+def _of_runs(results: dict[str, Any]) -> str:
+    best, metric = results["best"], results["primary_metric"]
+    if best is None:
+        return "No run has answers or a validation loss yet."
+    if not results["models"]:
+        loss = results["runs"][best]["eval_loss"]
+        return f"{best} has the lowest validation loss ({loss:.4f}). No answers are compared, only losses."
+    ways: dict[str, list[str]] = {}
+    for pair in (p for p in results["pairs"] if best in p["models"]):
+        pair = pair if pair["models"][1] == best else turned(pair)
+        decided = decide(pair["scores"][metric], results["test"]["conversations"])
+        ways.setdefault("better" if decided == "better" else "unclear", []).append(pair["models"][0])
+    said = f"{best} scores highest ({NAMES[metric]} {figure(metric, results['models'][best][metric]['value'])})."
+    if ways.get("better"):
+        said += f" It is better than {_listed(ways['better'])}."
+    if ways.get("unclear"):
+        said += f" This test set cannot tell it from {_listed(ways['unclear'])}."
+    return said
+
+
+def _listed(names: list[str]) -> str:
+    """At most six names, then how many more."""
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more

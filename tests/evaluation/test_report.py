@@ -1,0 +1,172 @@
+"""The report says who is better in words that need no statistics, and never more than the test set shows."""
+
+import json
+import re
+
+import pytest
+
+from carelm.evaluation import check_scores, report, results, verdicts
+from carelm.evaluation.questions import Question
+from carelm.recipe_file import load_recipe
+
+TIMES = {"p50": 9.0, "p95": 11.0, "p99": 12.0}
+KINDS = {"base": "base", "adapter": "adapter"}
+REPLY = "Your parcel is on its way and comes on Monday before noon"
+RIGHT, NEAR, WRONG = REPLY, "Your parcel is on its way", "We sell lamps"
+
+
+def measured(name, folder="", bits=None):
+    return {
+        "kind": KINDS.get(name, "checkpoint"), "precision": "fp32", "bits": bits, "load_seconds": 1.0, "total_parameters": 10,
+        "throughput": {}, "trained_parameters": None, "unused_generation_config": {}, "peak_memory_bytes": 2**30,
+        "conditions": {"device": "CPU"}, "prompt_tokens": {"p50": 7, "p95": 8, "max": 9}, "folder": str(folder),
+        "latency": {"prompts": 12, "ttft_ms": TIMES, "tpot_ms": TIMES, "e2e_ms": TIMES},
+    }  # fmt: skip
+
+
+def evaluate(folder, answers, references=None, keys=(), of_models=None, messages=None, checks=()):
+    """Writes the report of these answers into `folder`; returns the results, the page and the Markdown."""
+    number = len(next(iter(answers.values())))
+    references = references or [REPLY] * number
+    recipe = load_recipe(["--num_resamples", "300", "--output_dir", str(folder), "--checks", json.dumps(checks), *keys],
+                         usage="")  # fmt: skip
+    messages = messages or [{"role": "user", "content": "Where is my parcel?"}]
+    questions = [Question(f"q{i}", f"c{i}", f"kind {i % 3}", messages, [text]) for i, text in enumerate(references)]
+    lines = {name: [{"prediction": text, "finish_reason": "stop", "new_tokens": 5} for text in texts]
+             for name, texts in answers.items()}  # fmt: skip
+    about = {name: measured(name) for name in answers} | (of_models or {})
+    found = results.make_results(recipe, questions, lines, about, check_scores.ask(recipe, questions))
+    found |= {"test": {"questions": number, "conversations": number, "split": "test", "dataset": "rows", "num_shots": 0},
+              "conditions": {"num_resamples": 300}}  # fmt: skip
+    found = report.write(folder, recipe, found, questions, lines)
+    assert json.loads((folder / "results.json").read_text())["headline"] == found["headline"]
+    assert report.summary(folder, found)["headline"] == found["headline"]
+    return found, (folder / "report.html").read_text(), (folder / "report.md").read_text()
+
+
+def test_yes_is_said_with_the_questions_that_gained_and_lost_and_stands_first(tmp_path):
+    base = [WRONG] * 18 + [RIGHT] * 2
+    found, page, text = evaluate(tmp_path, {"base": base, "adapter": [NEAR] * 20})
+    assert re.fullmatch(
+        r"Yes\. The tuned model's answers are closer to the expected replies than those of the base in 18 of 20 questions and "
+        r"farther in 2 \(ROUGE-L 0\.100 -> 0\.\d{3}\)\.", found["headline"]
+    )  # fmt: skip
+    assert page.index(found["headline"].replace("'", "&#39;").replace(">", "&gt;")) < page.index("<table")
+    assert text.split("\n\n")[1].startswith("**Yes. The tuned model")
+
+
+def test_no_is_said_where_it_is_worse(tmp_path):
+    found, *_ = evaluate(tmp_path, {"base": [NEAR] * 20, "adapter": [WRONG] * 19 + [RIGHT]})
+    assert found["headline"].startswith(
+        "No. The tuned model's answers are farther from the expected replies than those of the base in 19 of 20 questions and "
+        "closer in 1 (ROUGE-L"
+    )
+
+
+def test_what_the_test_set_cannot_tell_is_said_so_with_what_may_be(tmp_path):
+    mixed = [RIGHT, WRONG] * 10
+    found, *_ = evaluate(tmp_path, {"base": [NEAR] * 20, "adapter": mixed})
+    assert found["headline"].startswith("This test set cannot tell. ") and "in 10 of 20 questions" in found["headline"]
+    assert "; the difference may lie anywhere from -" in found["headline"]
+    few, *_ = evaluate(tmp_path, {"base": [WRONG] * 9, "adapter": [RIGHT] * 9})
+    assert few["headline"].startswith("This test set cannot tell. ")
+    assert "9 conversations are too few" in few["headline"]
+    same, *_ = evaluate(tmp_path, {"base": [NEAR] * 20, "adapter": [NEAR] * 20})
+    assert "as close to the expected replies as those of the base in all 20 questions" in same["headline"]
+    assert not same["same"]  # that these two are alike is the answer, and nothing to fold away
+
+
+@pytest.mark.parametrize("low, high, p_value, word", [
+    (0.1, 0.2, 0.01, "better"), (-0.2, -0.1, 0.01, "worse"), (0.1, 0.2, 0.06, "unclear"), (-0.1, 0.2, 0.01, "unclear"),
+])  # fmt: skip
+def test_the_answer_is_that_of_the_interval_and_of_holms_p_value(low, high, p_value, word):
+    figure = {"difference": (low + high) / 2, "low": low, "high": high, "p_value_holm": p_value}
+    assert verdicts.decide(figure, 100) == word and verdicts.decide(figure, 9) == "few"
+
+
+def test_labels_are_counted_as_right_labels_beside_the_commonest(tmp_path):
+    references = ["urgent"] * 14 + ["normal"] * 6
+    answers = {"base": ["what?"] * 20, "adapter": ["urgent"] * 15 + ["normal"] * 5}
+    keys = ("--labels", "urgent", "normal", "--primary_metric", "macro_f1")
+    found, page, _ = evaluate(tmp_path, answers, references, keys)
+    assert found["headline"].startswith(
+        "Yes. The tuned model gives the right label in 19 of 20 questions, the base in 0; always giving the commonest label "
+        "would be right in 14 (macro F1 0.000 -> 0."
+    )
+    assert any("base (20 of 20 without a label). So scores of" in caution for caution in found["cautions"])
+    assert any("does not keep to the form, not what it knows" in caution for caution in found["cautions"])
+
+
+def test_one_model_alone_is_compared_with_nothing(tmp_path):
+    found, page, _ = evaluate(tmp_path, {"adapter": [NEAR] * 18 + [RIGHT] * 2})
+    assert found["headline"].startswith("Only adapter was asked, so nothing is compared (ROUGE-L 0.")
+    assert "nearest the median: half of all answers score higher" in page
+
+
+def test_a_merge_that_answers_like_its_adapter_is_folded_into_its_column_with_the_certificate(tmp_path):
+    (tmp_path / "merged").mkdir()
+    certificate = {"mean_kl": 2e-10, "prompts": 32, "tolerance": 1e-6, "top1_agreement": 1.0}
+    (tmp_path / "merged/merge.json").write_text(json.dumps(certificate))
+    answers = {"base": [WRONG] * 20, "adapter": [NEAR] * 20, "merged": [NEAR] * 20}
+    of_models = {"base": measured("base", bits=4), "merged": measured("merged", tmp_path / "merged")}
+    found, page, text = evaluate(tmp_path, answers, of_models=of_models)
+    sentence = found["same"]["merged"]["sentence"]
+    assert (
+        sentence.startswith("merged gives the same answer as adapter to all 20 questions") and "2e-10 nats" in sentence
+    )
+    assert sentence in text.replace("\\_", "_") and found["besides"] == []
+    for cells in (page.partition("<h2>Scores")[2].partition("</tr>")[0], text.partition("## Scores")[2][:40]):
+        assert "adapter" in cells and "merged" not in cells
+    assert "merged" in found["models"] and "merged" in page.partition("Speed and size")[2]  # its figures are kept
+    assert any("This is no fault" in caution for caution in found["cautions"])
+    other, page, _ = evaluate(tmp_path, answers | {"merged": [NEAR] * 19 + [WRONG]}, of_models=of_models)
+    assert not other["same"] and "merged" in page.partition("<h2>Scores")[2].partition("</tr>")[0]
+    assert other["besides"][0].startswith("merged against base: better. Merged's answers")
+
+
+def test_several_models_have_a_sentence_each(tmp_path):
+    found, *_ = evaluate(tmp_path, {"base": [WRONG] * 20, "adapter": [NEAR] * 20, "outputs/b": [RIGHT] * 20})
+    assert found["headline"].startswith("Yes. The tuned model's answers")
+    assert [sentence.partition(".")[0] for sentence in found["besides"]] == [
+        "outputs/b against base: better", "outputs/b against adapter: better",
+    ]  # fmt: skip
+
+
+def test_checks_are_counted_before_and_after(tmp_path):
+    checks = [{"name": "says Monday", "pattern": "Monday"}, {"name": "no lamps", "pattern": "lamps", "must": False}]
+    found, page, _ = evaluate(tmp_path, {"base": [RIGHT] * 20, "adapter": [NEAR] * 20}, checks=checks)
+    assert found["besides"] == [
+        "Checks, the base -> the tuned model: passes less often: says Monday (20 -> 0 of 20); no difference can be told: "
+        "no lamps (20 -> 20 of 20)."
+    ]
+    assert "<td>says Monday<small>20 questions; of the expected replies 1.000</small></td>" in page
+
+
+def test_typical_questions_are_those_nearest_the_median_gain_with_their_earlier_turns(tmp_path):
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"},
+             {"role": "assistant", "content": "What is it?"}, {"role": "user", "content": "Where is it?"}]  # fmt: skip
+    adapter = [WRONG] * 8 + [NEAR] * 7 + [RIGHT] * 8
+    found, page, text = evaluate(tmp_path, {"base": [WRONG] * 23, "adapter": adapter}, messages=turns)
+    chosen = found["pairs"][0]["typical"]
+    assert len(chosen) == 5 and {*chosen} <= {f"q{i}" for i in range(8, 15)}
+    assert [*chosen] != [f"q{i}" for i in range(8, 13)]  # among equals not those that stand first
+    typical = page.partition("5 typical questions")[2].partition("<h2>")[0]
+    assert typical.count("<b>assistant:</b> What is it?") == 5 and "Be kind." not in typical
+    assert "assistant, before: What is it?" in text.partition("## Typical")[2].partition("##")[0]
+
+
+def test_scores_that_are_0_for_all_are_left_out_and_named(tmp_path):
+    found, page, text = evaluate(tmp_path, {"base": [WRONG] * 20, "adapter": [NEAR] * 20})
+    scores = page.partition("<h2>Scores")[2].partition("<h2>")[0]
+    assert "Left out, as 0 for every model: exact match." in scores and "<b>exact match</b>" not in scores
+    assert "Left out, as 0 for every model: exact match." in text and "| exact match |" not in text
+    assert 'style="width: 0' not in page  # no empty bars
+    assert all(found["models"][name]["exact_match"]["value"] == 0 for name in ("base", "adapter"))
+
+
+def test_the_page_is_dark_where_the_reader_is_and_its_pictures_too(tmp_path):
+    _, page, _ = evaluate(tmp_path, {"base": [WRONG] * 20, "adapter": [NEAR] * 20})
+    assert "prefers-color-scheme: dark" in page
+    picture = page.partition("<svg")[2].partition("</svg>")[0]
+    assert "var(--ink)" in picture and "var(--c1)" in picture and "#ffffff" not in picture
+    assert "var(" not in (tmp_path / "latency.svg").read_text()  # which stands alone
