@@ -228,7 +228,8 @@ def _about_form(recipe: Recipe, questions: int, models: dict[str, Any]) -> list[
             means = (
                 f"So scores of written answers say that a model does not keep to the form, not what it knows: {fairer}."
             )
-        said.append(f"Nearly no answer is whole: {each}. {means}")
+        how = "are cut off or hold no label" if recipe.labels else "are cut off"
+        said.append(f"Nearly all answers {how}: {each}. {means}")
     return said
 
 
