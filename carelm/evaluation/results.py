@@ -17,7 +17,7 @@ MOST_CHANGED = 3
 SILENT = ("do_sample temperature top_k top_p top_h min_p typical_p epsilon_cutoff eta_cutoff max_length use_cache "
           "output_scores output_logits output_attentions output_hidden_states return_dict_in_generate").split()  # fmt: skip
 TYPICAL = 5
-MOSTLY = 0.9  # of a model's answers: above it, what they score says how it keeps to the form
+MOSTLY = 0.8  # of a model's answers: above it, what they score says how it keeps to the form
 
 
 def make_results(
@@ -43,7 +43,10 @@ def make_results(
     labelled = labelled or Labelled()
     conversations, references = [q.conversation for q in questions], [q.references for q in questions]
     tokenizer = scripts.bleu_tokenizer(references)
-    deciding = "accuracy" if has_labels_only else _deciding(recipe, references)
+    has_chosen = (
+        recipe.primary_metric.startswith(scores.CONSTRAINED) and lines.keys() <= labelled.log_probabilities.keys()
+    )
+    deciding = "accuracy" if has_labels_only else _deciding(recipe, references, has_chosen)
     drawn = scores.draws(len(set(conversations)), recipe.num_resamples, recipe.split_seed)
     models, scored, ranked = {}, {}, {}
     for name, predicted in lines.items():
@@ -93,10 +96,10 @@ def make_results(
         "checks": checked,
         "tests": {},
         "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
-        "cautions": _cautions(recipe, measured, len(all_pairs))
+        "cautions": label_results.cautions(recipe, labelled, models)
         + _about_answers(recipe, questions, models)
-        + label_results.cautions(recipe, labelled, models)
-        + unchecked,
+        + unchecked
+        + _cautions(recipe, measured, len(all_pairs)),
         "scored_by": deciding,
         "examples": {name: _examples(questions, values) for name, values in ranked.items()},
         "signatures": {
@@ -120,8 +123,11 @@ def _by_category(recipe: Recipe, questions: list[Question], turns: dict[str, sco
     return found
 
 
-def _deciding(recipe: Recipe, references: list[list[str]]) -> str:
-    """The score of single answers by which examples are chosen: the primary one where it is one and can read the references."""
+def _deciding(recipe: Recipe, references: list[list[str]], has_chosen: bool) -> str:
+    """The score of single answers by which questions are counted and examples are chosen: the primary one where it is one and
+    can read the references; where labels decide, whether the label is right."""
+    if recipe.primary_metric in scores.LABEL_SCORES:
+        return f"{scores.CONSTRAINED}accuracy" if has_chosen else "accuracy"
     readable = scripts.unread_by_rouge(references) < scripts.MANY
     if recipe.primary_metric == "exact_match" or (readable and recipe.primary_metric in scores.ROUGE_TYPES):
         return recipe.primary_metric
@@ -191,21 +197,20 @@ def _about_answers(recipe: Recipe, questions: list[Question], models: dict[str, 
                 cautions.append(
                     f"{name}: every label that it gives is {given[0]}; it does not tell the questions apart."
                 )
-    if recipe.labels:
-        commonest, count = max(((label, sum(row.values())) for label, row in next(iter(models.values()))["confusion"].items()),
-                               key=lambda pair: pair[1])  # fmt: skip
-        cautions.append(f"Always answering {commonest} would have an accuracy of {count / len(questions):.3f}.")
+    if recipe.labels and recipe.primary_metric not in scores.LABEL_SCORES:  # the headline has it where labels decide
+        commonest, count = scores.commonest(next(iter(models.values()))["confusion"])
+        cautions.append(f"Always answering {commonest} would be right in {count} of {len(questions)} questions.")
     return cautions
 
 
 def _about_form(recipe: Recipe, questions: int, models: dict[str, Any]) -> list[str]:
-    """Answers that were cut, or hold no label; and where these are nearly all, what that means for a comparison."""
+    """Answers that were cut, or hold no label; and where these are most, what that means for a comparison."""
     said, cut, mostly = [], {}, {}
     for name, model in models.items():
         number, without = model["cut_predictions"], _answered(model)[scores.UNPARSABLE] if recipe.labels else 0
         if max(number, without) >= MOSTLY * questions:
             found = {"cut off at max_new_tokens": number, "without a label": without}
-            mostly[name] = " and ".join(f"{n} of {questions} {how}" for how, n in found.items() if n > questions / 2)
+            mostly[name] = ", ".join(f"{n} of {questions} {how}" for how, n in found.items() if n > questions / 2)
             continue
         if number > questions / 2:
             cut[name] = number
@@ -214,22 +219,24 @@ def _about_form(recipe: Recipe, questions: int, models: dict[str, Any]) -> list[
     if cut:
         each = ", ".join(f"{name} ({number})" for name, number in cut.items())
         said.append(f"Most of the {questions} answers were cut at max_new_tokens: {each}; set it higher.")
-    if mostly:
-        each = ", ".join(f"{name} ({counts})" for name, counts in mostly.items())
-        means = (
+    if mostly and recipe.labels:
+        each = "; ".join(f"{name}: {counts}" for name, counts in mostly.items())
+        chosen = f"{scores.CONSTRAINED}accuracy"
+        fairer = "examples in the prompt (num_shots) make the comparison fairer"
+        if any(chosen in models[name] for name in mostly):
+            fairer = f"{scores.NAMES[chosen]}, of the label that a model finds likeliest, is the fairer comparison"
+        said.append(
+            f"Most answers are cut off or hold no label ({each}). So scores of written answers say that a model does not keep "
+            f"to the form, not what it knows: {fairer}."
+        )
+    elif mostly:
+        fairer = (
             "A longer answer shares less of itself with the expected reply: a part of what another model gains is that it ends "
             "in time. A higher max_new_tokens makes the comparison fairer."
         )
-        if recipe.labels:
-            chosen = f"{scores.CONSTRAINED}accuracy"
-            fairer = "examples in the prompt (num_shots) make the comparison fairer"
-            if any(chosen in models[name] for name in mostly):
-                fairer = f"{scores.NAMES[chosen]}, of the label that a model finds likeliest, is the fairer comparison"
-            means = (
-                f"So scores of written answers say that a model does not keep to the form, not what it knows: {fairer}."
-            )
-        how = "are cut off or hold no label" if recipe.labels else "are cut off"
-        said.append(f"Nearly all answers {how}: {each}. {means}")
+        each = ", ".join(f"{name} ({models[name]['cut_predictions']} of {questions})" for name in mostly)
+        fairer = "Set it higher." if len(mostly) == len(models) else fairer
+        said.append(f"Most answers are cut off at max_new_tokens: {each}. {fairer}")
     return said
 
 

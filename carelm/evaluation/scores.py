@@ -239,6 +239,11 @@ def confusion(turns: dict[str, Statistics], labels: Sequence[str], prefix: str =
     return {label: dict(zip((*labels, UNPARSABLE), map(int, row))) for label, row in zip(labels, table)}
 
 
+def commonest(confusion: dict[str, dict[str, int]]) -> tuple[str, int]:
+    """The label that is right most often, and in how many questions."""
+    return max(((label, sum(row.values())) for label, row in confusion.items()), key=lambda pair: pair[1])
+
+
 def mean_of(values: np.ndarray) -> Statistics:
     """The mean of one value a question, float64 [questions]."""
     return share_of(np.stack([values, np.ones(len(values))], 1))

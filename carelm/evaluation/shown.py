@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from carelm.evaluation import label_report, run_report, same_answers
 from carelm.evaluation.plots import way
 from carelm.evaluation.questions import Question
-from carelm.evaluation.scores import NAMES
+from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES
 from carelm.evaluation.tables import FEWEST_OF_A_PART, ONE_DECIMAL, make_tables, ranged, shared_scores
 from carelm.evaluation.verdicts import figure, main_pair
 
@@ -67,7 +67,10 @@ class Shown:
         self.names, self.words, self.ranged, self.most_categories = NAMES, WORDS, ranged, MOST_CATEGORIES
         self._questions = {q.id: (i, q) for i, q in enumerate(questions)}
         shared = shared_scores(self.models) if self.models else []
-        self.scores = [s for s in shared if s == self.metric or any(m[s]["value"] for m in self.models.values())]
+        shown = [s for s in shared if s == self.metric or any(float(ranged(s, m[s])[0]) for m in self.models.values())]
+        self.scores = sorted(
+            shown, key=lambda s: (s != self.metric, (s in LABEL_SCORES) != (self.metric in LABEL_SCORES))
+        )
         self.left_out = [NAMES[s] for s in shared if s not in self.scores]
         self.runs = run_report.table(results) if "runs" in results else None
         self.about_differences = "In the score that decides; the others stand in comparison.json." if self.runs else ""
@@ -91,10 +94,15 @@ class Shown:
             "of conversations."
         )
 
-    def score_rows(self) -> list[tuple[str, str, str, list[Bar]]]:
-        """Key, name, meaning, and a bar for each model; the score that decides first."""
-        ordered = sorted(self.scores, key=lambda score: score != self.metric)
-        return [(s, NAMES[s], MEANINGS[s], [bar(s, m[s]) for m in self.models.values()]) for s in ordered]
+    def score_rows(self, of_labels: bool | None = None) -> list[tuple[str, str, str, list[Bar]]]:
+        """Key, name, meaning, and a bar for each model; the score that decides first. Those of labels or of the text alone,
+        where it is said."""
+        chosen = [s for s in self.scores if of_labels in (None, s in LABEL_SCORES)]
+        return [(s, NAMES[s], MEANINGS[s], [bar(s, m[s]) for m in self.models.values()]) for s in chosen]
+
+    def text_rows(self) -> list[tuple[str, str, str, list[Bar]]]:
+        """Where labels decide, the other scores, which a report may fold away."""
+        return self.score_rows(of_labels=False) if self.metric in LABEL_SCORES else []
 
     def categories(self) -> list[tuple[str, int, list[Bar]]]:
         """The categories with most questions first; none where all questions are of one."""
@@ -135,7 +143,7 @@ class Shown:
             )
         shown = self.models if self.runs is None else called
         return text, [
-            self.example(i, shown) | {"values": dict(zip(called, (f"{NAMES[by]} {figure(by, v)}" for v in values)))}
+            self.example(i, shown) | {"values": dict(zip(called, (_in_short(by, v) for v in values)))}
             for i, values in chosen.items()
         ]
 
@@ -172,7 +180,9 @@ class Shown:
     def speed(self) -> str:
         """The time of one answer, in a few words, for the fold that holds the rest."""
         times = {name: m["latency"]["e2e_ms"]["p50"] for name, m in self.everyone.items() if m["latency"]["e2e_ms"]}
-        return f"one answer takes {', '.join(f'{ms:,.0f} ms ({name})' for name, ms in times.items())}" if times else ""
+        if not times or self.runs:
+            return ""
+        return f"one answer takes {', '.join(f'{ms:,.0f} ms ({name})' for name, ms in times.items())}"
 
     def speed_rows(self) -> list[tuple[str, list[str]]]:
         """Label and one text per model, of everything that is measured beside the scores."""
@@ -215,6 +225,13 @@ class Shown:
             for name, m in self.everyone.items()
         }
         return {**self.results["conditions"], **self.results["signatures"], **own}
+
+
+def _in_short(score: str, value: float) -> str:
+    """One answer's score beside it; of labels whether it is right."""
+    if score in LABEL_SCORES:
+        return ("chooses " if score.startswith(CONSTRAINED) else "") + ("the right label" if value else "a wrong label")
+    return f"{NAMES[score]} {figure(score, value)}"
 
 
 def _said(message: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ Both come from the same decision: the interval of the paired difference and its 
 
 from typing import Any
 
-from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES
+from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, commonest
 
 FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
 ANSWERS = {"better": "Yes", "worse": "No", "unclear": "This test set cannot tell", "few": "This test set cannot tell"}
@@ -121,9 +121,9 @@ def _in_questions(results: dict[str, Any], pair: dict[str, Any], names: dict[str
     if metric in LABEL_SCORES:
         right = {name: round(models[name][_accuracy(metric)]["value"] * number) for name in (a, b)}
         how = "Asked to choose among the labels, " if metric.startswith(CONSTRAINED) else ""
-        always = max(sum(row.values()) for row in models[b]["confusion"].values())
-        said = (f"{how}{of_b} gives the right label in {right[b]} of {number} questions, {of_a} in {right[a]}; always giving "
-                f"the commonest label would be right in {always} ({both}).")  # fmt: skip
+        always, often = commonest(models[b]["confusion"])
+        said = (f"{how}{of_b} gives the right label in {right[b]} of {number} questions, {of_a} in {right[a]}; always "
+                f"answering {always} would be right in {often} ({both}).")  # fmt: skip
         is_turned = decided in ("better", "worse") and (right[b] - right[a]) * score["difference"] < 0
         note = " Macro F1 counts each label alike, however rare, and decides here." if is_turned else ""
         return said[0].upper() + said[1:] + note
@@ -169,7 +169,8 @@ def _alone(results: dict[str, Any], name: str) -> str:
     said = f"{NAMES[metric]} {figure(metric, score['value'])}, 95 % interval {low} to {high}"
     if metric in LABEL_SCORES:
         right = round(model[_accuracy(metric)]["value"] * number)
-        said += f"; the right label in {right} of {number} questions"
+        always, often = commonest(model["confusion"])
+        said += f"; the right label in {right} of {number} questions, always answering {always} in {often}"
     return f"Only {name} was asked, so nothing is compared ({said})."
 
 
@@ -194,6 +195,5 @@ def _of_runs(results: dict[str, Any]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """At most six names, then how many more."""
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return ", ".join(names[:6]) + more
+    """Up to four names, of more how many they are."""
+    return ", ".join(names) if len(names) < 5 else f"{len(names)} others ({', '.join(names[:3])} ...)"

@@ -51,7 +51,7 @@ def test_yes_is_said_with_the_questions_that_gained_and_lost_and_stands_first(tm
         r"Yes\. The tuned model's answers are closer to the expected replies than those of the base in 18 of 20 questions and "
         r"farther in 2 \(ROUGE-L 0\.100 -> 0\.\d{3}\)\.", found["headline"]
     )  # fmt: skip
-    assert page.index(found["headline"].replace("'", "&#39;").replace(">", "&gt;")) < page.index("<table")
+    assert page.index(found["headline"].replace("'", "&#39;").replace("->", "→")) < page.index("<table")
     assert text.split("\n\n")[1].startswith("**Yes. The tuned model")
 
 
@@ -90,10 +90,12 @@ def test_labels_are_counted_as_right_labels_beside_the_commonest(tmp_path):
     keys = ("--labels", "urgent", "normal", "--primary_metric", "macro_f1")
     found, page, _ = evaluate(tmp_path, answers, references, keys)
     assert found["headline"].startswith(
-        "Yes. The tuned model gives the right label in 19 of 20 questions, the base in 0; always giving the commonest label "
-        "would be right in 14 (macro F1 0.000 -> 0."
+        "Yes. The tuned model gives the right label in 19 of 20 questions, the base in 0; always answering urgent would be "
+        "right in 14 (macro F1 0.000 -> 0."
     )
-    assert any("base (20 of 20 without a label). So scores of" in caution for caution in found["cautions"])
+    typical = page.partition("5 typical questions")[2].partition("<h2>")[0]
+    assert typical.count("base, a wrong label") == typical.count("adapter, the right label") == 5
+    assert any("(base: 20 of 20 without a label). So scores of" in caution for caution in found["cautions"])
     assert any("does not keep to the form, not what it knows" in caution for caution in found["cautions"])
 
 
