@@ -240,6 +240,8 @@ def typed(key: Key, value: Any, where: str) -> Any:
     hint = next((hint for kind, hint in WANTED.items() if kind in kinds), "")
     if isinstance(value, dict) and "str" in kinds:
         hint = "; in YAML a text that begins with { stands in quotes"
+    elif isinstance(value, bool) and "str" in kinds:
+        hint = "; in YAML the words yes, no, on and off stand in quotes"
     elif "dict" in kinds and where == "--":
         hint = """; on a command line it stands in quotes, as '{"key": "value"}'"""
     problem = UserError(f"{where}{key.name}: {value!r} is not of type {key.annotation}{hint}")

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import re
+import runpy
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from launching import PROJECT
 from small_rows import write_jsonl, write_parquet
 
 from carelm.chat import question
@@ -16,6 +18,7 @@ from carelm.data.personal import find_personal, has_html, has_signature
 from carelm.data.report import format_report
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
+from carelm.evaluation.questions import make_questions
 from carelm.recipe_file import check_identity, load_also_tests, save_recipe
 from carelm.talk.session import Said, Session
 from carelm.training import hub
@@ -246,12 +249,13 @@ def test_rows_of_other_recipes_are_masked_too(make, tmp_path):
 @pytest.mark.parametrize(("keys", "problem"), [
     ({"phone_region": "UK"}, "phone_region: 'UK' is no country's two letters; did you mean GB?"),
     ({"phone_region": "de"}, "phone_region: 'de' is no country's two letters; did you mean DE?"),
+    ({"phone_region": False}, "is not of type str | None; in YAML the words yes, no, on and off stand in quotes"),
     ({"phone_region": "Germany"}, "phone_region: 'Germany' is no country's two letters; write DE, US, IN or another"),
 ])  # fmt: skip
 def test_a_region_that_is_none_is_one_line(make, tmp_path, keys, problem):
     with pytest.raises(UserError) as caught:
         make(write_jsonl(tmp_path / "rows.jsonl", [GERMAN]), **keys)
-    assert str(caught.value) == problem
+    assert str(caught.value).endswith(problem)
 
 
 def test_without_the_libraries_a_mask_is_refused_and_a_report_says_what_it_lacks(make, tmp_path, monkeypatch):
@@ -267,3 +271,21 @@ def test_without_the_libraries_a_mask_is_refused_and_a_report_says_what_it_lacks
             make(rows, mask_personal_data=True)
     finally:
         masking._is_installed.cache_clear()
+
+
+def test_the_evaluator_asks_and_compares_what_is_masked(make, tmp_path):
+    folder = tmp_path / "data"
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", [GERMAN | {"question": f"{split}: {GERMAN['question']}"}])
+    recipe = make(folder, mask_personal_data=True, phone_region="DE", num_shots=1)
+    questions, _ = make_questions(recipe, make_chat(recipe))
+    asked = "Rückruf bitte unter [PHONE] oder [EMAIL], Bestellung 0301234567."
+    answer = "Wir rufen an: [PHONE]. {{Order Number}}"
+    assert [m["content"] for m in questions[0].messages] == [f"train: {asked}", answer, f"test: {asked}"]
+    assert questions[0].references == [answer]
+
+
+def test_a_chat_says_that_it_masks(make, tmp_path, capfd):
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", [GERMAN]), mask_personal_data=True)
+    runpy.run_path(str(PROJECT / "train/chat.py"))["for_chat"](recipe)
+    assert "mask_personal_data: the models read [EMAIL], [PHONE]" in capfd.readouterr().err
