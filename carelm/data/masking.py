@@ -46,9 +46,9 @@ def _is_installed(module: str) -> bool:
 
 def check_personal(recipe: "Recipe") -> None:
     """Raises UserError for a region that is none, and for masking without the libraries that find what to mask."""
-    if (recipe.mask_personal_data or recipe.phone_region) and (problem := missing()):
-        raise UserError(f"{'mask_personal_data' if recipe.mask_personal_data else 'phone_region'}: {problem}")
-    if recipe.phone_region is not None:
+    if recipe.mask_personal_data and missing():
+        raise UserError(f"mask_personal_data: {missing()}")
+    if recipe.phone_region is not None and not missing():
         import phonenumbers
 
         if recipe.phone_region not in phonenumbers.SUPPORTED_REGIONS:
