@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from carelm.ranks import say
-from carelm.sweep.processes import Outcome, Taken, as_compared, is_orphan, recorded, take
+from carelm.sweep.record import Outcome, Taken, as_compared, is_orphan, recorded, take
 from carelm.sweep.sweep_file import Run
 
 if TYPE_CHECKING:

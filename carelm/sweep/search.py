@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from carelm.errors import UserError
 from carelm.evaluation.report import loss_curves
-from carelm.sweep.processes import Outcome, Taken, as_compared, is_orphan, metrics, take, try_lock
+from carelm.sweep.record import Outcome, Taken, as_compared, is_orphan, metrics, take, try_lock
 from carelm.sweep.sweep_file import Run, Sweep
 from carelm.training import stops
 

@@ -8,7 +8,7 @@ from test_sweep import call, sweep
 from torch.utils.tensorboard import SummaryWriter
 
 from carelm.errors import UserError
-from carelm.sweep.processes import Outcome
+from carelm.sweep.record import Outcome
 from carelm.sweep.search import Search
 from carelm.sweep.sweep_file import read_sweep
 from carelm.training.stops import FILE

@@ -11,7 +11,7 @@ import psutil
 import yaml
 from launching import PROJECT, environment
 
-from carelm.sweep import processes
+from carelm.sweep import processes, record
 from carelm.sweep.grid import Grid
 from carelm.sweep.sweep_file import read_sweep
 
@@ -80,13 +80,13 @@ def test_a_finished_run_is_not_run_again_and_a_failed_one_is(tmp_path):
     runs = read_sweep(sweep(tmp_path, runs=listed)[2:]).runs
     for run, state, keys in zip(runs, ("finished", "failed", "finished"), ({}, {}, {"num_shots": 1})):
         run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **keys))
-        taken = processes.take(run)
-        processes.note(run, processes.Outcome(state, "no rows"), at=processes.STARTED - 60)
+        taken = record.take(run)
+        record.note(run, record.Outcome(state, "no rows"), at=record.STARTED - 60)
         taken.lock.close()
     grid = Grid(runs)
     taken = [grid.take() for _ in range(3)]
     assert [t and t.run.name for t in taken] == ["failed", "changed", None]
-    assert grid.outcomes == {"done": processes.Outcome("finished")} and not grid.waits()
+    assert grid.outcomes == {"done": record.Outcome("finished")} and not grid.waits()
 
 
 def test_a_finished_run_that_is_to_train_longer_says_that_it_goes_on(tmp_path):
