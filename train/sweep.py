@@ -23,9 +23,9 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, ranks  # noqa: F401
+from carelm.data.sources import stay_offline
 from carelm.files import read_json
 from carelm.sweep.grid import Grid
-from carelm.sweep.plan import format_plan
 from carelm.sweep.processes import devices, work
 from carelm.sweep.sweep_file import read_sweep
 
@@ -36,6 +36,9 @@ def main() -> None:
         return print(__doc__)
     sweep = read_sweep(words)
     if len(words) < len(sys.argv[1:]):
+        stay_offline(*(run.recipe for run in sweep.runs or [sweep.make_run("trial-000", {}, "search")]))
+        from carelm.sweep.plan import format_plan
+
         return print(format_plan(sweep))
     if sweep.search:
         from carelm.sweep.search import Search

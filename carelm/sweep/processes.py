@@ -12,15 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from carelm.files import ROOT
 from carelm.ranks import say
 from carelm.recipe_file import save_recipe
-from carelm.sweep.grid import Grid
 from carelm.sweep.record import Outcome, Taken, metrics, note
-from carelm.sweep.search import Search
 from carelm.sweep.sweep_file import Run
 from carelm.training import runs, stops
+
+if TYPE_CHECKING:
+    from carelm.sweep.grid import Grid
+    from carelm.sweep.search import Search
 
 LOOK_EVERY_S = 0.3
 
@@ -34,7 +37,7 @@ def devices() -> list[str]:
     return named.split(",")[:number] if named and number else [str(k) for k in range(number)] or [""]
 
 
-def work(source: Grid | Search, places: list[str]) -> None:
+def work(source: "Grid | Search", places: list[str]) -> None:
     """Runs what the source gives, one run at a time in each of the places (values of CUDA_VISIBLE_DEVICES).
 
     Raises:
@@ -108,7 +111,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _look(taken: Taken, source: Grid | Search, is_asked: bool) -> Outcome | None:
+def _look(taken: Taken, source: "Grid | Search", is_asked: bool) -> Outcome | None:
     """How the run has ended; None where it has not. The next script of it is started here."""
     status, run = taken.process.poll(), taken.run
     is_in_training = "train/sft.py" in taken.process.args[1]
@@ -135,7 +138,7 @@ def _last_words(run: Run, status: int) -> str:
     return said.removeprefix("error: ")
 
 
-def _end(taken: Taken, source: Grid | Search, outcome: Outcome) -> None:
+def _end(taken: Taken, source: "Grid | Search", outcome: Outcome) -> None:
     run, seconds = taken.run, time.time() - taken.began
     if outcome.state != "stopped":
         note(run, outcome, time.time())
