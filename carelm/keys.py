@@ -23,7 +23,7 @@ from carelm.recipe import Recipe
 EVALUATION_KEYS = (
     "models", "num_shots", "max_new_tokens", "max_batch_tokens", "temperature", "top_p", "reference_columns", "labels",
     "overlap_columns", "primary_metric", "num_resamples", "num_latency_prompts", "checks",
-    "also_test", "api_url",
+    "also_test", "api_url", "rate",
 )  # fmt: skip
 CARD_KEYS = ("card_notes", "card_questions")
 # Keys that may change when a run goes on: where it runs, how much, what it shows.

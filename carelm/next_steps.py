@@ -24,6 +24,6 @@ def words_of(recipe: Recipe, arguments: list[str]) -> list[str]:
     kept, is_kept = [], True
     for argument in arguments:
         if argument.startswith("--"):
-            is_kept = argument.partition("=")[0] not in ("--restart", "--models")
+            is_kept = argument.partition("=")[0] not in ("--restart", "--models", "--rate")
         kept += [argument] if is_kept else []
     return kept

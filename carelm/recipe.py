@@ -212,6 +212,10 @@ class Recipe:
     num_latency_prompts: int = _key(
         50, "Prompts that are timed one at a time (all, where there are fewer); 0: no latency is measured."
     )
+    rate: bool = _key(
+        False,
+        "Write rate.html too: blind pairs of answers to rate by hand; the file that it saves counts in the next report.",
+    )
     # the model card
     card_notes: str | None = _key(
         None, "Text that stands on top of the model card, as Markdown: what it is for, its data, its limits."

@@ -4,6 +4,7 @@
     python eval/run.py --config recipes/datasets/bitext_support.yaml --config recipes/overlays/demo_base.yaml
     python eval/run.py --config recipes/shop.yaml --models base adapter adapter@bf16 outputs/other --num_shots 2
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml eval/run.py --config recipes/shop.yaml
+    accelerate launch eval/run.py --config recipes/shop.yaml --rate        # and rate.html: blind pairs, rated by hand
 
 Each rank answers its share. Writes OUTPUT_DIR/eval/: results.json, report.html, report.md, predictions-MODEL.jsonl,
 recipe.yaml and TensorBoard events. Predictions are kept as they are made: the same command again goes on where it stopped,
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
+from carelm.errors import UserError
 from carelm.keys import EVALUATION_KEYS
 from carelm.next_steps import say_next, words_of
 from carelm.recipe_file import load_also_tests, load_recipe, save_recipe
@@ -35,6 +37,8 @@ def main() -> None:
 
     models = candidates.find_candidates(recipe)
     ranks.say(f"models: {', '.join(model.name for model in models)}")
+    if recipe.rate and len(models) < 2:
+        raise UserError("rate: two models are needed, the base and a tuned one; name them in models")
     own, *elsewhere = make_question_sets(recipe, others)
 
     import torch
@@ -42,7 +46,7 @@ def main() -> None:
     ranks.check_gpus(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_cpu(launch)
-    from carelm.evaluation import answers, api, constrained, report, results
+    from carelm.evaluation import answers, api, constrained, ratings, report, results
     from carelm.evaluation.label_results import Labelled
     from carelm.models.precision import choose_precision
     from carelm.training import stops
@@ -56,6 +60,7 @@ def main() -> None:
         ranks.say(f"all models answer in {precision.name} ({precision.reason})")
         models = [model.computing_in(precision.name) for model in models]
     folder = recipe.output_dir / "eval"
+    rated = ratings.load(folder)
 
     def way(model):
         return api if isinstance(model, api.ApiModel) else answers
@@ -98,6 +103,7 @@ def main() -> None:
             for model in models
             if (files := model.changed_data(recipe))
         ]
+        found["ratings"] = ratings.count(rated, found["models"], own.questions, lines[""])
         found |= {"conditions": answers.conditions(recipe)}
         found = report.write(folder, recipe, found, own.questions, lines[""])
         for name, result in found["tests"].items():
@@ -107,6 +113,12 @@ def main() -> None:
             ranks.say(sentence)
         for sentence in [same["sentence"] for same in found["same"].values()] + found["besides"] + [found["headline"]]:
             ranks.say(sentence)
+        if recipe.rate:
+            asks = f"{recipe.name}: which answer is better?"
+            page, number = ratings.write_page(
+                folder, asks, found["models"], own.questions, lines[""], recipe.split_seed
+            )
+            ranks.say(f"{number} pairs of answers to rate in a browser: {page}")
         ranks.say(f"report: {folder / 'report.html'}")
         print(json.dumps(report.summary(folder, found)), flush=True)
         words, into = words_of(recipe, sys.argv[1:]), recipe.output_dir / "merged"

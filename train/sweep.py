@@ -59,7 +59,8 @@ def main() -> None:
 
         page = compare(sweep.folder, sweep.name, runs)
         found["comparison"] = str(page)
-        ranks.say(f"comparison: {page}; best: {read_json(page.with_suffix('.json'))['best']}")
+        ranks.say(read_json(page.with_suffix(".json"))["headline"])
+        ranks.say(f"comparison: {page}")
     print(json.dumps(found), flush=True)
     if names["failed"]:
         sys.exit(1)

@@ -52,11 +52,11 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     first, tuned = main_pair(models)
     if tuned is None:
         return {"headline": _alone(results, first), "besides": []}
-    names = _called(models, first, tuned)
+    names = called(models, first, tuned)
     pairs = {tuple(pair["models"]): pair for pair in results["pairs"]}
     main = pairs.get((first, tuned)) or turned(pairs[tuned, first])
     decided = decide(main["scores"][results["primary_metric"]], results["test"]["conversations"])
-    besides = []
+    besides = [results["ratings"]["sentence"]] if results.get("ratings") else []
     for (a, b), pair in pairs.items():
         if {a, b} != {first, tuned} and a in models and b in models:
             of_pair = decide(pair["scores"][results["primary_metric"]], results["test"]["conversations"])
@@ -93,7 +93,7 @@ def figure(score: str, value: float) -> str:
     return f"{value:.1f}" if score in ("bleu", "chrf") else f"{value:.3f}"
 
 
-def _called(models: dict[str, Any], first: str, tuned: str) -> dict[str, str]:
+def called(models: dict[str, Any], first: str, tuned: str) -> dict[str, str]:
     """What the sentences call each model."""
     names = {name: name for name in models}
     if models[first]["kind"] == "base":
