@@ -59,8 +59,9 @@ def main() -> None:
 
         page = compare(sweep.folder, sweep.name, runs)
         found["comparison"] = str(page)
-        ranks.say(read_json(page.with_suffix(".json"))["headline"])
-        ranks.say(f"comparison: {page}")
+        compared = read_json(page.with_suffix(".json"))
+        ranks.say(compared["headline"])
+        ranks.say(f"comparison: {page}; best: {compared['best']}")
     print(json.dumps(found), flush=True)
     if names["failed"]:
         sys.exit(1)

@@ -63,7 +63,9 @@ def test_what_raters_save_is_counted_for_the_right_model_with_wilsons_interval(a
     fives = sum(int(pair["id"][1:]) % 5 == 0 for pair in pairs[15:30])
     assert found["preferred"] == {"base": 15 - fives, "adapter": 20 + fives, "tie": 9}
     assert found["questions"] == 39 and found["share"] == wilson_interval((20 + fives) / 35, 30)
-    said = f"the answer of the tuned model was preferred in {20 + fives} of 44 ratings, that of the base in {15 - fives}, neither"
+    said = (
+        f"the answer of the tuned model was preferred in {20 + fives} of 44 ratings, that of the base in {15 - fives}, "
+    )
     assert said in found["sentence"] and "% of those that chose; 95 % interval" in found["sentence"]
 
 
