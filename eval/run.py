@@ -46,7 +46,7 @@ def main() -> None:
     ranks.check_gpus(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_cpu(launch)
-    from carelm.evaluation import answers, api, constrained, ratings, report, results
+    from carelm.evaluation import answers, api, constrained, ratings, report, results, same_answers
     from carelm.evaluation.label_results import Labelled
     from carelm.models.precision import choose_precision
     from carelm.training import stops
@@ -109,9 +109,9 @@ def main() -> None:
         for name, result in found["tests"].items():
             for sentence in result["verdicts"]:
                 ranks.say(f"{name}: {sentence}")
-        for sentence in found["verdicts"] + found["cautions"]:
-            ranks.say(sentence)
-        for sentence in [same["sentence"] for same in found["same"].values()] + found["besides"] + [found["headline"]]:
+        said = same_answers.without(found, found["same"])["verdicts"] + found["cautions"]
+        said += [same["sentence"] for same in found["same"].values()]
+        for sentence in [*said, *found["besides"], found["headline"]]:
             ranks.say(sentence)
         if recipe.rate:
             asks = f"{recipe.name}: which answer is better?"

@@ -143,8 +143,9 @@ def cautions(recipe: Recipe, labelled: Labelled, models: dict[str, Any]) -> list
         temperature, decided = model.get("calibration", {}).get("temperature"), model.get("decided", {})
         if temperature and abs(np.log(temperature)) > np.log(calibration.WIDEST_TEMPERATURE) - 1e-3:
             how = "all or nearly all are right" if temperature < 1 else "labels are no better than a guess"
+            of = model["calibration"].get("validation_questions", number)  # of runs that are compared, each one's own
             found.append(
-                f"{name}: the temperature ends at the bound of its search, {temperature:.3g}, because on the {number} "
+                f"{name}: the temperature ends at the bound of its search, {temperature:.3g}, because on the {of} "
                 f"validation questions {how}: its scaled probabilities and their calibration error say nothing."
             )
         if decided.get("threshold", 0) is None:

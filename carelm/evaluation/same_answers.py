@@ -32,7 +32,7 @@ def find(results: dict[str, Any], lines: dict[str, list[dict[str, Any]]]) -> dic
 
 
 def without(results: dict[str, Any], folded: dict[str, Any]) -> dict[str, Any]:
-    """The results less the folded models, their pairs and what they did in checks."""
+    """The results less the folded models, their pairs, verdicts and what they did in checks."""
     if not folded:
         return results
 
@@ -44,8 +44,11 @@ def without(results: dict[str, Any], folded: dict[str, Any]) -> dict[str, Any]:
 
     checks = {name: check | {"models": kept(check["models"]), "pairs": pairs(check["pairs"])}
               for name, check in results["checks"].items()}  # fmt: skip
-    return results | {"models": kept(results["models"]), "pairs": pairs(results["pairs"]), "checks": checks,
-                      "examples": kept(results["examples"])}  # fmt: skip
+    verdicts = [
+        said for pair, said in zip(results["pairs"], results["verdicts"]) if not folded.keys() & {*pair["models"]}
+    ]
+    return results | {"models": kept(results["models"]), "pairs": pairs(results["pairs"]), "verdicts": verdicts,
+                      "checks": checks, "examples": kept(results["examples"])}  # fmt: skip
 
 
 def _sentence(name: str, other: str, number: int, merge: dict[str, Any]) -> str:

@@ -139,7 +139,7 @@ class Shown:
             chosen, called = pair["typical"], pair["models"]
             text = (
                 f"The {len(chosen)} questions whose change in {NAMES[by]} from {called[0]} to {called[1]} is nearest the "
-                "median: one half of the questions gained more, the other less. They were not picked for their looks."
+                "median: one half of the questions gained more, the other less. So they are neither the best nor the worst."
             )
         shown = self.models if self.runs is None else called
         return text, [

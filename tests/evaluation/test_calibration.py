@@ -165,3 +165,9 @@ def test_the_threshold_of_overlap_is_the_best_of_all_that_there_are():
 
         assert macro_f1(threshold) == pytest.approx(max(macro_f1(at) for at in np.unique(found)))
         assert threshold not in found or threshold == found.min()
+
+
+def test_a_temperature_at_its_bound_is_said_with_the_validation_questions_of_the_run_that_fitted_it():
+    model = {"calibration": {"temperature": 100.0, "validation_questions": 60}}
+    (caution,) = label_results.cautions(load_recipe([], usage=""), label_results.Labelled(), {"r16": model})
+    assert "r16: the temperature ends at the bound" in caution and "on the 60 validation questions" in caution

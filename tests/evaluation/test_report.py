@@ -119,6 +119,7 @@ def test_a_merge_that_answers_like_its_adapter_is_folded_into_its_column_with_th
     assert sentence in text.replace("\\_", "_") and found["besides"] == []
     for cells in (page.partition("<h2>Scores")[2].partition("</tr>")[0], text.partition("## Scores")[2][:40]):
         assert "adapter" in cells and "merged" not in cells
+    assert "merged is better" not in page and "merged is better than base" in " ".join(found["verdicts"])
     assert "merged" in found["models"] and "merged" in page.partition("Speed and size")[2]  # its figures are kept
     assert any("This is no fault" in caution for caution in found["cautions"])
     other, page, _ = evaluate(tmp_path, answers | {"merged": [NEAR] * 19 + [WRONG]}, of_models=of_models)
