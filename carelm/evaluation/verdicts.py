@@ -126,10 +126,10 @@ def _in_questions(results: dict[str, Any], pair: dict[str, Any], names: dict[str
                 f"answering {always} would be right in {often} ({both}).")  # fmt: skip
         is_turned = decided in ("better", "worse") and (right[b] - right[a]) * score["difference"] < 0
         note = " Macro F1 counts each label alike, however rare, and decides here." if is_turned else ""
-        return said[0].upper() + said[1:] + note
+        return _first_word(said) + note
     closer, farther = pair["closer"], pair["farther"]
     by = f" by {NAMES[pair['changed_by']]}" if pair["changed_by"] != metric else ""
-    whose = f"{of_b[0].upper()}{of_b[1:]}'s answers are"
+    whose = f"{_first_word(of_b)}'s answers are"
     if closer == farther == 0:
         return f"{whose} as close to the expected replies{by} as those of {of_a} in all {number} questions ({both})."
     ways = [("closer to", "farther", closer, farther), ("farther from", "closer", farther, closer)][decided == "worse"]
@@ -140,6 +140,11 @@ def _in_questions(results: dict[str, Any], pair: dict[str, Any], names: dict[str
         f"{whose} {ways[0]} the expected replies{by} than those of {of_a} in {ways[2]} of {number} questions and {ways[1]} "
         f"in {ways[3]} ({both}).{note}"
     )
+
+
+def _first_word(text: str) -> str:
+    """The beginning of a sentence; a model's own name stays as it is."""
+    return "The" + text[3:] if text.startswith("the ") else text
 
 
 def _accuracy(metric: str) -> str:
