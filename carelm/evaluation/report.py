@@ -165,8 +165,13 @@ def _markdown(shown: Shown, pictures: list[str]) -> str:
         [_cell(pair), NAMES[score], f"{text} ({around})", p_value]
         for pair, score, text, around, p_value in shown.differences()
     ]
-    parts = [f"# {_cell(shown.title)}", f"**{_cell(results['headline'])}**"]
-    parts += listed([*results["besides"], *(same["sentence"] for same in results["same"].values())])
+    parts = [f"# {_cell(shown.title)}", f"**{_cell(results['headline'].replace('->', '→'))}**"]
+    parts += listed(
+        [
+            *(said.replace("->", "→") for said in results["besides"]),
+            *(same["sentence"] for same in results["same"].values()),
+        ]
+    )
     if results["cautions"]:
         parts += ["To keep in mind:", *listed(results["cautions"])]
     if shown.runs:

@@ -137,10 +137,13 @@ class Shown:
             text = f"The {len(chosen)} questions whose {NAMES[by]} is nearest the median: half of all answers score higher."
         else:
             chosen, called = pair["typical"], pair["models"]
+            change = f"change in {NAMES[by]} from {called[0]} to {called[1]}"
             text = (
-                f"The {len(chosen)} questions whose change in {NAMES[by]} from {called[0]} to {called[1]} is nearest the "
-                "median: one half of the questions gained more, the other less. So they are neither the best nor the worst."
+                f"The {len(chosen)} questions whose {change} is nearest the median: one half of the questions gained more, the "
+                "other less. So they are neither the best nor the worst."
             )
+            if by in LABEL_SCORES:  # most changes are alike
+                text = f"{len(chosen)} questions with the median {change}, drawn where more have it."
         shown = self.models if self.runs is None else called
         return text, [
             self.example(i, shown) | {"values": dict(zip(called, (_in_short(by, v) for v in values)))}

@@ -52,7 +52,7 @@ def test_yes_is_said_with_the_questions_that_gained_and_lost_and_stands_first(tm
         r"farther in 2 \(ROUGE-L 0\.100 -> 0\.\d{3}\)\.", found["headline"]
     )  # fmt: skip
     assert page.index(found["headline"].replace("'", "&#39;").replace("->", "→")) < page.index("<table")
-    assert text.split("\n\n")[1].startswith("**Yes. The tuned model")
+    assert text.split("\n\n")[1].startswith("**Yes. The tuned model") and "0.100 → 0." in text.split("\n\n")[1]
 
 
 def test_no_is_said_where_it_is_worse(tmp_path):
@@ -94,6 +94,7 @@ def test_labels_are_counted_as_right_labels_beside_the_commonest(tmp_path):
         "right in 14 (macro F1 0.000 -> 0."
     )
     typical = page.partition("5 typical questions")[2].partition("<h2>")[0]
+    assert "5 questions with the median change in accuracy from base to adapter, drawn" in typical
     assert typical.count("base, a wrong label") == typical.count("adapter, the right label") == 5
     assert any("(base: 20 of 20 without a label). So scores of" in caution for caution in found["cautions"])
     assert any("does not keep to the form, not what it knows" in caution for caution in found["cautions"])
