@@ -59,15 +59,13 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     besides = [results["ratings"]["sentence"]] if results.get("ratings") else []
     for (a, b), pair in pairs.items():
         if {a, b} != {first, tuned} and a in models and b in models:
-            of_pair = decide(pair["scores"][results["primary_metric"]], results["test"]["conversations"])
-            besides.append(f"{b} against {a}: {IN_SHORT[of_pair]}. {_in_questions(results, pair, names)}")
+            besides.append(f"{b} against {a}: {_in_short(results, pair)}")
     besides += _of_checks(results["checks"], first, tuned, names)
     for name, test in results["tests"].items():
         there = next((p for p in test["pairs"] if {*p["models"]} == {first, tuned}), None)
         if there:
             there = there if there["models"][0] == first else turned(there)
-            of_test = decide(there["scores"][test["primary_metric"]], test["test"]["conversations"])
-            besides.append(f"Elsewhere, on {name}: {IN_SHORT[of_test]}. {_in_questions(test, there, names)}")
+            besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {_in_short(test, there)}")
     return {"headline": f"{ANSWERS[decided]}. {_in_questions(results, main, names)}", "besides": besides}
 
 
@@ -103,21 +101,44 @@ def called(models: dict[str, Any], first: str, tuned: str) -> dict[str, str]:
     return names
 
 
+def _in_short(results: dict[str, Any], pair: dict[str, Any]) -> str:
+    """The same as the headline of a pair, in half a sentence."""
+    metric, models, number = results["primary_metric"], results["models"], results["test"]["questions"]
+    a, b = pair["models"]
+    if metric in LABEL_SCORES:
+        right = [round(models[name][_accuracy(metric)]["value"] * number) for name in (b, a)]
+        counted = f"the right label in {right[0]} of {number} questions, against {right[1]}"
+    else:
+        by = f" by {NAMES[pair['changed_by']]}" if pair["changed_by"] != metric else ""
+        counted = (
+            f"closer to the expected reply{by} in {pair['closer']} of {number} questions, farther in {pair['farther']}"
+        )
+    word = IN_SHORT[decide(pair["scores"][metric], results["test"]["conversations"])]
+    return f"{word}; {counted} ({_both(results, pair)})."
+
+
+def _both(results: dict[str, Any], pair: dict[str, Any]) -> str:
+    """Both scores of a pair; where nothing can be told, what the difference may be."""
+    metric, score = results["primary_metric"], pair["scores"][results["primary_metric"]]
+    said = " -> ".join(figure(metric, results["models"][name][metric]["value"]) for name in pair["models"])
+    match decide(score, results["test"]["conversations"]):
+        case "unclear":
+            low, high = (f"{'+' if score[end] > 0 else ''}{figure(metric, score[end])}" for end in ("low", "high"))
+            said += f"; the difference may lie anywhere from {low} to {high}"
+            if not score["low"] <= 0 <= score["high"]:
+                said += f", which is not enough among {len(results['pairs'])} comparisons"
+        case "few":
+            said += f"; {results['test']['conversations']} conversations are too few"
+    return f"{NAMES[metric]} {said}"
+
+
 def _in_questions(results: dict[str, Any], pair: dict[str, Any], names: dict[str, str]) -> str:
     """What the second model of a pair does better, counted in questions, and both scores."""
     metric, models, number = results["primary_metric"], results["models"], results["test"]["questions"]
     a, b = pair["models"]
     of_a, of_b = names.get(a, a), names.get(b, b)
     score = pair["scores"][metric]
-    both = f"{NAMES[metric]} {' -> '.join(figure(metric, models[name][metric]['value']) for name in (a, b))}"
-    decided = decide(score, results["test"]["conversations"])
-    if decided == "unclear":
-        low, high = (f"{'+' if score[end] > 0 else ''}{figure(metric, score[end])}" for end in ("low", "high"))
-        both += f"; the difference may lie anywhere from {low} to {high}"
-        if not score["low"] <= 0 <= score["high"]:
-            both += f", which is not enough among {len(results['pairs'])} comparisons"
-    elif decided == "few":
-        both += f"; {results['test']['conversations']} conversations are too few"
+    both, decided = _both(results, pair), decide(score, results["test"]["conversations"])
     if metric in LABEL_SCORES:
         right = {name: round(models[name][_accuracy(metric)]["value"] * number) for name in (a, b)}
         how = "Asked to choose among the labels, " if metric.startswith(CONSTRAINED) else ""

@@ -125,13 +125,13 @@ def test_a_merge_that_answers_like_its_adapter_is_folded_into_its_column_with_th
     assert any("This is no fault" in caution for caution in found["cautions"])
     other, page, _ = evaluate(tmp_path, answers | {"merged": [NEAR] * 19 + [WRONG]}, of_models=of_models)
     assert not other["same"] and "merged" in page.partition("<h2>Scores")[2].partition("</tr>")[0]
-    assert other["besides"][0].startswith("merged against base: better. merged's answers")
+    assert other["besides"][0].startswith("merged against base: better; closer to the expected reply in 19 of 20")
 
 
 def test_several_models_have_a_sentence_each(tmp_path):
     found, *_ = evaluate(tmp_path, {"base": [WRONG] * 20, "adapter": [NEAR] * 20, "outputs/b": [RIGHT] * 20})
     assert found["headline"].startswith("Yes. The tuned model's answers")
-    assert [sentence.partition(".")[0] for sentence in found["besides"]] == [
+    assert [sentence.partition(";")[0] for sentence in found["besides"]] == [
         "outputs/b against base: better", "outputs/b against adapter: better",
     ]  # fmt: skip
 
