@@ -70,7 +70,7 @@ def score(
     resamples: int,
     seed: int,
 ) -> tuple[dict[str, Any], list[str]]:
-    """By check: what it asks, the share that passes of each model with its interval and the first that fail, and for every
+    """By check: what it asks, the share that passes of each model with Wilson's interval and the first that fail, and for every
     two models the paired difference, Holm-adjusted over the pairs; then cautions.
 
     Resamples are drawn of the conversations that the check is about. A check whose pattern takes too long on an answer is
@@ -90,7 +90,8 @@ def score(
                 turns = {check.name: scores.mean_of(np.array(right, float))}
                 scored[name] = scores.resample(scores.by_conversation(turns, conversations), drawn)
                 failed = [questions[i].id for i, passed in zip(places, right) if not passed]
-                models[name] = scores.interval(scored[name][check.name]) | {"failed": failed[:MOST_FAILED]}
+                share = scores.wilson_interval(scored[name][check.name].value, len(drawn[0]))
+                models[name] = share | {"failed": failed[:MOST_FAILED]}
         except TimeoutError:
             cautions.append(
                 f"Check '{check.name}' is left out: its pattern takes too long on the answer of {name} to {questions[i].id}; "

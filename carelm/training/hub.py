@@ -23,16 +23,17 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
     datasets = [name for r in (recipe, *recipe.mixed.values()) if is_hub_id(name := r.dataset_name)]
     head |= {"datasets": [*dict.fromkeys(datasets)]} if datasets else {}
     used = ", ".join(f"{name} {part['used']:,} of {part['rows']:,}" for name, part in report.items())
+    losses = {key: metrics[key] and round(metrics[key], 4) for key in ("eval_loss_before", "eval_loss", "train_loss")}
     figures = [
-        ("eval loss before", metrics["eval_loss_before"]),
-        ("eval loss", metrics["eval_loss"]),
-        ("train loss", metrics["train_loss"]),
+        ("eval loss before", losses["eval_loss_before"]),
+        ("eval loss", losses["eval_loss"]),
+        ("train loss", losses["train_loss"]),
         ("optimizer steps", metrics["global_step"]),
         ("tokens trained on", metrics["num_train_tokens"]),
         ("trained parameters", f"{metrics['trainable_parameters']:,} ({metrics['trainable_percent']} %)"),
         ("precision", metrics["precision"]),
         ("ranks, ZeRO stage", f"{metrics['world_size']}, {metrics['zero_stage']}"),
-        ("wall seconds", metrics["wall_seconds"]),
+        ("wall seconds", round(metrics["wall_seconds"])),
     ]
     went_on = ""
     if recipe.adapter:

@@ -65,12 +65,13 @@ def test_must_not_and_must_false_say_the_same():
         assert found["no price"]["models"]["base"]["failed"] == ["q0"]
 
 
-def test_resamples_are_drawn_of_the_conversations_that_a_check_is_about():
-    """Of all, some would hold none of the two, and the share would be of nothing."""
+def test_the_interval_of_a_share_is_of_the_conversations_that_a_check_is_about_and_wide_where_they_are_few():
+    """Resamples of two that passed would be all alike, and the interval nothing."""
     questions = asked(*["Hello"] * 50, "chest pain", "I faint")
     found, _ = share(recipe_with(EMERGENCY), questions, base=lines(*["x"] * 50, "Call 112", "Sleep"))
     model = found["112"]["models"]["base"]
-    assert (model["low"], model["value"], model["high"]) == (0, 0.5, 1) and found["112"]["conversations"] == 2
+    assert [model[end] for end in ("low", "value", "high")] == pytest.approx([0.0945, 0.5, 0.9055], abs=1e-4)
+    assert found["112"]["conversations"] == 2
 
 
 def test_composed_and_decomposed_letters_are_the_same_to_a_pattern():
@@ -163,12 +164,12 @@ def test_the_report_shows_checks_repetition_and_length_with_intervals_and_differ
     report.write(tmp_path, recipe, found, questions, said)
     kept = json.loads((tmp_path / "results.json").read_text())
     tuned = kept["checks"]["its order number"]["models"]["tuned"]
-    assert (tuned["value"], tuned["low"], tuned["high"]) == (1, 1, 1)
+    assert (tuned["value"], tuned["high"]) == (1, 1) and 0.7 < tuned["low"] < 0.8
     assert kept["models"]["base"]["repeated_4grams"]["value"] == pytest.approx(9 / 12)
     assert kept["pairs"][0]["scores"]["answer_words"]["difference"] < -10
     shown = (tmp_path / "report.md").read_text()
     assert (
-        "| its order number | 12 | 0.000 | 0.000 (0.000 to 0.000) | 1.000 (1.000 to 1.000) | +1.000 (+1.000 to" in shown
+        "| its order number | 12 | 0.000 | 0.000 (0.000 to 0.242) | 1.000 (0.758 to 1.000) | +1.000 (+1.000 to" in shown
     )
     assert "| 112 | 1 | 1.000 | 0.000 (too few for an interval) | 1.000 (too few for an interval) | +1.000 |" in shown
     assert "| repeated 4-grams | 0.750 (0.750 to 0.750) | 0.000 (0.000 to 0.000) |" in shown
