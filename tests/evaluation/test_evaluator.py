@@ -466,7 +466,7 @@ def test_a_recipe_with_labels_has_its_confusion_table_in_the_report(tmp_path, mo
     assert all(base["confusion"][kind]["unparsable"] == 1 for kind in kinds)
     assert "Labels, base" in (tmp_path / "run/eval/report.html").read_text()
     found = json.loads((tmp_path / "run/eval/results.json").read_text())
-    assert any("(base: 12 of 12 without a label). So scores of written answers say" in c for c in found["cautions"])
+    assert any("12 of 12 without a label). So scores of written answers say" in c for c in found["cautions"])
     assert "the right label in 0 of 12 questions, always answering kind0 in 1)" in found["headline"]
     assert "| kind11 |" in (tmp_path / "run/eval/report.md").read_text()
 
