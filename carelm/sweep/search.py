@@ -19,7 +19,7 @@ from carelm.training import stops
 if TYPE_CHECKING:
     from carelm.evaluation.comparison import Compared
 
-INSTALL = "pip install 'carelm[search]', or pip install optuna"
+INSTALL = "pip install -e '.[search]', or pip install optuna"
 
 
 class Search:
