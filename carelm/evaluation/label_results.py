@@ -77,7 +77,7 @@ def certainty(
         }
         decidable = (_decidable(found[split], temperature, of_split)
                      for split, of_split in (("validation", of_validation), ("test", true)))  # fmt: skip
-        about["decided"] = _decided(*decidable, conversations, drawn)
+        about["decided"] = _decided(*decidable, conversations)
     if len(recipe.labels) == 2:
         owner = np.array([names[name] for name in conversations])
         odds = calibration.log_odds(found["test"], np.zeros_like(true))
@@ -185,14 +185,12 @@ def _decided(
     validation: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     conversations: list[str],
-    drawn: np.ndarray,
 ) -> dict[str, Any]:
     threshold = calibration.threshold_for(PRECISION, *validation)
     odds, right = test
     decided = odds >= (np.inf if threshold is None else threshold)
-    turns = {"share": scores.mean_of(decided.astype(float))}
-    found = scores.resample(scores.by_conversation(turns, conversations), drawn)
-    figures = {"share": scores.interval(found["share"]), "questions": int(decided.sum())}
+    share = scores.wilson_interval(float(decided.mean()), len({*conversations}))
+    figures = {"share": share, "questions": int(decided.sum())}
     if decided.any():
         number = len({conversations[k] for k in np.flatnonzero(decided)})
         figures["precision"] = scores.wilson_interval(float(right[decided].mean()), number)

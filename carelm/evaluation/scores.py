@@ -218,7 +218,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def compare(models: dict[str, dict[str, Scored]], baselines: Collection[str] = ()) -> list[dict[str, Any]]:
     """Every two models, and every one with each of the `baselines` among them (those stand first): for each score that both
-    have the paired difference (second less first), Holm-adjusted over these pairs."""
+    have the paired difference (second less first), Holm-adjusted over these pairs, and `comparisons`, how many they are."""
     pairs = [{"models": [a, b], "scores": {}} for a, b in itertools.combinations(models, 2) if b not in baselines]
     for name in dict.fromkeys(score for scored in models.values() for score in scored):
         having = [pair for pair in pairs if all(name in models[model] for model in pair["models"])]
@@ -227,7 +227,7 @@ def compare(models: dict[str, dict[str, Scored]], baselines: Collection[str] = (
             pair["scores"][name] = difference(models[a][name], models[b][name])
         adjusted = holm([pair["scores"][name]["p_value"] for pair in having])
         for pair, p_value in zip(having, adjusted):
-            pair["scores"][name]["p_value_holm"] = p_value
+            pair["scores"][name] |= {"p_value_holm": p_value, "comparisons": len(having)}
     return pairs
 
 

@@ -5,7 +5,7 @@ Both come from the same decision: the interval of the paired difference and its 
 
 from typing import Any
 
-from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, commonest
+from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, TEXT_SCORES, commonest
 
 FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
 ANSWERS = {"better": "Yes", "worse": "No", "unclear": "This test set cannot tell", "few": "This test set cannot tell"}
@@ -40,7 +40,7 @@ def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
 
 def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> dict[str, Any]:
     """`headline`, the answer to "is the tuned model better?" in a sentence, and `besides`, what else the figures answer: the
-    other models, the checks, and the tests of `also_test`.
+    scores that decide the other way, the other models, the checks, and the tests of `also_test`.
 
     Args:
         results: of `make_results`, with `test` and `tests`; with `runs` where a sweep's are compared.
@@ -48,7 +48,7 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     """
     models = {name: model for name, model in results["models"].items() if name not in (folded or {})}
     if "runs" in results:
-        return {"headline": _of_runs(results), "besides": []}
+        return _of_runs(results)
     first, tuned = main_pair(models)
     if tuned is None:
         return {"headline": _alone(results, first), "besides": []}
@@ -56,16 +56,18 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     pairs = {tuple(pair["models"]): pair for pair in results["pairs"]}
     main = pairs.get((first, tuned)) or turned(pairs[tuned, first])
     decided = decide(main["scores"][results["primary_metric"]], results["test"]["conversations"])
-    besides = [results["ratings"]["sentence"]] if results.get("ratings") else []
+    besides = _other_way(results, main, names)
+    besides += [results["ratings"]["sentence"]] if results.get("ratings") else []
     for (a, b), pair in pairs.items():
         if {a, b} != {first, tuned} and a in models and b in models:
-            besides.append(f"{b} against {a}: {_in_short(results, pair)}")
+            besides += [f"{b} against {a}: {_in_short(results, pair)}", *_other_way(results, pair, names)]
     besides += _of_checks(results["checks"], first, tuned, names)
     for name, test in results["tests"].items():
         there = next((p for p in test["pairs"] if {*p["models"]} == {first, tuned}), None)
         if there:
             there = there if there["models"][0] == first else turned(there)
             besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {_in_short(test, there)}")
+            besides += [f"On {name}: {said}" for said in _other_way(test, there, names)]
     return {"headline": f"{ANSWERS[decided]}. {_in_questions(results, main, names)}", "besides": besides}
 
 
@@ -101,6 +103,24 @@ def called(models: dict[str, Any], first: str, tuned: str) -> dict[str, str]:
     return names
 
 
+def _other_way(results: dict[str, Any], pair: dict[str, Any], names: dict[str, str]) -> list[str]:
+    """A sentence for each score by which the second model is worse where the primary one says better, or the reverse."""
+    found, number, (a, b) = pair["scores"], results["test"]["conversations"], pair["models"]
+    decided = decide(found[results["primary_metric"]], number)
+    other = {"better": "worse", "worse": "better"}.get(decided)
+    return [
+        f"{NAMES[s]} says the opposite: {names.get(b, b)} is {other} than {names.get(a, a)} ({_change(results, pair, s)}, "
+        f"p {found[s]['p_value_holm']:.2g} after Holm's correction)."
+        for s in (*TEXT_SCORES, *LABEL_SCORES)
+        if s in found and decide(found[s], number) == other
+    ]
+
+
+def _change(results: dict[str, Any], pair: dict[str, Any], score: str) -> str:
+    """Both models' scores."""
+    return " -> ".join(figure(score, results["models"][name][score]["value"]) for name in pair["models"])
+
+
 def _in_short(results: dict[str, Any], pair: dict[str, Any]) -> str:
     """The same as the headline of a pair, in half a sentence."""
     metric, models, number = results["primary_metric"], results["models"], results["test"]["questions"]
@@ -120,13 +140,14 @@ def _in_short(results: dict[str, Any], pair: dict[str, Any]) -> str:
 def _both(results: dict[str, Any], pair: dict[str, Any]) -> str:
     """Both scores of a pair; where nothing can be told, what the difference may be."""
     metric, score = results["primary_metric"], pair["scores"][results["primary_metric"]]
-    said = " -> ".join(figure(metric, results["models"][name][metric]["value"]) for name in pair["models"])
+    said = _change(results, pair, metric)
     match decide(score, results["test"]["conversations"]):
         case "unclear":
             low, high = (f"{'+' if score[end] > 0 else ''}{figure(metric, score[end])}" for end in ("low", "high"))
             said += f"; the difference may lie anywhere from {low} to {high}"
             if not score["low"] <= 0 <= score["high"]:
-                said += f", which is not enough among {len(results['pairs'])} comparisons"
+                among = f" among {score['comparisons']} comparisons" if score["comparisons"] > 1 else ""
+                said += f", which is not enough{among} (p {score['p_value_holm']:.2g})"
         case "few":
             said += f"; {results['test']['conversations']} conversations are too few"
     return f"{NAMES[metric]} {said}"
@@ -200,24 +221,27 @@ def _alone(results: dict[str, Any], name: str) -> str:
     return f"Only {name} was asked, so nothing is compared ({said})."
 
 
-def _of_runs(results: dict[str, Any]) -> str:
+def _of_runs(results: dict[str, Any]) -> dict[str, Any]:
     best, metric = results["best"], results["primary_metric"]
     if best is None:
-        return "No run has answers or a validation loss yet."
+        return {"headline": "No run has answers or a validation loss yet.", "besides": []}
     if not results["models"]:
         loss = results["runs"][best]["eval_loss"]
-        return f"{best} has the lowest validation loss ({loss:.4f}). No answers are compared, only losses."
+        said = f"{best} has the lowest validation loss ({loss:.4f}). No answers are compared, only losses."
+        return {"headline": said, "besides": []}
     ways: dict[str, list[str]] = {}
+    besides = list[str]()
     for pair in (p for p in results["pairs"] if best in p["models"]):
         pair = pair if pair["models"][1] == best else turned(pair)
         decided = decide(pair["scores"][metric], results["test"]["conversations"])
         ways.setdefault("better" if decided == "better" else "unclear", []).append(pair["models"][0])
+        besides += _other_way(results, pair, {})
     said = f"{best} scores highest ({NAMES[metric]} {figure(metric, results['models'][best][metric]['value'])})."
     if ways.get("better"):
         said += f" It is better than {_listed(ways['better'])}."
     if ways.get("unclear"):
         said += f" This test set cannot tell it from {_listed(ways['unclear'])}."
-    return said
+    return {"headline": said, "besides": besides}
 
 
 def _listed(names: list[str]) -> str:

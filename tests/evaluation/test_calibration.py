@@ -83,6 +83,9 @@ def test_of_few_decided_questions_the_share_that_is_right_has_a_wide_interval():
     found, cautions = certain(SURE, [(4, True)] * 2 + [(1, False)] * 98)
     assert (found["decided"]["questions"], found["decided"]["share"]["value"]) == (2, 0.02)
     assert found["decided"]["precision"] == {"value": 1.0, "low": pytest.approx(0.342, abs=1e-3), "high": 1.0}
+    assert found["decided"]["share"]["low"] == pytest.approx(0.0055, abs=1e-4)
+    nothing, _ = certain(SURE, [(1, False)] * 100)  # of which no resample holds one either
+    assert nothing["decided"]["share"] == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.037, abs=1e-3)}
     found, more = certain(SURE, [(4, True)] * 70 + [(4, False)] * 30)
     assert found["decided"]["precision"]["low"] == pytest.approx(0.604, abs=1e-3)
     assert found["decided"]["precision"]["high"] == pytest.approx(0.781, abs=1e-3)

@@ -364,7 +364,7 @@ def test_results_hold_every_promised_key(compared):
     assert results["models"]["adapter"]["trained_parameters"] == 1_196_032
     assert results["models"]["base"]["trained_parameters"] is None
     pair = results["pairs"][0]["scores"][results["primary_metric"]]
-    assert {"difference", "low", "high", "p_value", "p_value_holm"} == pair.keys()
+    assert {"difference", "low", "high", "p_value", "p_value_holm", "comparisons"} == pair.keys()
     assert last["verdicts"] == results["verdicts"] and len(results["verdicts"]) == 1
     assert {"decoding", "max_new_tokens", "num_resamples"} <= results["conditions"].keys()
 

@@ -84,6 +84,44 @@ def test_the_answer_is_that_of_the_interval_and_of_holms_p_value(low, high, p_va
     assert verdicts.decide(figure, 100) == word and verdicts.decide(figure, 9) == "few"
 
 
+def test_a_score_that_decides_the_other_way_has_a_sentence_of_its_own(tmp_path):
+    """Short answers gain in ROUGE-L, which counts what is too much, and lose in chrF, which asks what is missing."""
+    base = [
+        f"{REPLY} and we thank you for the order number {i} that you have given to our shop last week"
+        for i in range(20)
+    ]
+    found, page, text = evaluate(tmp_path, {"base": base, "adapter": ["Your parcel is on its way"] * 20})
+    assert found["headline"].startswith("Yes. ")
+    [said] = [
+        s for s in found["besides"] if s.startswith("chrF says the opposite: the tuned model is worse than the base (")
+    ]
+    assert (
+        re.search(r"\(\d\d\.\d -> \d\d\.\d, p 0\.\d+ after Holm's correction\)\.$", said)
+        and "chrF says the opposite" in page
+    )
+    assert not any(s.startswith("ROUGE-L") for s in found["besides"])
+    swapped, *_ = evaluate(tmp_path, {"base": ["Your parcel is on its way"] * 20, "adapter": base})
+    assert swapped["headline"].startswith("No. ")
+    assert any("chrF says the opposite: the tuned model is better than the base" in s for s in swapped["besides"])
+
+
+def test_what_is_not_enough_is_said_with_the_number_of_comparisons_that_the_correction_is_over():
+    score = {"difference": 0.1, "low": 0.01, "high": 0.2, "p_value": 0.02, "p_value_holm": 0.06, "comparisons": 3}
+    pair = {
+        "models": ["base", "adapter"],
+        "scores": {"rougeL": score},
+        "changed_by": "rougeL",
+        "closer": 9,
+        "farther": 2,
+    }
+    models = {name: measured(name) | {"rougeL": {"value": value}} for name, value in (("base", 0.2), ("adapter", 0.3))}
+    found = {"primary_metric": "rougeL", "models": models, "pairs": [pair], "checks": {}, "tests": {},
+             "test": {"questions": 20, "conversations": 20}}  # fmt: skip
+    assert "+0.200, which is not enough among 3 comparisons (p 0.06)" in verdicts.headline(found)["headline"]
+    score["comparisons"] = 1
+    assert "+0.200, which is not enough (p 0.06)" in verdicts.headline(found)["headline"]
+
+
 def test_labels_are_counted_as_right_labels_beside_the_commonest(tmp_path):
     references = ["urgent"] * 14 + ["normal"] * 6
     answers = {"base": ["what?"] * 20, "adapter": ["urgent"] * 15 + ["normal"] * 5}
