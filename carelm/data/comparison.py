@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from carelm.data.example import Example
 
+LONG = 40  # characters: such a column of a question says so much that it is compared by itself
 _KEYS = ("role", "content", "tool_calls", "name")  # ids of calls, weights and reasoning tell no conversations apart
 
 
@@ -62,6 +64,20 @@ def asked(example: Example) -> str:
     """What the user says, without what a template puts around it."""
     texts = example.columns or [m["content"] for m in example.prompt if m["role"] == "user"]
     return "\n".join(texts).strip()
+
+
+def without_template(examples: list[Example]) -> list[Example]:
+    """The same rows of one recipe, compared by what their users say, as the templates of two recipes may differ. By themselves
+    are compared the column that is longest over all rows, and any text of LONG characters: a title, a product or an intent
+    that many questions share is none of them."""
+    lengths = [sum(map(len, texts)) for texts in zip(*(e.columns for e in examples))]
+    main = lengths.index(max(lengths)) if lengths else None
+
+    def compared(e: Example) -> Example:
+        alone = [text.strip() for i, text in enumerate(e.columns) if i == main or len(text.strip()) >= LONG]
+        return replace(e, words=asked(e) if e.columns else e.words, alone=(*filter(None, alone or [asked(e)]),))
+
+    return [compared(e) for e in examples]
 
 
 def last_words(example: Example, number: int = 50) -> str:

@@ -20,6 +20,7 @@ class Example:
     words: str | None = (
         None  # what the question is compared by, without template, where it has tags or predicted columns: its other columns
     )
+    alone: tuple[str, ...] = ()  # those parts of it that are a question by themselves (`without_template`)
     row: dict[str, Any] | None = None  # as read, with predicted_columns
     unused: frozenset[str] = frozenset()  # keys of its messages that the recipe does not use
 

@@ -5,7 +5,7 @@ import random
 from collections import defaultdict
 from dataclasses import replace
 
-from carelm.data.comparison import Comparison, asked, last_words
+from carelm.data.comparison import Comparison, asked, last_words, without_template
 from carelm.data.example import Example
 from carelm.data.report import SplitReport
 from carelm.data.splits import find_near_duplicates, keep_apart, make_examples
@@ -31,7 +31,8 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
         return mixed
     # Those beyond max_eval_samples too: a later evaluation may ask them.
     whole = make_examples(replace(recipe, max_eval_samples=None))[0] if recipe.max_eval_samples else examples
-    held_out = {split: _bare(whole[split]) for split in ("validation", "test") if split in whole}
+    apart = [e for split in ("validation", "test") for e in whole.get(split, [])]
+    held_out = {"test": without_template(apart)}
     here = {_content(e) for of_split in examples.values() for e in of_split}
     for name, other in recipe.mixed.items():
         try:
@@ -40,11 +41,11 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
             raise UserError(f"also_train: {name}: {error}") from None
         report, across = reports["train"], SplitReport()
         compare = Comparison.of_two(_all(examples), _all(found))
-        parts = {"train": _bare(found["train"]), **held_out}
+        parts = {"train": without_template(found["train"]), **held_out}
         keep_apart(recipe, parts, {"train": across}, compare, set())
         if not recipe.keep_test_questions:
             parts["train"] = _without_columns(parts["train"], _all(held_out), across)
-        find_near_duplicates(recipe, parts, {"train": across}, compare, _texts)
+        find_near_duplicates(recipe, parts, {"train": across}, compare)
         rows = [e for e in parts["train"] if _content(e) not in here]
         if twice := len(parts["train"]) - len(rows):
             across.dropped["there already"] = twice
@@ -66,11 +67,6 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
         report.first_near_duplicates += across.first_near_duplicates
         mixed[name] = rows, report
     return mixed
-
-
-def _bare(examples: list[Example]) -> list[Example]:
-    """The same, compared by what their users say: the templates of two recipes may differ."""
-    return [replace(e, words=asked(e)) if e.columns else e for e in examples]
 
 
 def _without_columns(rows: list[Example], held_out: list[Example], report: SplitReport) -> list[Example]:

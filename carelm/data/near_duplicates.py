@@ -9,7 +9,9 @@ Filtering?", SIGMOD 2012): only those who do are compared.
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from carelm.data.example import Example
 
 TENTHS = 9  # least similarity, in tenths: whole numbers, so that 0.9 is exact
 GRAM_LENGTH = 5
@@ -59,6 +61,27 @@ class NearDuplicates:
                 either = size + len(other) - both
                 if 10 * both >= TENTHS * either:
                     return number, both / either
+        return None
+
+
+class NearQuestions:
+    """Held-out questions, to find the rows whose question is nearly one of them, as a whole or without the other's further
+    columns (`Example.alone`)."""
+
+    def __init__(self, held_out: Iterable[Example], text: Callable[[Example], str]):
+        """`text` is that of a whole question."""
+        self._text, self._held_out = text, [e for e in held_out if text(e)]
+        self._alone = [(e, part) for e in self._held_out for part in e.alone]
+        self._wholes, self._parts = NearDuplicates(map(text, self._held_out)), NearDuplicates(p for _, p in self._alone)
+
+    def find(self, example: Example) -> tuple[Example, float] | None:
+        """A held-out question that the row's is a near-duplicate of, and their similarity."""
+        text = self._text(example)
+        for part in filter(None, (text, *example.alone)):
+            if match := self._wholes.find(part):
+                return self._held_out[match[0]], match[1]
+        if text and (match := self._parts.find(text)):
+            return self._alone[match[0]][0], match[1]
         return None
 
 

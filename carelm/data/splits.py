@@ -4,13 +4,12 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
 
 from carelm.data.comparison import Comparison, last_words
 from carelm.data.example import Example, NoAnswer
 from carelm.data.groups import draw_groups, largest_group
 from carelm.data.masking import PersonalCount
-from carelm.data.near_duplicates import NearDuplicates
+from carelm.data.near_duplicates import NearQuestions
 from carelm.data.readers import Rows
 from carelm.data.report import SplitReport, list_counts
 from carelm.data.rows import to_example, used_columns
@@ -178,34 +177,19 @@ def keep_apart(
 
 
 def find_near_duplicates(
-    recipe: Recipe,
-    examples: dict[str, list[Example]],
-    reports: dict[str, SplitReport],
-    compare: Comparison,
-    columns: Callable[[Example], Iterable[str]] = lambda example: (),
+    recipe: Recipe, examples: dict[str, list[Example]], reports: dict[str, SplitReport], compare: Comparison
 ) -> None:
-    """Names the rows of train whose question is nearly one of validation or test, and takes them out on demand.
-
-    Args:
-        columns: texts of a question of which one alone may be nearly the other's whole question, for rows of two templates.
-    """
+    """Names the rows of train whose question is nearly one of validation or test, and takes them out on demand."""
     held_out = [e for split in ("validation", "test") for e in examples.get(split, [])]
     if not held_out:
         return
-    alone = [(e, text) for e in held_out for text in columns(e)]
-    wholes, parts = NearDuplicates(map(compare.text, held_out)), NearDuplicates(text for _, text in alone)
-    report, found = reports["train"], set()
+    index, report, found = NearQuestions(held_out, compare.text), reports["train"], set()
     for row, example in enumerate(examples["train"]):
-        text, is_part = compare.text(example), False
-        match = wholes.find(text) or next(filter(None, map(wholes.find, columns(example))), None)
-        if match is None:
-            match, is_part = parts.find(text), True
-        if match:
+        if match := index.find(example):
             found.add(row)
             if len(found) <= 3:
-                other = alone[match[0]][0] if is_part else held_out[match[0]]
                 report.first_near_duplicates.append(
-                    f"{example.source} and {other.source} ({match[1]:.2f}): {last_words(example)}"
+                    f"{example.source} and {match[0].source} ({match[1]:.2f}): {last_words(example)}"
                 )
     report.near_duplicates = len(found)
     if recipe.drop_near_duplicates and found:

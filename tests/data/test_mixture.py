@@ -160,6 +160,18 @@ def test_near_duplicates_are_found_where_one_template_has_more_columns(shop, tmp
     assert mixed_of(shop("all", template, prompt_template=of_other))[0] == ["B"]
 
 
+def test_a_short_title_that_questions_share_makes_them_no_near_duplicates(shop, tmp_path):
+    for split, title, question in (("train", "Opening hours", "Open on Sunday?"), ("validation", "Opening hours", "Closed?"),
+                                   ("test", "Shipping costs", "My parcel to Norway has not come yet, why is it?")):  # fmt: skip
+        write_jsonl(tmp_path / f"own/{split}.jsonl", [{"title": title, "question": question, "answer": "Soon."}])
+    asked = [
+        {"ask": text, "say": text} for text in ("Shipping costs?", "My parcel to Norway has not come yet, why is it")
+    ]
+    write_jsonl(tmp_path / "prices/train.jsonl", asked)
+    rows, report = mixed_of(shop("all", {"prompt_template": "{title}: {question}", "drop_near_duplicates": True}))
+    assert rows == ["Shipping costs?"] and report.near_duplicates == 1
+
+
 def test_its_own_test_rows_are_never_trained_on(shop, tmp_path):
     rows, _ = mixed_of(shop("all", test_fraction=0.3))
     assert 0 < len(rows) < 20

@@ -109,6 +109,19 @@ def test_training_rows_that_are_nearly_test_questions_are_counted_without_the_te
     assert leaks["first"] == ["train.jsonl:9 and test.jsonl:1"]
 
 
+@pytest.mark.parametrize("templates", [("Query: {q}\nIntent: {i}", "{q}"), ("{q}", "Intent {i}: {q}")])
+def test_they_are_found_where_one_of_the_two_templates_has_more_columns(files, templates):
+    asked = [{"q": f"Cancel my order {i}!", "i": "TRACK_ORDER", "a": "Done."} for i in "ab"]
+    other = [{"q": "Where do I see what the lamps cost?", "i": "TRACK_ORDER", "a": "Here."}]
+    data = [write_rows(files / "t", [*asked, *other], other), write_rows(files / "u", other, asked)]
+    keys = {"completion_template": "{a}", "validation_fraction": 0, "also_test": []}
+    trained, tested = (
+        replace(load(files), dataset_name=where, prompt_template=template, **keys)
+        for where, template in zip(data, templates)
+    )
+    assert find_leaks(trained, tested)["near_duplicates"] == 2
+
+
 def test_rows_that_an_earlier_run_was_trained_on_are_looked_for_among_the_test_questions(files, tmp_path):
     """Of an adapter that the run has gone on from, and of the one before that, which here went on from this very folder."""
     week, first = (tmp_path / name for name in ("week", "first"))
