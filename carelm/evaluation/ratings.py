@@ -25,23 +25,28 @@ Lines = dict[str, list[dict[str, Any]]]
 
 def load(folder: Path) -> list[dict[str, str]]:
     """The ratings in `folder`/ratings*.json, of one rater or several: `id` of the question, `first` and `second` (hashes of the
-    answers as they were shown) and `chosen`, one of CHOICES.
+    answers as they were shown) and `chosen`, one of CHOICES. Of what a rater (a browser) saved more than once, the newest.
 
     Raises:
         UserError: for a file that is not what rate.html saves.
     """
-    rated = []
+    files = []
     for file in sorted(folder.glob("ratings*.json")):
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))["ratings"]
-            rated += [{key: str(one[key]) for key in ("id", "first", "second", "chosen")} for one in found]
+            found = json.loads(file.read_text(encoding="utf-8"))
+            rated = [{key: str(one[key]) for key in ("id", "first", "second", "chosen")} for one in found["ratings"]]
+            files.append((float(found["saved"]), str(found["rater"]), rated))
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"{file} is not what rate.html saves; save it there again, or move it out of the folder"
+                f"{file} is not what rate.html saves, with its rater; move it out of the folder, write the page anew (--rate) "
+                "and save it there"
             ) from None
         if any(one["chosen"] not in CHOICES for one in rated):
             raise UserError(f"{file}: chosen is none of {', '.join(CHOICES)}; save it in rate.html again")
-    return rated
+    newest = {}
+    for _, rater, rated in sorted(files, key=lambda file: file[0]):
+        newest |= {(rater, one["id"], *sorted((one["first"], one["second"]))): one for one in rated}
+    return list(newest.values())
 
 
 def count(

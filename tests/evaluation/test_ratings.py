@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -31,9 +33,9 @@ def pairs_of(page):
     return json.loads(found)
 
 
-def rate(folder, pairs, name, choose):
+def rate(folder, pairs, name, choose, rater=None, saved=1):
     kept = [{key: pair[key] for key in ("id", "first", "second")} | {"chosen": choose(pair)} for pair in pairs]
-    (folder / name).write_text(json.dumps({"ratings": kept}))
+    (folder / name).write_text(json.dumps({"rater": rater or name, "saved": saved, "ratings": kept}))
 
 
 def side_of(pair, word):
@@ -69,6 +71,42 @@ def test_what_raters_save_is_counted_for_the_right_model_with_wilsons_interval(a
     assert said in found["sentence"] and "% of those that chose; 95 % interval" in found["sentence"]
 
 
+def test_a_rater_who_saves_twice_counts_once_with_what_was_saved_last(asked, tmp_path):
+    """The browser calls the second file `ratings (1).json`, or otherwise: names and their order say nothing."""
+    pairs = pairs_of(ratings.write_page(tmp_path, "shop", MODELS, *asked, seed=3)[0])
+    rate(tmp_path, pairs[:20], "ratings.json", lambda pair: side_of(pair, "No"), "ann", saved=1)
+    rate(tmp_path, pairs, "ratings (1).json", lambda pair: side_of(pair, "It is"), "ann", saved=2)
+    rate(tmp_path, pairs[:5], "ratings (2).json", lambda pair: "tie", "bo", saved=0)
+    found = ratings.count(ratings.load(tmp_path), MODELS, *asked)
+    assert found["preferred"] == {"base": 0, "adapter": 39, "tie": 5} and "39 of 44 ratings" in found["sentence"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js, which runs the page's script")
+def test_what_the_page_saves_is_read_and_names_the_browser_each_time(asked, tmp_path):
+    page, _ = ratings.write_page(tmp_path, "shop", MODELS, *asked, seed=3)
+    (script,) = re.findall(r"<script>(.*?)</script>", page.read_text(), re.DOTALL)
+    pairs = json.dumps(json.dumps(pairs_of(page)))
+    browser = f"""
+      const parts = {{}}, stored = new Map(), saved = [];
+      const part = id => parts[id] ||= {{classList: {{toggle() {{}}}}, replaceChildren() {{}}, value: "", textContent: ""}};
+      part("pairs").textContent = {pairs};
+      globalThis.document = {{getElementById: part, createElement: () => ({{click() {{}}}})}};
+      globalThis.localStorage = {{getItem: key => stored.get(key) ?? null, setItem: (key, value) => stored.set(key, value)}};
+      globalThis.addEventListener = globalThis.scrollTo = () => {{}};
+      globalThis.Blob = class {{ constructor(texts) {{ saved.push(texts[0]); }} }};
+      URL.createObjectURL = () => "";
+      const script = {json.dumps(script)};
+      for (const choice of ["c1", "c2"]) {{ new Function(script)(); part(choice).onclick(); part("save").onclick(); }}
+      console.log(JSON.stringify(saved));
+    """
+    done = subprocess.run(["node", "-e", browser], capture_output=True, text=True, timeout=30)
+    for number, text in enumerate(json.loads(done.stdout or done.stderr)):
+        (tmp_path / f"ratings ({number}).json").write_text(text)
+    assert [one["chosen"] for one in ratings.load(tmp_path)] == ["1", "2"]
+    (rater,) = {json.loads(file.read_text())["rater"] for file in tmp_path.glob("ratings*.json")}
+    assert len(rater) > 16
+
+
 def test_ratings_of_answers_that_are_no_longer_there_do_not_count_which_is_said(asked, tmp_path):
     questions, lines = asked
     pairs = pairs_of(ratings.write_page(tmp_path, "shop", MODELS, *asked, seed=3)[0])
@@ -80,8 +118,10 @@ def test_ratings_of_answers_that_are_no_longer_there_do_not_count_which_is_said(
     assert ratings.count([], MODELS, questions, lines) == {}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"ratings": [{"id": "q1"}]}', '{"ratings": 3}', "\xff",
-                                  '{"ratings": [{"id": "q1", "first": "a", "second": "b", "chosen": "3"}]}'])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"ratings": []}', '{"rater": "a", "saved": 1, "ratings": [{"id": "q1"}]}', '{"ratings": 3}', "\xff",
+    '{"rater": "a", "saved": 1, "ratings": [{"id": "q1", "first": "a", "second": "b", "chosen": "3"}]}',
+])  # fmt: skip
 def test_a_file_that_the_page_did_not_save_is_named(text, tmp_path):
     (tmp_path / "ratings-x.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="ratings-x.json.*save it"):
