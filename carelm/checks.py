@@ -2,14 +2,12 @@
 
 import os
 import re
-from pathlib import Path
 
 from carelm.answer_checks import parse_checks
 from carelm.data.masking import check_personal
 from carelm.data.tags import check_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
-from carelm.files import locate, near
 from carelm.keys import ALTERNATIVES, LORA_KEYS
 from carelm.recipe import Recipe
 
@@ -142,12 +140,6 @@ def check(recipe: Recipe) -> None:
             f"model_name_or_path: {base} is not in CareLM's cache; python demo/real_base.py makes "
             "bases/smollm2-135m-instruct"
         )
-    beside = Path(locate(str(Path(base).parent)))
-    if base.count("/") == 1 and not os.path.exists(recipe.base):  # a Hub id, or a folder misspelt
-        if found := near(beside / Path(base).name):
-            raise UserError(
-                f"model_name_or_path: there is no folder {base}; did you mean {Path(base).parent / found[0].name}?"
-            )
 
 
 def _check_one_message_a_row(recipe: Recipe) -> None:

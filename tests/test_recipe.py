@@ -296,10 +296,6 @@ def test_a_key_of_the_launcher_is_sent_there(load):
     assert "belongs to the launcher" in message_of(load, "--num_processes", "2")
 
 
-def test_a_misspelt_base_folder_is_not_looked_for_on_the_hub(load):
-    assert "did you mean demo/base?" in message_of(load, model_name_or_path="demo/bsae")
-
-
 def test_a_choice_that_is_none_names_the_nearest_one(load):
     assert "did you mean 'prompt_tuning'" in message_of(load, method="prompt_tunning")
 

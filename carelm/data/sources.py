@@ -131,17 +131,25 @@ def why_not_had(key: str, name: str, error: Exception) -> UserError:
     kinds, cause = set(), error
     while cause is not None:
         kinds, cause = kinds | {type(cause).__name__}, cause.__cause__ or cause.__context__
+    alike = near(Path(locate(str(Path(name).parent))) / Path(name).name) if "/" in name else []
+    meant = f"; did you mean {Path(name).parent / alike[0].name}?" if alike else ""
     nowhere = f"{key}: {name} is no file or folder here"
-    if {os.environ.get(variable, "0") for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} - {"", "0"}:
+    is_missing = kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"}  # from the cache
+    if is_missing and {os.environ.get(variable, "0") for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} - {
+        "",
+        "0",
+    }:
         return UserError(
             f"{nowhere}, no earlier run has fetched it, and the Hub is not asked (offline); name a folder, or run once where "
-            f"there is a connection ({log_in})"
+            f"there is a connection ({log_in}){meant}"
         )
     if "GatedRepoError" in kinds:
         return UserError(f"{key}: {name} is gated; {log_in}")
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return UserError(f"{nowhere}, and the Hub knows none or does not show it; mend the name, or {log_in}")
-    return UserError(f"{nowhere} and cannot be had from the Hub ({first_line(error)[:200]})")
+        return UserError(f"{nowhere}, and the Hub knows none or does not show it; mend the name, or {log_in}{meant}")
+    return UserError(
+        f"{nowhere} and cannot be had from the Hub or what was fetched from it ({first_line(error)[:200]}){meant}"
+    )
 
 
 def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
@@ -227,9 +235,6 @@ def _splits_of_lists(
 
 
 def _load_hub(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
-    owner, slash, name = recipe.dataset_name.partition("/")
-    if slash and (found := near(Path(locate(owner), name))):
-        raise UserError(f"dataset_name: there is no {recipe.dataset_name}; did you mean {owner}/{found[0].name}?")
     import datasets
 
     try:

@@ -11,7 +11,6 @@ from hub_server import serve
 from launching import PROJECT
 
 from carelm.data import sources
-from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
 
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -75,6 +74,30 @@ def test_what_the_hub_does_not_give_is_one_line_with_licence_and_login_as_likely
     assert said.replace("HUB", hub) in line and line.rstrip(")").endswith("log in here: hf auth login")
 
 
-def test_a_dataset_whose_name_is_nearly_that_of_a_folder_is_no_question_for_the_hub(make):
-    with pytest.raises(UserError, match="dataset_name: there is no demo/datas; did you mean demo/data?"):
-        sources.load_splits(make("demo/datas"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("BuilderConfig 'xx' not found. Available: ['de', 'en']"),
+        Exception("data did not match any variant of untagged enum ModelWrapper at line 1 column 20"),
+    ],
+)
+def test_what_is_fetched_and_cannot_be_read_is_told_as_its_library_tells_it_offline_too(monkeypatch, error):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = str(sources.why_not_had("dataset_name", "shop/rows", error))
+    assert str(error) in said and "no earlier run" not in said
+
+
+def test_a_folder_of_nearly_that_name_is_a_hint_and_no_reason_not_to_ask_the_hub(make, tmp_path, monkeypatch):
+    for folder in ("rows-v1", "gemma-2-2b-it"):
+        (tmp_path / "shop" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    asked, rows = [], {name: [{"question": "Open?", "answer": "Yes."}] for name in ("train", "test")}
+    monkeypatch.setattr("datasets.load_dataset", lambda *names: asked.append(names) or rows)
+    assert len(sources.load_splits(make("shop/rows-v2"))[0]["train"]) == 1 and asked == [("shop/rows-v2", None)]
+    assert load_recipe(["--model_name_or_path", "shop/gemma-2-2b"], usage="").base == "shop/gemma-2-2b"
+    for key, name, like in (
+        ("dataset_name", "shop/rows-v2", "rows-v1"),
+        ("model_name_or_path", "shop/gemma-2-2b", "gemma-2-2b-it"),
+    ):
+        said = str(sources.why_not_had(key, name, OSError("not there")))
+        assert said.endswith(f"(not there); did you mean shop/{like}?")
