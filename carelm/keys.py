@@ -150,8 +150,12 @@ DEFAULTS = {
 }
 
 
-def identity_of(key: str, value: Any) -> Any:
-    """What counts of a key's value when runs are compared: where predictions come from is no matter of training."""
+def identity_of(key: str, values: dict[str, Any], default: Any = None) -> Any:
+    """What counts of a key's value when runs are compared: where predictions come from is no matter of training, and
+    `phone_region` alone changes no row."""
+    if key == "phone_region" and not values.get("mask_personal_data"):
+        return None
+    value = values.get(key, default)
     return sorted(value or ()) if key == "predicted_columns" else value
 
 

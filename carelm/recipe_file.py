@@ -240,7 +240,7 @@ def check_identity(recipe: Recipe, path: Path) -> None:
             default = ast.literal_eval(known_keys()[key].default)
         except ValueError:
             default = None
-        was, is_now = (identity_of(key, values.get(key, default)) for values in (before, now))
+        was, is_now = (identity_of(key, values, default) for values in (before, now))
         if was != is_now:
             changed.append(f"{key} (was {was!r}, is {is_now!r})")
     if changed:

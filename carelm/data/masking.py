@@ -3,14 +3,16 @@
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from carelm.data.example import NoAnswer
+from carelm.data.messages import to_turns
 from carelm.data.personal import find_personal, has_html, has_signature
 from carelm.data.tags import used_tags
 from carelm.data.templates import template_columns
+from carelm.data.values import as_text, cell_text
 from carelm.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,24 +70,29 @@ def mask(recipe: "Recipe", text: str, column: str = "") -> str:
 
 def mask_turns(recipe: "Recipe", turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of what turns say, think and hand to tools; names, ids and roles stay."""
-    if not recipe.mask_personal_data:
-        return turns
-    masked = []
-    for turn in turns:
-        own = {key: mask(recipe, turn[key]) for key in ("content", "reasoning_content") if key in turn}
-        if calls := turn.get("tool_calls"):
-            arguments = [_mask_value(recipe, call["function"]["arguments"]) for call in calls]
-            own["tool_calls"] = [c | {"function": c["function"] | {"arguments": a}} for c, a in zip(calls, arguments)]
-        masked.append(turn | own)
-    return masked
+    return [_with_texts(turn, partial(mask, recipe)) for turn in turns] if recipe.mask_personal_data else turns
 
 
-def _mask_value(recipe: "Recipe", value: Any, column: str = "") -> Any:
+def _with_texts(turn: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
+    """The turn with each of its texts changed, `change(text, column)`; the rest of it, such as names and ids, stays."""
+    own = {key: change(turn[key], "") for key in ("content", "reasoning_content") if key in turn}
+    if calls := turn.get("tool_calls"):
+        arguments = [_with_values(call["function"]["arguments"], change) for call in calls]
+        own["tool_calls"] = [c | {"function": c["function"] | {"arguments": a}} for c, a in zip(calls, arguments)]
+    return turn | own
+
+
+def _with_values(value: Any, change: Callable[[str, str], str], column: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _mask_value(recipe, member, key) for key, member in value.items()}
+        return {key: _with_values(member, change, key) for key, member in value.items()}
     if isinstance(value, list):
-        return [_mask_value(recipe, v, column) for v in value]
-    return mask(recipe, value, column) if isinstance(value, str) else value
+        return [_with_values(v, change, column) for v in value]
+    if isinstance(value, str):
+        return change(value, column)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        text = as_text(value, column)
+        return value if (changed := change(text, column)) == text else changed
+    return value
 
 
 class PersonalCount:
@@ -94,7 +101,7 @@ class PersonalCount:
     def __init__(self, recipe: "Recipe"):
         self.found: dict[str, dict[str, Any]] = {}
         self.rows = 0
-        self._messages_column, self._region = recipe.messages_column, recipe.phone_region
+        self._recipe, self._region = recipe, recipe.phone_region
         self._is_masked, self._missing = recipe.mask_personal_data, missing()
         templates = (recipe.system_prompt, recipe.prompt_template, recipe.completion_template)
         named = [c for template in templates for c in template_columns(template or "", "prompt_template")]
@@ -107,18 +114,27 @@ class PersonalCount:
             return
         self.rows += 1
         numbers: dict[str, int | None] = {}
+
+        def count(text: str, column: str) -> str:
+            for _, _, kind in find_personal(text, self._region, column):
+                numbers[kind] = (numbers.get(kind) or 0) + 1
+            if has_html(text):
+                numbers[HTML] = None
+            if has_signature(text):
+                numbers[SIGNATURE] = None
+            return text
+
         for column in self._columns:
-            value = row.get(column)
-            if column == self._messages_column and isinstance(value, str):  # a CSV file holds the list as JSON
-                with contextlib.suppress(ValueError, RecursionError):  # what is none is said where it is read
-                    value = json.loads(value)
-            for name, text in _texts(value, column):
-                for _, _, kind in find_personal(text, self._region, name):
-                    numbers[kind] = (numbers.get(kind) or 0) + 1
-                if has_html(text):
-                    numbers[HTML] = None
-                if has_signature(text):
-                    numbers[SIGNATURE] = None
+            with contextlib.suppress(UserError, NoAnswer):  # said where the row is read
+                if column == self._recipe.text_column:
+                    turns = row[column]
+                elif column == self._recipe.messages_column:
+                    turns = to_turns(self._recipe, source, row.get(column))[0]
+                else:
+                    count(cell_text(row, column, source, self._recipe.labels) or "", column)
+                    continue
+                for turn in turns:
+                    _with_texts(turn, count)
         for kind, number in numbers.items():
             so_far = self.found.setdefault(kind, {"number": number and 0, "rows": 0, "first": source})
             so_far["rows"] += 1
@@ -147,17 +163,3 @@ class PersonalCount:
             sentences.append("phone numbers without + are not looked for (phone_region is not set)")
         sentences += [", ".join(others)] if others else []
         return {"found": self.found, "rows": self.rows, "sentence": "; ".join(sentences)}
-
-
-def _texts(value: Any, column: str) -> Iterator[tuple[str, str]]:
-    """The texts in a row's value, each with the name that it stands under."""
-    if isinstance(value, str):
-        yield column, value
-    elif isinstance(value, dict):
-        for key, member in value.items():
-            yield from _texts(member, "" if key in ("content", "value", "text", "utterance") else str(key))
-    elif isinstance(value, (list, tuple)):
-        for member in value:
-            yield from _texts(member, column)
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield column, str(value)

@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 _AT = r"(?:@|[ ]?[(\[{]at[)\]}][ ]?)"
-_AT_IN_BRACKETS = re.compile(r"[(\[{]at[)\]}]", re.IGNORECASE)
 _LETTER = r"[\w\u0900-\u097f]"  # \w lacks the vowel signs of Devanagari
-_EMAIL = re.compile(
-    rf"(?:{_LETTER}|[.%+'-])*{_LETTER}{_AT}(?:(?:{_LETTER}|-)+(?:\.|[ ]?[(\[]dot[)\]][ ]?))+"
+_SIGN = re.compile(_AT, re.IGNORECASE)
+_LOCAL_BACKWARDS = re.compile(rf"{_LETTER}(?:{_LETTER}|[.%+'-])*")
+_DOMAIN = re.compile(
+    rf"(?:(?:{_LETTER}|-)+(?:\.|[ ]?[(\[]dot[)\]][ ]?))+"
     rf"(?!(?:png|jpe?g|gif|svg|webp|pdf|css|js)\b)[^\W\d_]{_LETTER}+",
     re.IGNORECASE,
 )
+_LONGEST_LOCAL, _LONGEST_DOMAIN = 64, 255  # RFC 5321, section 4.5.3.1
 _PLACEHOLDER = re.compile(r"\{\{[^{}]*\}\}")
 _LINK = re.compile(r"\b(?:https?://|www\.)[^\s<>\"]+", re.IGNORECASE)
 _IBAN = re.compile(r"(?<![^\W_])[A-Z]{2}\d{2}(?:[ \u00a0-]?[A-Z0-9]){11,30}(?![^\W_])", re.IGNORECASE | re.ASCII)
@@ -84,7 +86,7 @@ _CLOSING = (
 _SIGNATURE = re.compile(
     r"^--[ ]?\r?$\s*\S|^(?:sent from my|sent from (?:outlook|yahoo)|get outlook for|von meinem .{2,30} gesendet|gesendet von|"
     r"diese nachricht wurde von|enviado desde|मेरे .{2,30} से भेजा)|"
-    rf"^[ \t]*(?:{'|'.join(_CLOSING)})(?:[ \t]*[,.!]?[ \t\r]*\n\s*\S[^\n]{{1,60}}|[ \t]*,[ \t]*\S[^\n]{{1,60}})$",
+    rf"^[ \t]*(?:{'|'.join(_CLOSING)})(?:[ \t]*(?:[,.!][ \t]*)?\r?\n\s*\S[^\n]{{1,60}}|[ \t]*,[ \t]*\S[^\n]{{1,60}})$",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -102,21 +104,28 @@ def find_personal(text: str, region: str | None = None, column: str = "") -> lis
 @lru_cache(maxsize=1024)  # a row's columns are read for the report, for the prompt and for the comparison of questions
 def _find(text: str, region: str | None, column: str) -> tuple[tuple[int, int, str], ...]:
     has_digits = _PHONE.search(text) is not None
-    has_at = "@" in text or _AT_IN_BRACKETS.search(text) is not None
+    has_at = _SIGN.search(text) is not None
     if not has_digits and not has_at:
         return ()
     found: list[tuple[int, int, str]] = []
-    taken = [m.span() for m in _PLACEHOLDER.finditer(text)]
+    is_taken = bytearray(len(text))
+    if any(map(str.isalpha, text)):  # a text of numbers alone holds those that its column's name says
+        column = ""
+
+    def take(spans: Iterator[tuple[int, int]]) -> None:
+        for start, end in spans:
+            is_taken[start:end] = b"\1" * (end - start)
 
     def add(kind: str, spans: Iterator[tuple[int, int]]) -> None:
         for start, end in spans:
-            if all(end <= a or start >= b for a, b in taken):
-                taken.append((start, end))
+            if not any(is_taken[start:end]):
+                take(iter([(start, end)]))
                 found.append((start, end, kind))
 
+    take(m.span() for m in _PLACEHOLDER.finditer(text))
     if has_at:
-        add("EMAIL", (m.span() for m in _EMAIL.finditer(text)))
-    taken += [m.span() for m in _LINK.finditer(text)]
+        add("EMAIL", _emails(text))
+    take(m.span() for m in _LINK.finditer(text))
     if has_digits:
         add("IBAN", _ibans(text))
         add("CARD", _cards(text, column))
@@ -130,6 +139,17 @@ def has_html(text: str) -> bool:
 
 def has_signature(text: str) -> bool:
     return "\n" in text and _SIGNATURE.search(text) is not None
+
+
+def _emails(text: str) -> Iterator[tuple[int, int]]:
+    end = 0
+    # From the sign on, both ways: a pattern of the whole would begin anew at each letter of a long run.
+    for sign in _SIGN.finditer(text):
+        local = _LOCAL_BACKWARDS.match(text[max(end, sign.start() - _LONGEST_LOCAL) : sign.start()][::-1])
+        domain = _DOMAIN.match(text, sign.end(), sign.end() + _LONGEST_DOMAIN)
+        if local and domain:
+            end = domain.end()
+            yield sign.start() - local.end(), end
 
 
 def _ibans(text: str) -> Iterator[tuple[int, int]]:
@@ -181,8 +201,6 @@ def _phones(text: str, region: str | None, column: str) -> Iterator[tuple[int, i
 
 def _is_other_number(text: str, start: int, column: str) -> bool:
     """Whether the nearest word in front of a number says that it is an order's, a parcel's ... and not a phone's."""
-    in_front = text[max(0, start - _IN_FRONT) : start]
-    if not any(map(str.isalpha, text)):  # a column that holds numbers says by its name which
-        in_front = column.replace("_", " ")
+    in_front = column.replace("_", " ") or text[max(0, start - _IN_FRONT) : start]
     words = list(_NUMBER_WORDS.finditer(_CLAUSE.split(in_front)[-1]))
     return bool(words) and words[-1].lastgroup == "other"

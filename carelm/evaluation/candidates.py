@@ -190,7 +190,7 @@ class Candidate:
         about_data = [f.name for f in dataclasses.fields(recipe) if "help" in f.metadata and f.name in own]
         free = NOT_ABOUT_DATA | FREE_KEYS | {"max_eval_samples"}  # fewer questions are no other ones
         about_data = [key for key in about_data if key not in free]
-        return [key for key in about_data if identity_of(key, getattr(recipe, key)) != identity_of(key, own[key])]
+        return [key for key in about_data if identity_of(key, vars(recipe)) != identity_of(key, own)]
 
     def changed_data(self, recipe: Recipe) -> list[str]:
         """The recipe's data files that are not what they were when this adapter was trained on them."""

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import runpy
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -142,13 +143,14 @@ def test_the_recipes_own_text_and_ids_stay(make, tmp_path):
     assert example.prompt[0]["content"] == "Hotline: +49 30 23125146" and example.id == "anna@beispiel.de"
 
 
-CALL = {"name": "find", "arguments": {"mail": "a@b.de", "of": {"phones": ["+49 30 23125146"]}, "n": 5}}
+CALL = {"name": "find", "arguments": {"mail": "a@b.de", "of": {"phones": ["+49 30 23125146"]}, "n": 5,
+                                        "card": 4111111111111111, "at": 0.5}}  # fmt: skip
 TURNS = [
     {"role": "system", "content": "You answer for a@b.de."},
     {"role": "user", "content": "Mail: a@b.de"},
     {"role": "assistant", "content": "", "reasoning_content": "a@b.de it is", "tool_calls": [
         {"type": "function", "id": "x@y.de", "function": CALL}]},
-    {"role": "tool", "name": "find", "content": '{"phone": "+49 30 23125146"}'},
+    {"role": "tool", "name": "find@b.de", "content": '{"phone": "+49 30 23125146"}'},
     {"role": "assistant", "content": "It is +49 30 23125146."},
 ]  # fmt: skip
 MASKED = [
@@ -156,8 +158,9 @@ MASKED = [
     {"role": "user", "content": "Mail: [EMAIL]"},
     {"role": "assistant", "content": "", "reasoning_content": "[EMAIL] it is", "tool_calls": [
         {"type": "function", "id": "x@y.de", "function": {"name": "find", "arguments": {
-            "mail": "[EMAIL]", "of": {"phones": ["[PHONE]"]}, "n": 5}}}]},
-    {"role": "tool", "name": "find", "content": '{"phone": "[PHONE]"}'},
+            "mail": "[EMAIL]", "of": {"phones": ["[PHONE]"]}, "n": 5,
+            "card": "[CARD]", "at": 0.5}}}]},
+    {"role": "tool", "name": "find@b.de", "content": '{"phone": "[PHONE]"}'},
     {"role": "assistant", "content": "It is [PHONE]."},
 ]  # fmt: skip
 
@@ -176,7 +179,9 @@ def test_turns_are_masked_with_what_they_hand_to_tools(make, tmp_path, form):
     examples, reports = make_examples(make(file, messages_column="messages", mask_personal_data=True))
     assert examples["train"][0].prompt + examples["train"][0].completion == MASKED
     found = reports["train"].personal_data["found"]
-    assert found["PHONE"]["number"] == 3 and found["EMAIL"]["number"] >= 4
+    masks = json.dumps(MASKED)  # the ids and names that stay are not counted
+    assert {kind: of["number"] for kind, of in found.items()} == {k: masks.count(f"[{k}]") for k in found}
+    assert found.keys() == {"EMAIL", "PHONE", "CARD"}
 
 
 def test_one_message_a_row_is_masked_and_conversations_stay_apart(make, tmp_path):
@@ -227,6 +232,36 @@ def test_it_is_part_of_the_run_and_stands_in_its_card(make, tmp_path):
                              "world_size", "zero_stage", "wall_seconds", "trainable_percent"), 1)  # fmt: skip
     cards = [hub.model_card(r, metrics | {"trainable_parameters": 1}, {}) for r in (masked, make(rows))]
     assert "phone numbers (of DE, and those with +)" in cards[0] and "[EMAIL]" in cards[0] and "[EMAIL]" not in cards[1]
+
+
+def test_a_region_that_masks_nothing_makes_no_other_run(make, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [GERMAN])
+    counted = make(rows, phone_region="DE")
+    save_recipe(counted, tmp_path / "recipe.yaml")
+    check_identity(make(rows), tmp_path / "recipe.yaml")
+    assert prepare(counted, make_chat(counted)).fingerprint == prepare(make(rows), make_chat(counted)).fingerprint
+    save_recipe(make(rows, mask_personal_data=True, phone_region="DE"), tmp_path / "recipe.yaml")
+    with pytest.raises(UserError, match="phone_region .was 'DE', is 'US'."):
+        check_identity(make(rows, mask_personal_data=True, phone_region="US"), tmp_path / "recipe.yaml")
+
+
+LONG = 20_000
+
+
+@pytest.mark.parametrize("text", [
+    "a" * LONG + "@", "a." * (LONG // 2) + "@b", "%" * LONG + " (at) b.de", "a@" + "b." * LONG + "1", "a@" * (LONG // 2),
+    "a" * LONG + "@b.de " + "c" * LONG, "4111111111111111 " * (LONG // 17), "{{a " * (LONG // 4) + "030 23125146",
+    "<a " * (LONG // 3), "regards" + " " * LONG + "\n" * LONG, "DE89 3704 0044 " * (LONG // 15),
+], ids=lambda text: f"{text[:3]}...{text[-8:].strip()}")  # fmt: skip
+def test_a_long_text_takes_no_longer_for_each_of_its_letters(text):
+    started = time.process_time()
+    find_personal(text), has_html(text), has_signature(text)
+    assert time.process_time() - started < 1.5
+
+
+def test_an_address_behind_a_long_run_is_found_and_two_that_touch_are_two():
+    assert find_personal("x" * 100 + " a@b.de") == [(101, 107, "EMAIL")]
+    assert find_personal("a@b.de%20c@d.de") == [(0, 6, "EMAIL"), (6, 15, "EMAIL")]
 
 
 def test_rows_of_other_recipes_are_masked_too(make, tmp_path):

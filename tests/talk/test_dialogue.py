@@ -124,6 +124,13 @@ def test_a_system_message_that_leaves_no_turn_is_refused_and_nothing_is_lost(dia
     assert dialogue.session.messages("base") == []
 
 
+def test_a_typed_system_message_is_masked_as_those_of_rows_are(dialogue):
+    for is_masked, system in ((False, "You answer for a@b.de."), (True, "You answer for [EMAIL].")):
+        dialogue.session.recipe = dataclasses.replace(dialogue.session.recipe, mask_personal_data=is_masked)
+        dialogue.command("/system You answer for a@b.de.")
+        assert dialogue.session.messages("base") == [{"role": "system", "content": system}]
+
+
 def test_a_system_message_of_tags_is_filled_by_the_words_that_open_the_conversation(speakers):
     recipe, (base, _) = speakers
     recipe = dataclasses.replace(recipe, system_prompt="[{priority}] {{}}", tag_column="text", urgent_words=["urgent"])
