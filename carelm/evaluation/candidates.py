@@ -18,6 +18,7 @@ from carelm.evaluation.api import ApiModel, find_api
 from carelm.files import fingerprint, locate, read_json
 from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA, identity_of
 from carelm.recipe import Recipe
+from carelm.training.checkpoints import find_checkpoints, step_of
 from carelm.training.runs import find_recipe
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
     if word == "base":
         return _candidate(name, "base", recipe, recipe.base, recipe.model, held, None)
     if word == "adapter":
-        folder, hint, is_own = recipe.output_dir, "train first, with train/sft.py and the same keys", True
+        folder, hint, is_own = recipe.output_dir, untrained(recipe), True
         if recipe.method == "full":
             raise UserError(
                 f"models: method: full makes no adapter; name its folder: --models base {recipe.output_dir}"
@@ -268,6 +269,13 @@ def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
     if not (folder / "tokenizer.json").exists() and not any(folder.glob("*.model")):
         raise UserError(f"models: {folder} holds no tokenizer (no tokenizer.json, no *.model); {hint}")
     return _candidate(label, "checkpoint", recipe, str(folder), {}, held, None)
+
+
+def untrained(recipe: Recipe) -> str:
+    """Why there is no result of the recipe's training, and what to do."""
+    if saved := find_checkpoints(recipe.output_dir):
+        return f"its training is saved at step {step_of(saved[-1])} and not finished; the same training command goes on"
+    return "train first, with train/sft.py and the same keys"
 
 
 def _candidate(

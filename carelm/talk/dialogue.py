@@ -119,7 +119,7 @@ class Dialogue:
             self._system(rest)
         elif name == "undo":
             session.undo()
-            ranks.say(f"taken back; {len(session.turns)} turns are left")
+            ranks.say(f"taken back; turns left: {len(session.turns)}")
         elif name in ("good", "bad"):
             ranks.say(f"the last answer of {session.mark(name, rest)} is marked {name}")
         elif name == "save":

@@ -3,7 +3,11 @@
 import hashlib
 import json
 
+import pytest
+
 from carelm.data.sources import hash_files
+from carelm.errors import UserError
+from carelm.evaluation import candidates
 from carelm.evaluation.candidates import Candidate
 from carelm.recipe_file import load_recipe, save_recipe
 
@@ -38,3 +42,10 @@ def test_a_data_file_is_read_once_however_many_adapters_were_trained_on_it(tmp_p
     monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
     assert [adapter.changed_data(recipe) for adapter in adapters] == [["tickets.csv"]] * 3
     assert read == [str(rows)]
+
+
+def test_a_training_that_was_stopped_is_told_from_one_that_was_not_begun(tmp_path):
+    (tmp_path / "checkpoint-13").mkdir()
+    recipe = load_recipe(["--output_dir", str(tmp_path)], usage="")
+    with pytest.raises(UserError, match="saved at step 13 and not finished; the same training command goes on"):
+        candidates.find(recipe, "adapter")

@@ -78,7 +78,7 @@ def test_in_a_script_the_answer_alone_is_on_standard_output(tmp_path):
     assert done.returncode == 0, done.stderr
     answer = done.stdout.decode()
     assert answer.count("\n") == 1 and len(answer.split()) > 4 and "carelm:" not in answer
-    assert b"none holds no result of training yet: the base answers\n" in done.stderr
+    assert b"none holds no result of training yet: the base answers (train first" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
