@@ -91,18 +91,20 @@ def main() -> None:
             of_sets[s.name] = found | {"test": s.about}
         for s in asked:
             predicted = [c["sentence"] for c in s.about["predicted_columns"].values()]
-            of_sets[s.name]["cautions"][:0] = [*predicted, *s.about["earlier_leaks"]]
-        found = of_sets.pop("") | {"tests": of_sets}
-        found["cautions"] += [
+            of_sets[s.name]["data_cautions"][:0] = [*predicted, *s.about["earlier_leaks"]]
+        of_sets[""]["data_cautions"] += [
             f"{model.name} was trained with other {', '.join(keys)} than this evaluation has."
             for model in models
             if (keys := model.other_data_keys(recipe))
         ]
-        found["cautions"] += [
+        of_sets[""]["data_cautions"] += [
             f"{model.name} was trained on other data than is here now ({', '.join(files)}): it may have seen test questions."
             for model in models
             if (files := model.changed_data(recipe))
         ]
+        for of_set in of_sets.values():
+            of_set["cautions"][:0] = of_set["data_cautions"]
+        found = of_sets.pop("") | {"tests": of_sets}
         found["ratings"] = ratings.count(rated, found["models"], own.questions, lines[""])
         found |= {"conditions": answers.conditions(recipe)}
         found = report.write(folder, recipe, found, own.questions, lines[""])

@@ -16,7 +16,7 @@ import numpy as np
 from carelm.errors import UserError
 from carelm.evaluation import label_file, report, results
 from carelm.evaluation.check_scores import ask
-from carelm.evaluation.label_form import find_form
+from carelm.evaluation.label_form import find_form, form_of
 from carelm.evaluation.label_results import CERTAINTY, Labelled
 from carelm.evaluation.labels import parse_label
 from carelm.evaluation.predictions import PredictionFile
@@ -31,6 +31,7 @@ TRAINED = ("eval_loss", "eval_loss_before", "global_step", "num_train_tokens", "
            "peak_memory_bytes", "trainable_parameters", "total_parameters")  # fmt: skip
 MEASURED = ("kind", "folder", "precision", "bits", "unused_generation_config", "total_parameters", "trained_parameters",
             "load_seconds", "peak_memory_bytes", "prompt_tokens", "throughput", "latency", "conditions")  # fmt: skip
+UNKNOWN = "An earlier version has evaluated it: see its own report for what that warns of."
 RESAMPLES_OF_A_PAIR = 100  # fewer, and Holm's correction leaves no difference that could be shown
 
 
@@ -107,11 +108,12 @@ def _compare(
     """The results of the runs' own test questions, or of those of one of their `also_test`; the questions, and each model's
     answers in their order."""
     found_by = {name: about.get("tests", {}).get(test) if test else about for name, about in of_runs.items()}
-    rows = [
-        _row(run, model, names[run.name, model], test, found_by[run.name])
-        for run in runs if found_by[run.name] for model in found_by[run.name]["models"] if (run.name, model) in names
-    ]  # fmt: skip
-    rows.sort(key=lambda row: [*names.values()].index(row.name))
+    first = dict[str, tuple[Compared, str]]()  # of a base that several runs share, where it has been asked this
+    for run in runs:
+        for model in found_by[run.name]["models"] if found_by[run.name] else ():
+            first.setdefault(names[run.name, model], (run, model))
+    order = [name for name in dict.fromkeys(names.values()) if name in first]
+    rows = [_row(run, model, name, test, found_by[run.name]) for name in order for run, model in [first[name]]]
     has_labels_only = _check_alike(rows)
     recipe = _recipe(rows, has_labels_only)
     questions = _questions(rows[0], recipe, has_labels_only)
@@ -142,10 +144,7 @@ def _compare(
     if all(baselines == of_words[0] for baselines in of_words):  # they follow from the rows alone
         found["baselines"] = of_words[0]
     asked = {row.run: found_by[row.run]["test"] for row in rows}
-    predicted = {
-        run: [c["sentence"] for c in about.get("predicted_columns", {}).values()] for run, about in asked.items()
-    }
-    found["cautions"][:0] = _of_each(predicted)
+    found["cautions"][:0] = _of_each({run: found_by[run].get("data_cautions", [UNKNOWN]) for run in asked})
     if test:
         leaks = {run: [about["leaks"]["sentence"]] for run, about in asked.items()}
         found["test"] |= {"leaks": {"sentence": " ".join(_of_each(leaks))}}
@@ -153,11 +152,12 @@ def _compare(
 
 
 def _of_each(said: dict[str, list[str]]) -> list[str]:
-    """Sentences about each run: once where all have the same, else with the run's name in front."""
-    each = [*said.values()]
-    if all(sentences == each[0] for sentences in each):
-        return each[0]
-    return [f"{run}: {sentence}" for run, sentences in said.items() for sentence in sentences]
+    """Sentences about each run, once each, with the runs' names in front where it is not all of them."""
+    whose = dict[str, list[str]]()
+    for run, sentences in said.items():
+        for sentence in dict.fromkeys(sentences):
+            whose.setdefault(sentence, []).append(run)
+    return [s if len(runs) == len(said) else f"{', '.join(runs)}: {s}" for s, runs in whose.items()]
 
 
 def _conditions(of_runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -174,21 +174,27 @@ def _eval(run: Compared) -> Path:
 
 
 def _names(runs: list[Compared], of_runs: dict[str, dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """What the models of each run are called in the comparison, bases first; those that are not compared are not there."""
-    bases, names = dict[str, list[str]](), dict[tuple[str, str], str]()
+    """What the models of each run are called in the comparison, bases first; a base that several runs share has one name."""
+    bases, names = dict[tuple, str](), dict[tuple[str, str], str]()
     for run in runs:
         models = of_runs[run.name]["models"]
         for model in models:
             is_own = model in ("adapter", run.recipe.output_dir.name) or len(models) == 1
-            if model == "base" and not is_own:
-                asked = [line["made_by"] for line in _answers(run, model, "", of_runs[run.name]).values()]
-                if asked in bases.values():
-                    continue
-                bases[run.name] = asked
             names[run.name, model] = run.name if is_own else f"{run.name}/{model}"
-    if len(bases) == 1:
-        names[next(iter(bases)), "base"] = "base"
-    return dict(sorted(names.items(), key=lambda item: item[0][1] != "base" or item[0][0] not in bases))
+            if model == "base" and not is_own:
+                asked = _asked(run, model, of_runs[run.name])
+                names[run.name, model] = bases.setdefault(asked, names[run.name, model])
+    shared = [*bases.values()]
+    if len(shared) == 1:
+        names = {key: "base" if name in shared else name for key, name in names.items()}
+        shared = ["base"]
+    return dict(sorted(names.items(), key=lambda item: item[1] not in shared))
+
+
+def _asked(run: Compared, model: str, about: dict[str, Any]) -> tuple:
+    """What a model's free answers are made by, and the form by which its labels are scored."""
+    form = form_of(run.recipe) if f"{CONSTRAINED}macro_f1" in about["models"][model] else None
+    return form, *(line["made_by"] for line in _answers(run, model, "", about).values())
 
 
 def _answers(run: Compared, model: str, test: str, about: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -46,6 +46,12 @@ class Form:
         return parse_label(question.references[0], self.labels)
 
 
+def form_of(recipe: Recipe) -> Form:
+    """The form that the recipe asks for, whether its answers have it or not."""
+    parts = around_last_column(recipe.completion_template) if recipe.completion_template else (False, "", "")
+    return Form(tuple(recipe.labels), *parts)
+
+
 def find_form(recipe: Recipe, questions: list[Question]) -> Form | None:
     """How the recipe's answers hold their labels; None, which is said, where they do not end in one.
 
@@ -54,8 +60,7 @@ def find_form(recipe: Recipe, questions: list[Question]) -> Form | None:
     """
     if not recipe.labels:
         return None
-    parts = around_last_column(recipe.completion_template) if recipe.completion_template else (False, "", "")
-    form = Form(tuple(recipe.labels), *parts)
+    form = form_of(recipe)
     for question in questions:
         reference, end = question.references[0], form.answer(form.true_label(question))
         fits = reference.endswith(end) if form.has_reason else reference == end

@@ -121,8 +121,8 @@ def baselines(
     return scored, about
 
 
-def cautions(recipe: Recipe, labelled: Labelled, models: dict[str, Any]) -> list[str]:
-    """What the figures of certainty do not say by themselves."""
+def validation_cautions(recipe: Recipe, labelled: Labelled) -> list[str]:
+    """What is wrong with the validation questions that temperatures and thresholds are chosen on."""
     found, number = [], len(labelled.validation)
     if (labelled.form or recipe.overlap_columns) and number < FEWEST_VALIDATION:
         instead = (
@@ -139,6 +139,12 @@ def cautions(recipe: Recipe, labelled: Labelled, models: dict[str, Any]) -> list
             f"The validation questions have the data's own {', '.join(others)}, the test questions have predictions: the "
             "temperatures and the thresholds of the labels were chosen on other questions than they are used on."
         )
+    return found
+
+
+def cautions(labelled: Labelled, models: dict[str, Any]) -> list[str]:
+    """What the figures of certainty do not say by themselves."""
+    found, number = [], len(labelled.validation)
     for name, model in models.items():
         temperature, decided = model.get("calibration", {}).get("temperature"), model.get("decided", {})
         if temperature and abs(np.log(temperature)) > np.log(calibration.WIDEST_TEMPERATURE) - 1e-3:

@@ -29,7 +29,8 @@ def make_results(
     labelled: Labelled | None = None,
     has_labels_only: bool = False,
 ) -> dict[str, Any]:
-    """The content of `results.json`, less what is known of the test split and the conditions.
+    """The content of `results.json`, less what is known of the test split and the conditions. `data_cautions` are of the rows
+    and not of the answers.
 
     Args:
         recipe: names the labels, the primary metric and the number of resamples.
@@ -96,7 +97,8 @@ def make_results(
         "checks": checked,
         "tests": {},
         "verdicts": [verdict(pair, recipe.primary_metric, conversation_count) for pair in pairs],
-        "cautions": label_results.cautions(recipe, labelled, models)
+        "data_cautions": label_results.validation_cautions(recipe, labelled),
+        "cautions": label_results.cautions(labelled, models)
         + _about_answers(recipe, questions, models)
         + unchecked
         + _cautions(recipe, measured, len(all_pairs)),

@@ -72,7 +72,8 @@ def certain(validation, test, *keys):
         )
     labelled = label_results.Labelled(Form(("yes", "no"), False, "", ""), questions[0], {"model": known})
     found = label_results.certainty(recipe, questions[1], labelled, "model", scores.draws(len(test), 1000, 0))
-    return found, " ".join(label_results.cautions(recipe, labelled, {"model": found}))
+    said = label_results.validation_cautions(recipe, labelled) + label_results.cautions(labelled, {"model": found})
+    return found, " ".join(said)
 
 
 SURE = [(4, True)] * 40 + [(1, False)] * 30 + [(1, True)] * 30  # decides from 4 on
@@ -172,5 +173,5 @@ def test_the_threshold_of_overlap_is_the_best_of_all_that_there_are():
 
 def test_a_temperature_at_its_bound_is_said_with_the_validation_questions_of_the_run_that_fitted_it():
     model = {"calibration": {"temperature": 100.0, "validation_questions": 60}}
-    (caution,) = label_results.cautions(load_recipe([], usage=""), label_results.Labelled(), {"r16": model})
+    (caution,) = label_results.cautions(label_results.Labelled(), {"r16": model})
     assert "r16: the temperature ends at the bound" in caution and "on the 60 validation questions" in caution

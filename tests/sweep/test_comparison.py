@@ -41,7 +41,7 @@ def run(tmp_path):
             if text:
                 models[model] = answered(folder, model, text, reference, order)
         test = {"questions": 20, "conversations": 10, "split": "test", "dataset": "rows"}
-        results = {"models": models, "test": test, "conditions": {}, "tests": {}}
+        results = {"models": models, "test": test, "conditions": {}, "tests": {}, "data_cautions": []}
         (folder / "results.json").write_text(json.dumps(results))
         (recipe.output_dir / "train_metrics.json").write_text(json.dumps(TRAINED))
         state = {"state": "finished", "error": "", "is_trained": True, "is_evaluated": True}
@@ -70,13 +70,13 @@ def change_results(one: Compared, change) -> None:
     file.write_text(json.dumps(results))
 
 
-def score_labels(one: Compared, right: int, temperature: float) -> Compared:
-    """Writes label scores of the adapter's answers, of which the first so many are right, and what its evaluation would say."""
+def score_labels(one: Compared, right: int, temperature: float, model: str = "adapter") -> Compared:
+    """Writes label scores of a model's answers, of which the first so many are right, and what its evaluation would say."""
     folder, recipe = one.recipe.output_dir / "eval", one.recipe
-    lines = [json.loads(line) for line in (folder / "predictions-adapter.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / f"predictions-{model}.jsonl").read_text().splitlines()]
     questions = [Question(x["id"], x["conversation"], "", [], x["references"]) for x in lines]
     form = find_form(recipe, questions)
-    answers = PredictionFile(folder / "predictions-adapter.jsonl", {x["id"]: x["made_by"] for x in lines})
+    answers = PredictionFile(folder / f"predictions-{model}.jsonl", {x["id"]: x["made_by"] for x in lines})
     file = label_file.open_file(answers, form, label_file.said(answers, form))
     for k, question in enumerate(questions):
         true = form.true_label(question)
@@ -87,7 +87,7 @@ def score_labels(one: Compared, right: int, temperature: float) -> Compared:
     bins = {"expected_calibration_error": 0.2, "negative_log_likelihood": 0.5, "bins": []}
     known = {"before": bins, "after": bins, "temperature": temperature, "validation_questions": 60}
     figures = {"constrained_macro_f1": {}, "calibration": known}
-    change_results(one, lambda results: results["models"]["adapter"].update(figures))
+    change_results(one, lambda results: results["models"][model].update(figures))
     return one
 
 
@@ -201,13 +201,52 @@ def test_checks_that_all_runs_have_are_compared(run, tmp_path):
     assert any("checks are not about the same answers" in caution for caution in compared(tmp_path, *runs)["cautions"])
 
 
-def test_columns_that_a_run_was_told_are_named_with_the_run_where_another_was_told_otherwise(run, tmp_path):
-    runs = [run("a", "Lamp {0}"), run("b", "aisle {0}")]
-    for one, said in zip(runs, ("intent: an upper bound.", "intent: predicted.")):
-        told = {"intent": {"sentence": said}}
-        change_results(one, lambda results, told=told: results["test"].update(predicted_columns=told))
-    assert compared(tmp_path, *runs)["cautions"][:2] == ["a: intent: an upper bound.", "b: intent: predicted."]
-    assert compared(tmp_path, runs[0])["cautions"][0] == "intent: an upper bound."
+def test_what_a_run_warns_of_its_data_is_carried_with_the_runs_name_and_once_where_all_do(run, tmp_path):
+    runs = [run("a", "Lamp {0}"), run("b", "aisle {0}"), run("c", "in {0}"), run("d", "is")]
+    leaks, few = "The run has gone on from x: its adapter may have seen test questions.", "5 validation questions."
+    for one, said in zip(runs, ([few, leaks], [few, "intent: predicted."], [leaks, few])):
+        change_results(one, lambda results, said=said: results.update(data_cautions=said))
+    carried = [few, f"a, c: {leaks}", "b: intent: predicted."]
+    assert compared(tmp_path, *runs[:3])["cautions"][:3] == carried
+    assert compared(tmp_path, runs[0])["cautions"][:2] == [few, leaks]
+    change_results(runs[3], lambda results: results.pop("data_cautions"))
+    assert "d: An earlier version has evaluated it: see" in compared(tmp_path, *runs)["cautions"][3]
+
+
+def test_what_a_run_warns_of_the_data_of_an_also_test_stands_in_that_test(also_tested, tmp_path):
+    few = "No validation questions."
+    change_results(also_tested[1], lambda results: results["tests"]["clinic"].update(data_cautions=[few]))
+    found = compared(tmp_path, *also_tested)
+    assert found["tests"]["clinic"]["cautions"][0] == f"b: {few}" and f"b: {few}" not in found["cautions"]
+
+
+def test_a_base_whose_labels_are_scored_in_another_form_is_another(run, tmp_path):
+    """The prompt is the same, and so is the free answer to it; the label stands behind a reason or alone."""
+    runs = [run("with", "Reason: a lamp\nLabel: same", *WITH, reference="Reason: lamp {0}\nLabel: {1}", base="hm"),
+            run("without", "same", *WITHOUT, reference="{1}", base="hm"),
+            run("again", "other", *WITHOUT, reference="{1}", base="hm")]  # fmt: skip
+    for one, right in zip(runs, (20, 10, 10)):
+        score_labels(score_labels(one, 15, 1.5), right, 1.5, "base")
+    found = compared(tmp_path, *runs)["models"]
+    assert list(found) == ["with/base", "without/base", "with", "without", "again"]
+    assert [found[name]["constrained_accuracy"]["value"] for name in ("with/base", "without/base")] == [1.0, 0.5]
+
+
+def test_a_test_that_the_first_run_was_not_asked_has_the_base_of_the_next(also_tested, tmp_path):
+    change_results(also_tested[0], lambda results: results.update(tests={}))
+    found = compared(tmp_path, *also_tested)
+    assert list(found["models"]) == ["base", "a", "b", "c"]
+    assert list(found["tests"]["clinic"]["models"]) == ["base", "b", "c"]
+
+
+def test_a_score_by_which_the_best_run_is_worse_is_said(run, tmp_path):
+    """Short answers gain in ROUGE-L and lose in chrF."""
+    reference = "Your parcel {0} is on its way and comes on Monday before noon"
+    more = " and we thank you for the order that you have given to our shop last week again"
+    found = compared(tmp_path, run("long", reference + more, reference=reference),
+                     run("short", "Your parcel {0} is on its way", reference=reference))  # fmt: skip
+    assert found["headline"].startswith("short scores highest") and "It is better than long" in found["headline"]
+    assert any(said.startswith("chrF says the opposite: short is worse than long (") for said in found["besides"])
 
 
 def test_the_baseline_of_word_overlap_stands_beside_runs_that_share_it(run, tmp_path):
@@ -289,7 +328,7 @@ def also_tested(run, tmp_path):
                   (("base", "What?"), ("adapter", text))}  # fmt: skip
         test = {"questions": 20, "conversations": 10, "split": "test", "dataset": "clinic",
                 "leaks": {"sentence": f"{k // 2} of 9 training rows are near-duplicates."}}  # fmt: skip
-        about = {"clinic": {"models": models, "test": test}}
+        about = {"clinic": {"models": models, "test": test, "data_cautions": []}}
         change_results(one, lambda results, about=about: results.update(tests=about))
         runs.append(one)
     return runs
@@ -312,7 +351,7 @@ def test_the_table_of_the_runs_and_a_section_show_what_became_of_each_elsewhere(
     head = page.partition("## The runs")[2].strip().split("\n")[0]
     assert "| clinic: ROUGE-1 |" in head
     section = page.partition("## Elsewhere: clinic")[2].partition("##")[0]
-    assert "a: 0 of 9 training rows are near-duplicates. b: 0 of 9" in section and "c: 1 of 9" in section
+    assert "a, b: 0 of 9 training rows are near-duplicates. c: 1 of 9" in section
     assert "ROUGE-1 (decides)" in section and " less " not in section
     [row] = [line for line in section.split("\n") if line.startswith("| difference to b |")]
     assert re.fullmatch(r"(\| [^|]+){2}\| -\S+ \(.*; p \S+\) \| best \| -\S+ \(.*; p \S+\) \|", row)
