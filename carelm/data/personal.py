@@ -47,27 +47,35 @@ _AMOUNT = re.compile(
     re.IGNORECASE,
 )
 _OTHER_NUMBER = (
-    r"\borders?\b|order ?(?:id|no|num)|purchase|tickets?\b|\bcase\b|\bref\b|reference|track|invoice|bill(?:ing)? ?(?:no|id)",
-    r"(?:customer|client|member(?:ship)?|loyalty|user|employee|patient|policy|contract) ?(?:id|no|num)|\bacc(?:oun)?t\b|a/c",
-    r"serial|s/n|\bsku\b|\bitem|article|model|part n|\bisbn|\bean\b|\bupc\b|gtin|\bimei|\bzip\b|postcode|(?<!area )\bcode",
-    r"\bids?\b|(?-i:[a-z]I[dD]\b)|booking|reservation|confirmation|policy|\bawb\b|parcel|shipment|package|consignment|\btxn",
+    r"\borders?\b|order ?(?:id|no|num)|purchase|tickets?\b|\bcase\b|\bref\b|reference|track|invoice",
+    r"(?:customer|client|bill(?:ing)?|member(?:ship)?|loyalty|user|employee|patient|policy|contract) ?(?:id|no|num)",
+    r"\bacc(?:oun)?t\b|a/c|serial|s/n",
+    r"\bsku\b|\bitem|article|model|part n|\bisbn|\bean\b|\bupc\b|gtin|\bimei|\bzip\b|postcode|(?<!area )\bcode",
+    r"\bids?\b|booking|reservation|confirmation|policy|\bawb\b|parcel|shipment|package|consignment|\btxn",
     r"transaction|\butr\b|\bgst|aadhaar|passport|social security|voucher|coupon|gift ?card|request n|claim|version|\bbuild\b",
-    r"firmware|barcode",
+    r"firmware|barcode|\b(?:licen[cs]e|tax|registration|routing|roll|student|receipt|delivery|return|application|consumer|meter|"
+    r"complaint|quote|job|docket|check|file|flight|nhs|medicare|vat|po) ?(?:id|no|num)|\bpnr\b|\brma\b|\bvin\b",
     r"bestell|auftrag|kunden-?n|rechnung|sendung|paket|vorgang|vertrag|artikel|serien|konto|beleg|aktenzeichen|steuer",
-    r"gutschein|lieferung|reklamation|geräte|modell|mitglied|\bplz\b",
+    r"gutschein|lieferung|reklamation|geräte|modell|mitglied|\bplz\b|ticket|referenz|buchung|"
+    r"zähler|angebot|retoure|police-?n|personal-?n|versicherungsn|ausweis|transaktion|fall-?nummer",
     r"pedido|factura|seguimiento|referencia|número de cliente|cuenta|incidencia|reserva|artículo|\bserie\b|código|envío",
-    r"albarán|expediente|\bdni\b|\bnif\b|paquete|compra",
+    r"albarán|expediente|\bdni\b|\bnif\b|paquete|compra|póliza|contrato|\bde (?:recibo|caso)\b|reclamación|\btique?t",
     r"commande|facture|colis|suivi|ordine|fattura|spedizione|encomenda",
-    r"ऑर्डर|आर्डर|टिकट|ट्रैक|बिल|इनवॉइस|खात|संदर्भ|बुकिंग|कोड|शिकायत|रेफरेंस|पार्सल|सीरियल",
+    r"ऑर्डर|आर्डर|टिकट|ट्रैक|बिल|इनवॉइस|खात|संदर्भ|बुकिंग|कोड|शिकायत|रेफरेंस|पार्सल|सीरियल|आधार|आवेदन|रसीद|पीएनआर",
 )
 _PHONE_NUMBER = (
-    r"phone|\btel\b|mobil|\bcell|\bcall|\bring\b|\btext (?:me|us|him|her)|\bsms\b|whats ?app|\bfax|hotline|\bdial|reach",
-    r"contact|\bnumber is|my (?:new |other )?n(?:umber|o)\b|(?:your|his|her) number",
-    r"telef|handy|durchwahl|ruf|erreich|(?:meine|neue|deine|ihre|seine) (?:neue )?nummer",
-    r"teléf|móvil|llam|mi número(?! de (?:cliente|pedido))",
-    r"फोन|फ़ोन|मोबाइल|कॉल|व्हाट्स|संपर्क|मेरा (?:नया )?नंबर",
+    r"(?<!\ba )(?<!\bi )\b(?:(?:tele)?phone(?:\d|n\w*)?\b|mobil|cell|call|ring\b)|\btel\b|\btext (?:me|us|him|her)",
+    r"\bsms\b|whats ?app|\bfax|hotline|\bdial|\breach(?:able)?\b|\bcontact(?! lens)",
+    r"\b(?:my|your|his|her|their) (?:new |other )?n(?:umber|o)\b",
+    r"\b(?:customer|client|neighbou?r|wife|husband|mother|father|son|daughter|brother|sister|friend)'s n(?:umber|o)\b",
+    r"\b(?:best|home|work|office|daytime|callback|toll-?free) n(?:umber|o)\b",
+    r"(?<!\bein )\btelef(?!ons\b)|\bhandy(?:n\w*)?\b|durchwahl|\berreich(?:e|en|bar)\b|\b(?:an|rück)ruf",
+    r"\b(?:zurück|an)?(?:ge|zu)?ruf(?:e|t|en|n\w*)?\b|\b(?:meine|neue|deine|ihre|seine) (?:neue )?nummer",
+    r"(?<!\bun )\b(?:teléf|móvil)|(?<!\bse )\bll[aá]m|\bmi número(?! de )",
+    r"(?<![\w\u0900-\u097f])(?:टेली)?(?:फोन|फ़ोन)|मोबाइल|कॉल|व्हाट्स|संपर्क|मेरा (?:नया )?नंबर",
 )
 _NUMBER_WORDS = re.compile(f"(?P<other>{'|'.join(_OTHER_NUMBER)})|(?P<phone>{'|'.join(_PHONE_NUMBER)})", re.IGNORECASE)
+_IN_A_NAME = re.compile(r"_|(?<=[a-z])(?=[A-Z])")  # order_id, orderId
 _CLAUSE = re.compile(r"[!?;\n]|[.,]\s+(?=[^\W\d_])")
 _IN_FRONT = 45  # characters in which such a word counts
 _HTML = re.compile(
@@ -201,6 +209,6 @@ def _phones(text: str, region: str | None, column: str) -> Iterator[tuple[int, i
 
 def _is_other_number(text: str, start: int, column: str) -> bool:
     """Whether the nearest word in front of a number says that it is an order's, a parcel's ... and not a phone's."""
-    in_front = column.replace("_", " ") or text[max(0, start - _IN_FRONT) : start]
+    in_front = _IN_A_NAME.sub(" ", column or text[max(0, start - _IN_FRONT) : start])
     words = list(_NUMBER_WORDS.finditer(_CLAUSE.split(in_front)[-1]))
     return bool(words) and words[-1].lastgroup == "other"

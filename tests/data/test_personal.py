@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import re
 import runpy
 import time
@@ -91,6 +92,18 @@ def test_what_is_personal_is_replaced_and_what_looks_like_it_stays(make, tmp_pat
     assert example.prompt[0]["content"] == masked and example.completion[0]["content"] == f"{masked}!"
     assert question.compose(recipe, [text]) == masked  # in a chat, and for card_questions
     assert make_examples(make(rows, phone_region=region))[0]["train"][0].prompt[0]["content"] == text
+
+
+@pytest.mark.parametrize(("region", "text"), [
+    ("US", "My order number is {}"), ("US", "Order for a phone {}"), ("US", "Ticket for headphones {}"),
+    ("US", '{{"order_id": "{}"}}'), ("US", '{{"accountNumber": "{}"}}'), ("IN", "My Aadhaar number is {}"),
+    ("DE", "Bestellung widerrufen: 0{}"), ("DE", "Auftrag abrufen: 0{}"), ("ES", "Pedido de un automóvil {}"),
+])  # fmt: skip
+def test_of_random_numbers_of_another_kind_none_is_masked(region, text):
+    drawn = random.Random(1)
+    numbers = [drawn.randrange(10**8, 10**10) for _ in range(400)]
+    assert not [number for number in numbers if find_personal(text.format(number), region)]
+    assert any(find_personal(f"Tel. {zero}{number}", region) for number in numbers for zero in ("", "0"))
 
 
 def test_the_report_counts_rows_and_finds_and_names_the_first(make, tmp_path):
