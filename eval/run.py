@@ -120,7 +120,8 @@ def main() -> None:
             page, number = ratings.write_page(
                 folder, asks, found["models"], own.questions, lines[""], recipe.split_seed
             )
-            ranks.say(f"{number} pairs of answers to rate in a browser: {page}")
+            to_rate = f"{number} pairs of answers to rate in a browser: {page}"
+            ranks.say(to_rate if page else "rate: both models give the same answers, so there is nothing to rate")
         ranks.say(f"report: {folder / 'report.html'}")
         print(json.dumps(report.summary(folder, found)), flush=True)
         words, into = words_of(recipe, sys.argv[1:]), recipe.output_dir / "merged"

@@ -91,21 +91,14 @@ def count(
 
 def write_page(
     folder: Path, title: str, models: dict[str, Any], questions: list[Question], lines: Lines, seed: int
-) -> tuple[Path, int]:
+) -> tuple[Path | None, int]:
     """Writes rate.html, which asks about up to MOST_PAIRS drawn questions that got different answers, with the sides drawn for
-    each; returns it with their number.
-
-    Raises:
-        UserError: where there is one model, or both give the same answers.
+    each; returns it with their number. Where the base and the tuned model give the same answers there is no page.
     """
     first, tuned = main_pair(models)
-    unlike = [
-        i for i in range(len(questions)) if tuned and len({lines[name][i]["prediction"] for name in (first, tuned)}) > 1
-    ]
+    unlike = [i for i in range(len(questions)) if len({lines[name][i]["prediction"] for name in (first, tuned)}) > 1]
     if not unlike:
-        raise UserError(
-            "rate: there is nothing to rate, as no two models with different answers are compared; set models"
-        )
+        return None, 0
     drawn, pairs = random.Random(seed), []
     for i in drawn.sample(unlike, min(MOST_PAIRS, len(unlike))):
         texts = [lines[name][i]["prediction"] for name in (first, tuned)]

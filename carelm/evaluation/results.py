@@ -85,6 +85,7 @@ def make_results(
         pair["better"] = [questions[i].id for i in order[:MOST_CHANGED] if change[i] > 0]
         pair["worse"] = [questions[i].id for i in order[::-1][:MOST_CHANGED] if change[i] < 0]
         pair["closer"], pair["farther"] = int((change > 0).sum()), int((change < 0).sum())
+        pair["same_answers"] = sum(p["prediction"] == q["prediction"] for p, q in zip(lines[a], lines[b]))
         pair["typical"] = {questions[i].id: [float(ranked[a][i]), float(ranked[b][i])] for i in _nearest_median(change)}
     first = scores.Answers(conversations, [p["prediction"] for p in next(iter(lines.values()))], references)
     conversation_count = len(set(conversations))

@@ -68,7 +68,8 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
             there = there if there["models"][0] == first else turned(there)
             besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {_in_short(test, there)}")
             besides += [f"On {name}: {said}" for said in _other_way(test, there, names)]
-    return {"headline": f"{ANSWERS[decided]}. {_in_questions(results, main, names)}", "besides": besides}
+    answer = "No difference" if _is_same(results, main) else ANSWERS[decided]
+    return {"headline": f"{answer}. {_in_questions(results, main, names)}", "besides": besides}
 
 
 def main_pair(models: dict[str, Any]) -> tuple[str, str | None]:
@@ -103,6 +104,12 @@ def called(models: dict[str, Any], first: str, tuned: str) -> dict[str, str]:
     return names
 
 
+def _is_same(results: dict[str, Any], pair: dict[str, Any]) -> bool:
+    """Whether both give the same answers to the letter, and choose the same labels where these decide."""
+    score = pair["scores"][results["primary_metric"]]
+    return pair["same_answers"] == results["test"]["questions"] and not (score["low"] or score["high"])
+
+
 def _other_way(results: dict[str, Any], pair: dict[str, Any], names: dict[str, str]) -> list[str]:
     """A sentence for each score by which the second model is worse where the primary one says better, or the reverse."""
     found, number, (a, b) = pair["scores"], results["test"]["conversations"], pair["models"]
@@ -125,6 +132,8 @@ def _in_short(results: dict[str, Any], pair: dict[str, Any]) -> str:
     """The same as the headline of a pair, in half a sentence."""
     metric, models, number = results["primary_metric"], results["models"], results["test"]["questions"]
     a, b = pair["models"]
+    if _is_same(results, pair):
+        return f"the same answers to all {number} questions, to the letter ({_both(results, pair)})."
     if metric in LABEL_SCORES:
         right = [round(models[name][_accuracy(metric)]["value"] * number) for name in (b, a)]
         counted = f"the right label in {right[0]} of {number} questions, against {right[1]}"
@@ -142,13 +151,13 @@ def _both(results: dict[str, Any], pair: dict[str, Any]) -> str:
     metric, score = results["primary_metric"], pair["scores"][results["primary_metric"]]
     said = _change(results, pair, metric)
     match decide(score, results["test"]["conversations"]):
-        case "unclear":
+        case "unclear" if score["low"] < score["high"]:
             low, high = (f"{'+' if score[end] > 0 else ''}{figure(metric, score[end])}" for end in ("low", "high"))
             said += f"; the difference may lie anywhere from {low} to {high}"
             if not score["low"] <= 0 <= score["high"]:
                 among = f" among {score['comparisons']} comparisons" if score["comparisons"] > 1 else ""
                 said += f", which is not enough{among} (p {score['p_value_holm']:.2g})"
-        case "few":
+        case "few" if not _is_same(results, pair):
             said += f"; {results['test']['conversations']} conversations are too few"
     return f"{NAMES[metric]} {said}"
 
@@ -160,6 +169,10 @@ def _in_questions(results: dict[str, Any], pair: dict[str, Any], names: dict[str
     of_a, of_b = names.get(a, a), names.get(b, b)
     score = pair["scores"][metric]
     both, decided = _both(results, pair), decide(score, results["test"]["conversations"])
+    if _is_same(results, pair):
+        return _first_word(
+            f"{of_b} gives the same answers as {of_a} to all {number} questions, to the letter ({both})."
+        )
     if metric in LABEL_SCORES:
         right = {name: round(models[name][_accuracy(metric)]["value"] * number) for name in (a, b)}
         how = "Asked to choose among the labels, " if metric.startswith(CONSTRAINED) else ""
@@ -234,11 +247,14 @@ def _of_runs(results: dict[str, Any]) -> dict[str, Any]:
     for pair in (p for p in results["pairs"] if best in p["models"]):
         pair = pair if pair["models"][1] == best else turned(pair)
         decided = decide(pair["scores"][metric], results["test"]["conversations"])
-        ways.setdefault("better" if decided == "better" else "unclear", []).append(pair["models"][0])
+        way = "same" if _is_same(results, pair) else "better" if decided == "better" else "unclear"
+        ways.setdefault(way, []).append(pair["models"][0])
         besides += _other_way(results, pair, {})
     said = f"{best} scores highest ({NAMES[metric]} {figure(metric, results['models'][best][metric]['value'])})."
     if ways.get("better"):
         said += f" It is better than {_listed(ways['better'])}."
+    if ways.get("same"):
+        said += f" Its answers are those of {_listed(ways['same'])}, to the letter."
     if ways.get("unclear"):
         said += f" This test set cannot tell it from {_listed(ways['unclear'])}."
     return {"headline": said, "besides": besides}

@@ -583,6 +583,19 @@ def test_unlike_models_are_said_to_be_unlike(tmp_path, monkeypatch, capsys):
     assert any(unlike in c for c in cautions)
 
 
+def test_models_with_the_same_answers_are_nothing_to_rate_and_no_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", err := io.StringIO())
+    found = run_here(monkeypatch, capsys, "--output_dir", str(tmp_path / "run"), "--models", "base", "base@fp32", "--rate",
+                     "--max_eval_samples", "12", "--max_new_tokens", "4", "--num_resamples", "50", "--num_latency_prompts", "0",
+                     "--load_in_4bit", "false")  # fmt: skip
+    assert (
+        "base@fp32 gives the same answers as the base to all 16 questions, to the letter (ROUGE-L" in found["headline"]
+    )
+    assert found["headline"].startswith("No difference. ") and "anywhere" not in found["headline"]
+    assert "carelm: rate: both models give the same answers, so there is nothing to rate" in err.getvalue()
+    assert f"carelm: report: {tmp_path}/run/eval/report.html" in err.getvalue()
+
+
 def test_an_adapter_that_holds_nan_is_named_before_anything_is_answered(tmp_path):
     recipe = make_adapter(tmp_path / "run")
     candidate = candidates.find(recipe, "adapter")

@@ -72,7 +72,13 @@ def test_what_the_test_set_cannot_tell_is_said_so_with_what_may_be(tmp_path):
     assert few["headline"].startswith("This test set cannot tell. ")
     assert "9 conversations are too few" in few["headline"]
     same, *_ = evaluate(tmp_path, {"base": [NEAR] * 20, "adapter": [NEAR] * 20})
-    assert "as close to the expected replies as those of the base in all 20 questions" in same["headline"]
+    said = "No difference. The tuned model gives the same answers as the base to all 20 questions, to the letter (ROUGE-L 0"
+    assert same["headline"].startswith(said) and "anywhere" not in same["headline"]
+    alike, *_ = evaluate(tmp_path, {"base": [WRONG] * 20, "adapter": ["They buy mugs"] * 20})
+    assert "as close to the expected replies as those of the base in all 20 questions" in alike["headline"]
+    assert "anywhere" not in alike["headline"]  # no resample has a difference
+    few, *_ = evaluate(tmp_path, {"base": [NEAR] * 9, "adapter": [NEAR] * 9})
+    assert few["headline"].startswith("No difference. ") and "too few" not in few["headline"]
     assert not same["same"]  # that these two are alike is the answer, and nothing to fold away
 
 
@@ -113,6 +119,7 @@ def test_what_is_not_enough_is_said_with_the_number_of_comparisons_that_the_corr
         "changed_by": "rougeL",
         "closer": 9,
         "farther": 2,
+        "same_answers": 0,
     }
     models = {name: measured(name) | {"rougeL": {"value": value}} for name, value in (("base", 0.2), ("adapter", 0.3))}
     found = {"primary_metric": "rougeL", "models": models, "pairs": [pair], "checks": {}, "tests": {},

@@ -239,6 +239,11 @@ def test_a_test_that_the_first_run_was_not_asked_has_the_base_of_the_next(also_t
     assert list(found["tests"]["clinic"]["models"]) == ["base", "b", "c"]
 
 
+def test_runs_with_the_same_answers_are_said_to_be_the_same(run, tmp_path):
+    found = compared(tmp_path, run("a", "Lamp {0}"), run("b", "Lamp {0}"), run("c", "no"))
+    assert found["headline"].endswith("It is better than c. Its answers are those of b, to the letter.")
+
+
 def test_a_score_by_which_the_best_run_is_worse_is_said(run, tmp_path):
     """Short answers gain in ROUGE-L and lose in chrF."""
     reference = "Your parcel {0} is on its way and comes on Monday before noon"
