@@ -11,12 +11,14 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from carelm.errors import UserError
+from carelm.files import locate
 from carelm.recipe import Recipe
 
 # Keys that the evaluator alone reads.
@@ -59,6 +61,7 @@ OF_A_TEST = (
     "reference_columns", "labels", "overlap_columns", "primary_metric", "max_new_tokens", "checks",
     "max_empty_share", "max_length",
 )  # fmt: skip
+PLACES = ("dataset_name", "model_name_or_path", "adapter", "chat_template_path")  # each may name a file or folder
 # What a recipe in also_train says beside its data.
 OF_MIXED = ("labels", "max_empty_share")
 # Keys of SFTConfig and ModelConfig that CareLM derives or that have no effect here, and what to use instead.
@@ -151,12 +154,21 @@ DEFAULTS = {
 
 
 def identity_of(key: str, values: dict[str, Any], default: Any = None) -> Any:
-    """What counts of a key's value when runs are compared: where predictions come from is no matter of training, and
-    `phone_region` alone changes no row."""
+    """What counts of a key's value when runs are compared: where predictions come from is no matter of training, nor from where
+    a file or folder is named, and `phone_region` alone changes no row."""
     if key == "phone_region" and not values.get("mask_personal_data"):
         return None
     value = values.get(key, default)
-    return sorted(value or ()) if key == "predicted_columns" else value
+    if key == "predicted_columns":
+        return sorted(value or ())
+    if key == "also_train" and isinstance(value, dict):
+        return {_located(str(file)): rows for file, rows in value.items()}
+    return _located(value) if key in PLACES and isinstance(value, str) else value
+
+
+def _located(name: str) -> str:
+    found = locate(name)
+    return os.path.realpath(found) if os.path.exists(found) else name
 
 
 @dataclass(frozen=True)

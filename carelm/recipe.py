@@ -9,6 +9,7 @@ from typing import Any
 from carelm.errors import UserError
 from carelm.files import OWN_CACHE, cache, locate
 
+ONCE = ("restart", "preview", "rate")  # meant for one start: on the command line alone
 PRECISION_NOTE = "precision.json"  # in the output folder: what `precision: auto` has measured on a CPU, and chosen
 
 
@@ -265,7 +266,7 @@ class Recipe:
     def keys(self) -> dict[str, Any]:
         """Every key of the run with its value, flat, as `recipe.yaml` holds it; secrets are left out."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if "help" in f.metadata}
-        for once in ("restart", "preview"):
+        for once in ONCE:
             del own[once]
         return {**own, **self.model, **{k: v for k, v in self.training.items() if k != "hub_token"}}
 

@@ -15,7 +15,7 @@ import yaml
 from carelm.adapter_folder import decided_of_run
 from carelm.checks import check
 from carelm.errors import UserError
-from carelm.files import locate, near, write_whole
+from carelm.files import PROJECT, locate, near, write_whole
 from carelm.key_help import format_help
 from carelm.keys import (
     ALTERNATIVES,
@@ -32,7 +32,7 @@ from carelm.keys import (
     typed,
 )
 from carelm.ranks import say
-from carelm.recipe import Recipe
+from carelm.recipe import ONCE, Recipe
 
 Layer = tuple[str, dict[str, Any]]  # where keys stand, and the keys
 
@@ -302,17 +302,20 @@ def split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list[
 
 def _typed_keys(where: str, keys: dict[str, Any]) -> dict[str, Any]:
     place = "--" if where == "command line" else f"{where}: "
+    if place != "--" and (once := [name for name in ONCE if keys.get(name)]):
+        raise UserError(f"{where}: {once[0]} is meant once, so it stands on the command line alone: --{once[0]}")
     return {name: typed(known(name, where), value, place) for name, value in keys.items()}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe's file. Data that lies beside the recipe, and not where its name leads from the current folder or
-    the project's, is named by its whole path; so is data that is nowhere, where something beside the recipe is called alike."""
+    """The keys of a recipe's file. Data that lies beside the recipe, and not where its name leads from another current folder
+    or the project's, is named by its whole path; so is data that is nowhere, where something beside it is called alike."""
     keys = read_yaml(path)
     name = keys.get("dataset_name")
     if isinstance(name, str) and name and not os.path.isabs(os.path.expanduser(name)):
         beside = path.resolve().parent / name
-        if not (os.path.exists(locate(name)) or glob.glob(name, recursive=True)):
+        is_own_folder = beside == Path.cwd() / name and Path.cwd() != PROJECT
+        if is_own_folder or not (os.path.exists(locate(name)) or glob.glob(name, recursive=True)):
             if glob.glob(str(beside), recursive=True) or beside.exists() or (Path(name).suffix and near(beside)):
                 keys["dataset_name"] = str(beside)
     return keys

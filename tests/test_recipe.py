@@ -518,12 +518,19 @@ def test_every_recipe_reloads_to_the_same_run(path, tmp_path):
     assert load_recipe(["--config", str(tmp_path / "recipe.yaml")], usage="").keys() == first.keys()
 
 
+@pytest.mark.parametrize("key", ["restart", "preview", "rate"])
+def test_what_is_meant_once_stands_in_no_file(load, key):
+    """A job that is put back in the queue would begin anew each time."""
+    assert f"small.yaml: {key} is meant once" in message_of(load, **{key: 1 if key == "preview" else True})
+    assert not getattr(load(**{key: 0 if key == "preview" else False}), key)
+
+
 def test_the_saved_recipe_holds_no_token_and_nothing_that_is_meant_once(load, tmp_path):
-    recipe = load("--hub_token", "hf_secret", "--restart", "--preview", "2")
+    recipe = load("--hub_token", "hf_secret", "--restart", "--preview", "2", "--rate")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     text = (tmp_path / "recipe.yaml").read_text()
     assert "hf_secret" not in text and "hub_token" not in text
-    assert "restart" not in text and "preview" not in text
+    assert "restart" not in text and "preview" not in text and "\nrate" not in text
     assert "hf_secret" not in json.dumps(recipe.keys())
 
 
@@ -564,6 +571,29 @@ def test_a_folder_with_another_run_is_refused_and_the_key_named(load, tmp_path, 
 def test_a_run_may_go_on_elsewhere_longer_and_in_other_micro_batches(load, tmp_path, changed):
     save_recipe(load(), tmp_path / "recipe.yaml")
     check_identity(load(**changed), tmp_path / "recipe.yaml")
+
+
+def test_it_is_the_same_run_from_which_folder_it_is_ever_started(tmp_path, monkeypatch):
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop/rows.csv").write_text("question,answer\na,b\n")
+    (tmp_path / "shop/shop.yaml").write_text("dataset_name: rows.csv\nmessages_column: messages\n")
+    saved, found = {}, {}
+    for folder, name in ((tmp_path / "shop", "shop.yaml"), (tmp_path, "shop/shop.yaml")):
+        monkeypatch.chdir(folder)
+        found[name] = load_recipe(["--config", name, "--output_dir", str(tmp_path / "run")], usage="")
+        saved[name] = tmp_path / f"{folder.name}.yaml"
+        save_recipe(found[name], saved[name])
+        for recipe in found.values():
+            for file in saved.values():
+                check_identity(recipe, file)
+
+
+def test_a_file_named_from_its_folder_is_the_one_named_by_its_whole_path(load, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    recipe = load(dataset_name=str(tmp_path / "rows.jsonl"))
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(recipe.keys() | {"dataset_name": "rows.jsonl"}))
+    monkeypatch.chdir(tmp_path)
+    check_identity(recipe, tmp_path / "saved.yaml")
 
 
 def test_a_key_written_with_its_default_is_the_same_run(load, tmp_path):

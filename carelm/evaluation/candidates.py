@@ -196,7 +196,10 @@ class Candidate:
     def changed_data(self, recipe: Recipe) -> list[str]:
         """The recipe's data files that are not what they were when this adapter was trained on them."""
         metrics = read_json(self.adapter / "train_metrics.json") if self.adapter else {}
-        if not metrics.get("data_files") or _keys_of(self.adapter).get("dataset_name") != recipe.dataset_name:
+        if not metrics.get("data_files"):
+            return []
+        was, now = (identity_of("dataset_name", keys) for keys in (_keys_of(self.adapter), recipe.keys()))
+        if was != now:
             return []
         return sorted(changed_files(metrics["data_files"], hash_files(recipe) or {}))
 

@@ -135,5 +135,10 @@ def test_the_same_answers_are_nothing_to_rate(asked, tmp_path):
     assert not (tmp_path / "rate.html").exists()
 
 
-def test_rate_is_a_word_of_the_command_line_alone():
+def test_rate_is_a_word_of_the_command_line_alone(tmp_path):
     assert load_recipe(["--rate"], usage="").rate and not load_recipe([], usage="").rate
+    (tmp_path / "shop.yaml").write_text("rate: true")
+    with pytest.raises(
+        UserError, match="shop.yaml: rate is meant once, so it stands on the command line alone: --rate"
+    ):
+        load_recipe(["--config", str(tmp_path / "shop.yaml")], usage="")
