@@ -50,22 +50,29 @@ def attend(
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     length, seen = query.shape[2], key.shape[2]
+    odd = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
+    is_plain = torch.is_grad_enabled() and query.dtype == torch.bfloat16 and query.device.type == "cpu" and not odd
     if attention_mask is None:
         is_causal = kwargs.get("is_causal")
-        is_plain = length == seen and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        is_plain &= length == seen and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     else:
-        is_plain = attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1 and attention_mask.any(-1).all()
-    odd = dropout or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None
-    if (
-        not (torch.is_grad_enabled() and query.dtype == torch.bfloat16 and query.device.type == "cpu" and is_plain)
-        or odd
-    ):
+        is_plain = is_plain and attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+        is_plain = is_plain and _all_see(attention_mask)
+    if not is_plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is None:
         attention_mask = torch.ones(1, 1, length, seen, dtype=torch.bool).tril_()
     attention_mask = attention_mask.expand(len(query), 1, length, seen)
     with torch.autocast("cpu", enabled=False):
         return _Attention.apply(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5), None
+
+
+def _all_see(mask: torch.Tensor) -> bool:
+    """Whether every position sees one. The layers share the mask of a batch, which keeps the answer: to look through it takes
+    long."""
+    if not hasattr(mask, "all_see"):
+        mask.all_see = bool(mask.any(-1).all())
+    return mask.all_see
 
 
 class _Attention(torch.autograd.Function):

@@ -95,3 +95,22 @@ def test_a_model_that_trains_in_bf16_takes_it_and_what_needs_no_gradient_does_no
         torch.testing.assert_close(model(ids).logits, plain, rtol=0.05, atol=0.02)
     assert calls == [1]
     assert "attn" not in model.config.to_json_string()
+
+
+def test_the_layers_look_through_the_mask_of_a_batch_once_and_those_without_gradients_never():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
+                                         num_attention_heads=4, num_key_value_heads=2)).bfloat16()  # fmt: skip
+    attention.use_recomputed_attention(model)
+    ids, mask = torch.arange(12).view(2, 6), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+
+    def looks(batches: int) -> int:
+        with torch.profiler.profile() as profile:
+            for _ in range(batches):
+                model(ids, attention_mask=mask)
+        return sum(event.name == "aten::any" for event in profile.events())
+
+    assert looks(1) == 1 and looks(2) == 2
+    with torch.no_grad():
+        assert looks(1) == 0
