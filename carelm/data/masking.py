@@ -12,7 +12,7 @@ from carelm.data.messages import to_turns
 from carelm.data.personal import find_personal, has_html, has_signature
 from carelm.data.tags import used_tags
 from carelm.data.templates import template_columns
-from carelm.data.values import as_text, cell_text
+from carelm.data.values import cell_text
 from carelm.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,9 +89,8 @@ def _with_values(value: Any, change: Callable[[str, str], str], column: str = ""
         return [_with_values(v, change, column) for v in value]
     if isinstance(value, str):
         return change(value, column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        text = as_text(value, column)
-        return value if (changed := change(text, column)) == text else changed
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value if (changed := change(str(value), column)) == str(value) else changed
     return value
 
 

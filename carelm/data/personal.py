@@ -75,6 +75,10 @@ _PHONE_NUMBER = (
     r"(?<![\w\u0900-\u097f])(?:टेली)?(?:फोन|फ़ोन)|मोबाइल|कॉल|व्हाट्स|संपर्क|मेरा (?:नया )?नंबर",
 )
 _NUMBER_WORDS = re.compile(f"(?P<other>{'|'.join(_OTHER_NUMBER)})|(?P<phone>{'|'.join(_PHONE_NUMBER)})", re.IGNORECASE)
+_NAME_OF_AN_AMOUNT = re.compile(
+    r"amount|price|total|quantity|balance|\bcost|salary|timestamp|betrag|preis|summe|menge|saldo|importe|precio|cantidad",
+    re.IGNORECASE,
+)
 _IN_A_NAME = re.compile(r"_|(?<=[a-z])(?=[A-Z])")  # order_id, orderId
 _CLAUSE = re.compile(r"[!?;\n]|[.,]\s+(?=[^\W\d_])")
 _IN_FRONT = 45  # characters in which such a word counts
@@ -209,6 +213,8 @@ def _phones(text: str, region: str | None, column: str) -> Iterator[tuple[int, i
 
 def _is_other_number(text: str, start: int, column: str) -> bool:
     """Whether the nearest word in front of a number says that it is an order's, a parcel's ... and not a phone's."""
+    if _NAME_OF_AN_AMOUNT.search(column):
+        return True
     in_front = _IN_A_NAME.sub(" ", column or text[max(0, start - _IN_FRONT) : start])
     words = list(_NUMBER_WORDS.finditer(_CLAUSE.split(in_front)[-1]))
     return bool(words) and words[-1].lastgroup == "other"

@@ -197,6 +197,18 @@ def test_turns_are_masked_with_what_they_hand_to_tools(make, tmp_path, form):
     assert found.keys() == {"EMAIL", "PHONE", "CARD"}
 
 
+@pytest.mark.parametrize(("arguments", "masked"), [
+    ({"phone": 2125550132, "order_id": 2125550132}, {"phone": "[PHONE]", "order_id": 2125550132}),
+    ({"of": [4111111111111111, True, None]}, {"of": ["[CARD]", True, None]}),
+    ({"total": 2125550132, "diff": -2125550132, "rate": 2125550132.5}, None),
+    ({"orderId": 2125550132, "n": float("inf"), "m": float("nan"), "accountNumber": 4111111111111111}, None),
+])  # fmt: skip
+def test_of_numbers_in_arguments_those_that_are_personal_are_masked(make, tmp_path, arguments, masked):
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", [GERMAN]), mask_personal_data=True, phone_region="US")
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    assert masking.mask_turns(recipe, [turn])[0]["tool_calls"][0]["function"]["arguments"] == (masked or arguments)
+
+
 def test_one_message_a_row_is_masked_and_conversations_stay_apart(make, tmp_path):
     rows = [{"t": f"{text} {who}@b.de", "r": role, "c": f"{who}@b.de"} for who in "ab" for role, text in
             (("user", "Mail:"), ("assistant", "So it is:"))]  # fmt: skip
