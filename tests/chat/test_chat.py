@@ -152,7 +152,7 @@ def test_training_and_generation_share_the_prompt_for_every_recipe(path, tokeniz
 def test_training_and_generation_share_the_prompt_on_real_rows(path, tokenizer, carelm_data):
     folder = PROJECT / "demo/data" if path.stem == "demo" else carelm_data / path.stem
     if not folder.is_dir():
-        pytest.skip(f"no rows for this recipe: there is no folder {folder}")
+        pytest.skip(f"no public samples of this recipe: there is no folder {folder}")
     recipe = load_recipe(["--config", str(path), "--dataset_name", str(folder)], usage="")
     rows = sources.load_splits(recipe)[0]["train"]
     rows = rows[: REAL_ROWS // 2] + rows[-REAL_ROWS // 2 :]
