@@ -30,6 +30,7 @@ from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
+from carelm.training.runs import untrained
 
 KEYS = ("models", "system_prompt", "max_new_tokens", "temperature", "top_p")  # the chat's own, for --help
 MOST_BYTES = 2**22  # of standard input: more is no message
@@ -106,8 +107,6 @@ def for_chat(recipe: Recipe) -> Recipe:
     if not models and (recipe.output_dir / ("config.json" if is_full else "adapter_config.json")).exists():
         models = [str(recipe.output_dir)] if is_full else ["adapter"]
     if not models:
-        from carelm.evaluation.candidates import untrained
-
         ranks.say(f"{recipe.output_dir} holds no result of training yet: the base answers ({untrained(recipe)})")
     return dataclasses.replace(recipe, num_shots=0, models=models or ["base"])
 

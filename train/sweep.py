@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
-from carelm import environment, ranks  # noqa: F401
+from carelm import environment, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.files import read_json
 from carelm.sweep.grid import Grid
@@ -40,6 +40,9 @@ def main() -> None:
         from carelm.sweep.plan import format_plan
 
         return print(format_plan(sweep))
+    import torch
+
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     if sweep.search:
         from carelm.sweep.search import Search
     source = Search(sweep) if sweep.search else Grid(sweep.runs)

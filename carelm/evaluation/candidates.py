@@ -18,8 +18,7 @@ from carelm.evaluation.api import ApiModel, find_api
 from carelm.files import fingerprint, locate, read_json
 from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA, identity_of
 from carelm.recipe import Recipe
-from carelm.training.checkpoints import find_checkpoints, step_of
-from carelm.training.runs import find_recipe
+from carelm.training.runs import find_recipe, untrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -272,13 +271,6 @@ def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
     if not (folder / "tokenizer.json").exists() and not any(folder.glob("*.model")):
         raise UserError(f"models: {folder} holds no tokenizer (no tokenizer.json, no *.model); {hint}")
     return _candidate(label, "checkpoint", recipe, str(folder), {}, held, None)
-
-
-def untrained(recipe: Recipe) -> str:
-    """Why there is no result of the recipe's training, and what to do."""
-    if saved := find_checkpoints(recipe.output_dir):
-        return f"its training is saved at step {step_of(saved[-1])} and not finished; the same training command goes on"
-    return "train first, with train/sft.py and the same keys"
 
 
 def _candidate(

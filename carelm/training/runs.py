@@ -94,6 +94,14 @@ def goes_on(recipe: Recipe) -> bool:
     return not restarts(recipe) and any(p.name.removeprefix("checkpoint-").isdigit() for p in checkpoints)
 
 
+def untrained(recipe: Recipe) -> str:
+    """Why there is no result of the recipe's training, and what to do."""
+    steps = [p.name.removeprefix("checkpoint-") for p in recipe.output_dir.glob("checkpoint-*")]
+    if saved := [int(step) for step in steps if step.isdigit()]:
+        return f"its training is saved at step {max(saved)} and not finished; the same training command goes on"
+    return "train first, with train/sft.py and the same keys"
+
+
 def _names(folder: Path) -> set[str]:
     """What lies there, without requests, locks and marks."""
     return {p.name for p in folder.iterdir() if not p.name.startswith((".", "stop_request"))}
