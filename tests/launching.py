@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from carelm.training.checkpoints import find_checkpoints
+from carelm.training.checkpoint_folders import find_checkpoints
 
 PROJECT = Path(__file__).resolve().parent.parent
 VENV = Path(sys.prefix)  # for slurm/job.sh

@@ -32,19 +32,10 @@ from safetensors.torch import save_file
 from carelm.errors import UserError
 from carelm.files import write_whole
 from carelm.ranks import say, share
+from carelm.training.checkpoint_folders import find_checkpoints, step_of
 from carelm.training.state import STATE, gather_state, is_full, is_native, scaler_state
 
 MARK = "complete.json"
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """The folders called checkpoint-N, oldest first, whole or not."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=step_of)
 
 
 def what_is_torn(folder: Path) -> str | None:

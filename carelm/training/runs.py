@@ -26,6 +26,7 @@ from carelm.ranks import Launch, rank, say, share
 from carelm.recipe import PRECISION_NOTE, Recipe
 from carelm.recipe_file import check_identity, save_recipe
 from carelm.training import finished, hub
+from carelm.training.checkpoint_folders import find_checkpoints, step_of
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -90,15 +91,13 @@ def restarts(recipe: Recipe) -> bool:
 def goes_on(recipe: Recipe) -> bool:
     """Whether there are checkpoints, so that this run goes on from one (or is refused, where none is whole) and begins with
     nothing anew."""
-    checkpoints = recipe.output_dir.glob("checkpoint-*")
-    return not restarts(recipe) and any(p.name.removeprefix("checkpoint-").isdigit() for p in checkpoints)
+    return not restarts(recipe) and bool(find_checkpoints(recipe.output_dir))
 
 
 def untrained(recipe: Recipe) -> str:
     """Why there is no result of the recipe's training, and what to do."""
-    steps = [p.name.removeprefix("checkpoint-") for p in recipe.output_dir.glob("checkpoint-*")]
-    if saved := [int(step) for step in steps if step.isdigit()]:
-        return f"its training is saved at step {max(saved)} and not finished; the same training command goes on"
+    if saved := find_checkpoints(recipe.output_dir):
+        return f"its training is saved at step {step_of(saved[-1])} and not finished; the same training command goes on"
     return "train first, with train/sft.py and the same keys"
 
 
