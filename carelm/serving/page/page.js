@@ -1,0 +1,357 @@
+// The chat page. It asks the gateway, shows the answers as they come and sends what people say of them.
+// What a model or a person has written reaches the page through textContent and value alone: it is never read as HTML.
+
+const at = id => document.getElementById(id);
+const log = at("log");
+const KEY = "carelm-key";  // in sessionStorage: gone with the tab
+
+let turns = [];  // {question, answers: [answer, ...]}: one answer, or two side by side
+const running = new Set();  // an AbortController for each answer that is being written
+
+/** What went wrong, in words for the reader; `wait` are the seconds after which another try makes sense. */
+class Refusal extends Error {
+  constructor(message, wait = 0) {
+    super(message);
+    this.wait = wait;
+  }
+}
+
+function unreachable(error) {
+  if (error.name === "AbortError") throw error;
+  throw new Refusal("The server cannot be reached. Is it running?");
+}
+
+/** A response that is well; with the key, which is asked for where the server wants one. */
+async function request(path, { body, signal } = {}) {
+  for (;;) {
+    const key = sessionStorage.getItem(KEY);
+    const response = await fetch(path, {
+      method: body ? "POST" : "GET",
+      headers: { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) },
+      body: body && JSON.stringify(body),
+      signal,
+    }).catch(unreachable);
+    if (response.ok) return response;
+    if (response.status === 401) await askForKey(key);
+    else throw await refusalOf(response);
+  }
+}
+
+async function refusalOf(response) {
+  const said = await response.json().then(found => found.error.message, () => `status ${response.status}`);
+  if (response.status !== 429) return new Refusal(`The server refuses: ${said}`);
+  return new Refusal(`The server is busy: ${said}`, Number(response.headers.get("Retry-After")) || 1);
+}
+
+let asking = null;  // two answers that are refused at once ask for one key
+
+async function askForKey(tried) {
+  if (sessionStorage.getItem(KEY) !== tried) return;  // another request has got it in the meantime
+  asking ??= new Promise((resolve, reject) => {
+    at("keywords").textContent = tried ? "The server does not accept that key." : "The server asks for its key. It is kept until this tab is closed.";
+    at("key").value = "";
+    at("keydialog").returnValue = "";
+    at("keydialog").showModal();
+    at("keydialog").onclose = () => {
+      asking = null;
+      if (!at("keydialog").returnValue) return reject(new Refusal("The server answers only with its key."));
+      sessionStorage.setItem(KEY, at("key").value);
+      resolve();
+    };
+  });
+  await asking;
+}
+
+/** The data of each server-sent event, however the bytes were cut on their way. */
+export async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", data = [];
+  for (;;) {
+    const { value, done } = await reader.read().catch(unreachable);
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines.map(line => line.replace(/\r$/, ""))) {
+      if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
+      if (line === "" && data.length) yield data.splice(0).join("\n");
+    }
+  }
+}
+
+/** The conversation before a turn as the model at that side has seen it, and the turn's question. */
+function messagesUpTo(turn, side) {
+  const messages = [];
+  for (const earlier of turns.slice(0, turns.indexOf(turn))) {
+    const answer = earlier.answers[side] ?? earlier.answers[0];  // before there was a second model, both have seen the first's
+    const content = answer.edited ?? answer.text;
+    if (content) messages.push({ role: "user", content: earlier.question }, { role: "assistant", content });
+  }
+  return [...messages, { role: "user", content: turn.question }];
+}
+
+/** Writes to the log what `change` writes, and stays at its end where the reader is there. */
+function keepingPlace(change) {
+  const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 48;
+  change();
+  if (isAtEnd) log.scrollTop = log.scrollHeight;
+}
+
+async function write(answer) {
+  const { box, parts } = answer;
+  const controller = new AbortController();
+  running.add(controller);
+  showRunning();
+  answer.text = parts.text.textContent = "";
+  resetFeedback(answer);
+  parts.note.hidden = parts.actions.hidden = true;
+  box.setAttribute("aria-busy", "true");
+  let note = "", wait = null;
+  try {
+    const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side), stream: true };
+    const response = await request("v1/chat/completions", { body, signal: controller.signal });
+    note = await read(response, answer);
+  } catch (error) {
+    note = error.name === "AbortError" ? "stopped" : answer.text ? `The answer broke off: ${error.message}` : error.message;
+    wait = error.wait ?? 0;
+    if (note !== "stopped" && !(error instanceof Refusal)) console.error(error);
+  } finally {
+    running.delete(controller);
+    box.removeAttribute("aria-busy");
+    showRunning();
+  }
+  keepingPlace(() => {
+    showNote(answer, note, wait);
+    parts.actions.hidden = !answer.text;
+  });
+  if (answer.box.isConnected) at("finished").append(paragraph(`${answer.model}: ${answer.text} ${note}`));
+}
+
+/** Shows an answer as it comes; returns what is to be said of its end. */
+async function read(response, answer) {
+  let note = "";
+  for await (const data of events(response.body)) {
+    if (data === "[DONE]") return note;
+    const { error, choices } = JSON.parse(data);
+    if (error) throw new Refusal(error.message);
+    const [choice] = choices;
+    if (!choice) continue;
+    const piece = choice.delta.content ?? "";
+    answer.text += piece;
+    keepingPlace(() => answer.parts.text.append(piece));
+    if (choice.finish_reason === "length") note = "cut off at the length limit";
+  }
+  throw new Refusal("The server has ended the connection.");
+}
+
+function paragraph(text) {
+  const made = document.createElement("p");
+  made.textContent = text;
+  return made;
+}
+
+/** A line under the answer; `wait`, in seconds, where it can be tried again. */
+function showNote({ parts }, note, wait) {
+  const { note: line, retry } = parts;
+  line.hidden = !note;
+  line.firstElementChild.textContent = note;
+  retry.hidden = wait === null;
+  retry.disabled = wait > 0;
+  retry.textContent = wait > 0 ? `Try again in ${wait} s` : "Try again";
+  if (wait > 0) setTimeout(() => retry.disabled && showNote({ parts }, note, wait - 1), 1000);
+}
+
+function showRunning() {
+  at("send").hidden = running.size > 0;
+  at("stop").hidden = !running.size;
+}
+
+function stop() {
+  for (const controller of running) controller.abort();
+  at("question").focus();
+}
+
+function ask(question) {
+  for (const button of log.querySelectorAll(".retry")) button.remove();  // the conversation has gone on
+  at("hint").hidden = true;
+  at("finished").replaceChildren();
+  const section = at("turn-shape").content.cloneNode(true).firstElementChild;
+  section.querySelector(".question").textContent = question;
+  const models = [at("model").value, at("other").value].filter(Boolean);
+  const turn = { question, answers: [] };
+  turn.answers = models.map((model, side) => newAnswer(turn, model, side));
+  section.querySelector(".answers").append(...turn.answers.map(answer => answer.box));
+  turns.push(turn);
+  at("turns").append(section);
+  turn.answers.forEach(write);
+  log.scrollTop = log.scrollHeight;
+}
+
+function newAnswer(turn, model, side) {
+  const box = at("answer-shape").content.cloneNode(true).firstElementChild;
+  const parts = Object.fromEntries(
+    ["text", "draft", "note", "retry", "actions", "copy", "edit", "up", "down", "said", "feedback", "edited", "comment", "error", "cancel"]
+      .map(name => [name, box.querySelector(`.${name}`)]),
+  );
+  const answer = { turn, model, side, box, parts, text: "", edited: null, rating: null };
+  box.querySelector("h3").textContent = model;
+  parts.retry.onclick = () => {
+    at("question").focus();  // the button goes
+    write(answer);
+  };
+  parts.copy.onclick = () => copy(answer);
+  parts.edit.onclick = () => openEdit(answer);
+  parts.up.onclick = () => rate(answer, "up");
+  parts.down.onclick = () => rate(answer, "down");
+  parts.cancel.onclick = () => closeFeedback(answer);
+  parts.feedback.onsubmit = event => {
+    event.preventDefault();
+    sendFeedback(answer);
+  };
+  parts.feedback.onkeydown = event => {
+    if (event.key === "Escape" && !event.isComposing) closeFeedback(answer);
+  };
+  return answer;
+}
+
+async function copy({ edited, text, parts }) {
+  try {
+    await navigator.clipboard.writeText(edited ?? text);
+    parts.said.textContent = "Copied.";
+  } catch {  // a browser gives the clipboard to pages of https and of this machine only
+    getSelection().selectAllChildren(parts.text);
+    parts.said.textContent = "Selected: press Ctrl+C.";
+  }
+}
+
+function rate(answer, rating) {
+  answer.rating = answer.rating === rating ? null : rating;
+  showRating(answer);
+  answer.parts.feedback.hidden = false;
+  answer.parts.comment.focus();
+}
+
+function showRating({ rating, parts }) {
+  parts.up.setAttribute("aria-pressed", rating === "up");
+  parts.down.setAttribute("aria-pressed", rating === "down");
+}
+
+function openEdit({ text, parts }) {
+  const field = parts.edited.querySelector("textarea");
+  if (parts.edited.hidden) field.value = text;
+  parts.feedback.hidden = parts.edited.hidden = false;
+  parts.edit.setAttribute("aria-expanded", "true");
+  field.focus();
+}
+
+function resetFeedback(answer) {
+  const { parts } = answer;
+  answer.rating = null;
+  showRating(answer);
+  parts.feedback.reset();
+  parts.error.textContent = "";
+  parts.feedback.hidden = parts.edited.hidden = true;
+  parts.edit.setAttribute("aria-expanded", "false");
+}
+
+function closeFeedback(answer) {
+  resetFeedback(answer);
+  answer.parts.edit.focus();
+}
+
+async function sendFeedback(answer) {
+  const { parts, text, rating } = answer;
+  const field = parts.edited.querySelector("textarea"), comment = parts.comment.value.trim() || null;
+  const edited = parts.edited.hidden || field.value === text ? null : field.value;
+  parts.error.textContent = "";
+  if (edited !== null && !edited.trim()) return void (parts.error.textContent = "Write an answer, or cancel.");
+  if (!edited && !rating && !comment) return void (parts.error.textContent = "Change the answer, rate it or write a comment.");
+  const send = parts.feedback.querySelector(".main");
+  send.disabled = true;
+  try {
+    const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side), answer: text, rating, comment, edited };
+    const response = await request("v1/feedback", { body });
+    const { saved } = await response.json();
+    showSaved(answer, edited, saved);
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    parts.error.textContent = `Not saved. ${error.message}`;
+  } finally {
+    send.disabled = false;
+  }
+}
+
+/** One row is written for an answer: what is saved can be read, and no more be changed. */
+function showSaved(answer, edited, saved) {
+  const { parts } = answer;
+  keepingPlace(() => {
+    parts.feedback.hidden = true;
+    parts.retry.remove();
+    for (const button of [parts.edit, parts.up, parts.down]) button.disabled = true;
+    parts.said.textContent = `Saved to ${saved}.`;
+    if (edited === null) return;
+    answer.edited = parts.text.textContent = edited;
+    parts.draft.hidden = false;
+    parts.draft.querySelector("p").textContent = answer.text;
+    answer.box.querySelector("h3").textContent = `${answer.model}, edited by you`;
+  });
+  parts.copy.focus();
+}
+
+async function loadModels() {
+  let names;
+  try {
+    const { data } = await (await request("v1/models")).json();
+    names = data.map(model => model.id);
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    const again = document.createElement("button");
+    again.textContent = "Try again";
+    again.onclick = () => {
+      at("turns").replaceChildren();
+      loadModels();
+    };
+    const line = paragraph(error.message);
+    line.className = "note row";
+    line.append(again);
+    return at("turns").replaceChildren(line);
+  }
+  for (const select of [at("model"), at("other")]) select.append(...names.map(name => new Option(name, name)));
+  at("model").value = names.find(name => name !== "base") ?? names[0];
+  at("beside").hidden = names.length < 2;
+  at("send").disabled = false;
+  modelsChosen();
+}
+
+/** A model is not compared with itself. */
+function modelsChosen() {
+  for (const option of at("other").options) option.disabled = option.value === at("model").value;
+  if (at("other").value === at("model").value) at("other").value = "";
+  document.body.classList.toggle("two", at("other").value !== "");
+}
+
+at("model").onchange = at("other").onchange = modelsChosen;
+at("stop").onclick = stop;
+at("new").onclick = () => {
+  stop();
+  turns = [];
+  at("turns").replaceChildren();
+  at("finished").replaceChildren();
+  at("hint").hidden = false;
+};
+at("composer").onsubmit = event => {
+  event.preventDefault();
+  const question = at("question").value.trim();
+  if (!question || running.size || at("send").disabled) return;
+  at("question").value = "";
+  at("question").focus();
+  ask(question);
+};
+at("question").onkeydown = event => {
+  if (event.isComposing || event.keyCode === 229) return;  // Enter ends a word of an input method (229: Safari)
+  if (event.key === "Escape") stop();
+  if (event.key !== "Enter" || event.shiftKey) return;
+  event.preventDefault();
+  at("composer").requestSubmit();
+};
+at("send").disabled = true;  // until there is a model
+loadModels();
