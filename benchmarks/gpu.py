@@ -225,7 +225,7 @@ def noise_floor(lab: Lab) -> Findings:
     from carelm.chat.chat import make_chat
     from carelm.evaluation import candidates
     from carelm.evaluation.questions import make_questions
-    from carelm.evaluation.rouge import rouge
+    from carelm.evaluation.rouge_measures import rouge
     from carelm.models import generation
     from carelm.recipe_file import load_recipe
 

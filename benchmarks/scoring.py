@@ -57,7 +57,7 @@ def time_rouge(options: argparse.Namespace) -> dict[str, object]:
     """Seconds of this project's ROUGE and of rouge_score's, in turn on the same pairs."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    from carelm.evaluation.rouge import rouge
+    from carelm.evaluation.rouge_measures import rouge
 
     file = Path(os.environ.get("CARELM_DATA", PROJECT.parent / "shared/data")) / "medquad/train.jsonl"
     if not file.is_file():

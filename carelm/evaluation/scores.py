@@ -20,7 +20,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from carelm.evaluation.labels import parse_label
 from carelm.evaluation.ngrams import in_parts, lengths, matches, spell
-from carelm.evaluation.rouge import ROUGE_TYPES, rouge
+from carelm.evaluation.rouge_measures import ROUGE_TYPES, rouge
 from carelm.evaluation.scripts import bleu_tokenizer, unify
 
 TEXT_SCORES = (*ROUGE_TYPES, "bleu", "chrf", "exact_match")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from carelm.evaluation import scores
-from carelm.evaluation.rouge import ROUGE_TYPES, rouge
+from carelm.evaluation.rouge_measures import ROUGE_TYPES, rouge
 from carelm.files import PROJECT
 
 LINES = st.lists(st.text("ab c.\n-", max_size=30), min_size=1, max_size=4).map("\n".join)
