@@ -308,16 +308,20 @@ def _typed_keys(where: str, keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe's file. Data that lies beside the recipe, and not where its name leads from another current folder
-    or the project's, is named by its whole path; so is data that is nowhere, where something beside it is called alike."""
-    keys = read_yaml(path)
+    """The keys of a recipe's file, its data looked for beside it too (`with_data_beside`)."""
+    return with_data_beside(path, read_yaml(path))
+
+
+def with_data_beside(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
+    """Keys that stand in this file. Data that lies beside the file, and not where its name leads from another current folder or
+    the project's, is named by its whole path; so is data that is nowhere, where something beside it is called alike."""
     name = keys.get("dataset_name")
     if isinstance(name, str) and name and not os.path.isabs(os.path.expanduser(name)):
         beside = path.resolve().parent / name
         is_own_folder = beside == Path.cwd() / name and Path.cwd() != PROJECT
         if is_own_folder or not (os.path.exists(locate(name)) or glob.glob(name, recursive=True)):
             if glob.glob(str(beside), recursive=True) or beside.exists() or (Path(name).suffix and near(beside)):
-                keys["dataset_name"] = str(beside)
+                return keys | {"dataset_name": str(beside)}
     return keys
 
 

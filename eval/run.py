@@ -91,7 +91,7 @@ def main() -> None:
             of_sets[s.name] = found | {"test": s.about}
         for s in asked:
             predicted = [c["sentence"] for c in s.about["predicted_columns"].values()]
-            of_sets[s.name]["data_cautions"][:0] = [*predicted, *s.about["earlier_leaks"]]
+            of_sets[s.name]["data_cautions"][:0] = [*predicted, *s.about["without_label"], *s.about["earlier_leaks"]]
         of_sets[""]["data_cautions"] += [
             f"{model.name} was trained with other {', '.join(keys)} than this evaluation has."
             for model in models

@@ -195,6 +195,17 @@ class Chat:
         answers = answers if self.trained_turns == "all" else answers[-1:]
         return [i for i in answers if messages[i].get("train") is not False]
 
+    def expected_answers(self, example: Example) -> list[str]:
+        """What each of them is to say; the last one of a row with several references, the first of these."""
+        messages, expected = example.prompt + example.completion, []
+        for i in self.trained_answers(example):
+            is_last = i == max(k for k, message in enumerate(messages) if message["role"] == "assistant")
+            if is_last and example.references:
+                expected.append(example.references[0])
+            else:
+                expected.append(self.answer_text(messages[:i], messages[i], tools=example.tools))
+        return expected
+
     def _lay_out(self, example: Example, *, is_whole: bool = True) -> Layout:
         """The example's text up to its last trained answer, with the stretches of the trained ones; `is_whole` says that all
         its messages must stand there."""

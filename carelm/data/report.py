@@ -27,6 +27,8 @@ class SplitReport:
     truncated_share: float = 0.0
     tokens: int = 0
     trained_tokens: int = 0
+    labels: dict[str, Any] = field(default_factory=dict)  # see count_labels
+    label_notes: list[str] = field(default_factory=list)  # in that of train, on all splits
     share: float | None = None  # of all training examples, where also_train adds some
     share_of_trained_tokens: float | None = None
 
@@ -75,4 +77,5 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
         if r["near_duplicates"]:
             first = "; ".join(r["first_near_duplicates"])
             lines.append(f"{'':<11}{r['near_duplicates']} near-duplicates of validation or test, first: {first}")
+    lines += [f"{'labels':<11}{note}" for r in report.values() for note in r["label_notes"]]
     return "\n".join(lines)

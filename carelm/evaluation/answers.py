@@ -12,11 +12,11 @@ import torch
 
 from carelm import ranks
 from carelm.chat.chat import Chat
+from carelm.data.label_form import Form
 from carelm.errors import UserError
 from carelm.evaluation import constrained
 from carelm.evaluation.asked import Prepared
 from carelm.evaluation.candidates import Candidate
-from carelm.evaluation.label_form import Form
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.files import fingerprint, read_json, write_whole

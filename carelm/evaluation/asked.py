@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from carelm.chat.chat import Chat
+from carelm.data.label_form import Form
 from carelm.evaluation.candidates import Candidate
-from carelm.evaluation.label_form import Form
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.models.decoding import Decoding

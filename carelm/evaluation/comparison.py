@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from carelm.data.label_form import find_form, form_of
+from carelm.data.labels import parse_label
 from carelm.errors import UserError
 from carelm.evaluation import label_file, report, results
 from carelm.evaluation.check_scores import ask
-from carelm.evaluation.label_form import find_form, form_of
 from carelm.evaluation.label_results import CERTAINTY, Labelled
-from carelm.evaluation.labels import parse_label
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, TEXT_SCORES
@@ -208,7 +208,7 @@ def _row(run: Compared, model: str, name: str, test: str, about: dict[str, Any])
     row = Row(name, run.name, load_also_tests(run.recipe)[test] if test else run.recipe, answers, {}, figures)
     if f"{CONSTRAINED}macro_f1" not in figures:
         return row
-    form = find_form(row.recipe, _questions(row, row.recipe, has_labels_only=False))
+    form = find_form(row.recipe, map(Question.expected, _questions(row, row.recipe, has_labels_only=False)))
     made_by = {question: line["made_by"] for question, line in answers.items()}
     file = PredictionFile(_eval(run) / test / f"predictions-{model}.jsonl", made_by)
     there = label_file.open_file(file, form, label_file.said(file, form)).read() if form else {}

@@ -9,10 +9,10 @@ import torch
 
 from carelm import ranks
 from carelm.chat.chat import Chat
+from carelm.data.label_form import Form
 from carelm.errors import UserError
 from carelm.evaluation.asked import Prepared
 from carelm.evaluation.label_file import log_probabilities, open_file, said
-from carelm.evaluation.label_form import Form
 from carelm.evaluation.questions import Question
 from carelm.models.key_values import causal_model
 from carelm.models.likelihood import score_answers

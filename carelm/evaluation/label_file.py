@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from carelm.evaluation.label_form import Form
+from carelm.data.label_form import Form
 from carelm.evaluation.predictions import PredictionFile
 from carelm.files import fingerprint
 

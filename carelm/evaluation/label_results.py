@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from carelm.data.label_form import Form
+from carelm.data.labels import parse_label
 from carelm.evaluation import calibration, overlap, scores
-from carelm.evaluation.label_form import Form
-from carelm.evaluation.labels import parse_label
 from carelm.evaluation.predicted import GOLD
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import CONSTRAINED, Scored, Statistics

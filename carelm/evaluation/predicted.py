@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from carelm.data.example import Example, NoAnswer
+from carelm.data.labels import parse_label
 from carelm.data.rows import question_of
 from carelm.data.tags import make_tags
 from carelm.data.values import cell_text
 from carelm.errors import UserError
-from carelm.evaluation.labels import parse_label
 from carelm.files import fingerprint, locate, read_json
 from carelm.recipe import Recipe
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from carelm import ranks
 from carelm.chat.chat import Chat, make_chat
+from carelm.data.label_form import Form, find_form
 from carelm.data.leaks import find_leaks
 from carelm.errors import UserError
 from carelm.evaluation.check_scores import AskedCheck, ask
-from carelm.evaluation.label_form import Form, find_form
 from carelm.evaluation.questions import Question, make_questions_of_both
 from carelm.files import locate
 from carelm.recipe import Recipe
@@ -82,5 +82,5 @@ def _make(name: str, recipe: Recipe, chat: Chat) -> QuestionSet:
     questions, validation, about = make_questions_of_both(recipe, chat)
     where = f"{name}: " if name else ""
     ranks.say(f"{where}{about['questions']} questions of {about['conversations']} conversations")
-    form = find_form(recipe, questions)
+    form = find_form(recipe, map(Question.expected, questions))
     return QuestionSet(name, recipe, questions, about, ask(recipe, questions), form, validation)

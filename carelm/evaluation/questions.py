@@ -8,10 +8,12 @@ from typing import Any
 
 from carelm.chat.chat import Chat
 from carelm.data.example import Example
+from carelm.data.labels import parse_label
+from carelm.data.report import shortened
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.evaluation.predicted import fill_in
-from carelm.evaluation.scores import kind_of_request, parse_label
+from carelm.evaluation.scores import kind_of_request
 from carelm.recipe import Recipe
 
 
@@ -33,6 +35,10 @@ class Question:
         """The messages of the conversation itself, without system prompt and shots."""
         return [m for m in self.messages if m["role"] != "system"][self.shots :]
 
+    def expected(self) -> tuple[str, str]:
+        """Its id and what is expected of an answer: the first reference."""
+        return self.id, self.references[0]
+
     def last_words(self) -> str:
         """What the user says last."""
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "user"), "")
@@ -46,8 +52,8 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
         chat: renders the answers that have no text of their own (tool calls).
 
     Raises:
-        UserError: where there is no test split, not enough shots, a test row without a prediction for `predicted_columns`, or a
-            reference without one of the recipe's labels.
+        UserError: where there is no test split, not enough shots, a test row without a prediction for `predicted_columns`, or
+            where most references hold none of the recipe's labels.
     """
     questions, _, about = make_questions_of_both(recipe, chat)
     return questions, about
@@ -63,16 +69,20 @@ def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], 
         )
     examples["test"], predicted = fill_in(recipe, examples["test"])
     shots = _shots(recipe, examples["train"])
-    questions = _ask(recipe, chat, examples["test"], shots)
+    questions, left_out = _with_label(recipe, _ask(recipe, chat, examples["test"], shots))
+    if left_out:
+        reports["test"].dropped["answer without a label"] = len(left_out)
     validation = _ask(recipe, chat, examples.get("validation", []), shots) if recipe.labels else []
+    validation, _ = _with_label(recipe, validation)
     about = {
         "dataset": recipe.dataset_name,
         "split": recipe.dataset_test_split,
-        "conversations": len(examples["test"]),
+        "conversations": len({question.conversation for question in questions}),
         "questions": len(questions),
         "num_shots": recipe.num_shots,
         "categories_from": recipe.category_column or "the words of the request (complaint, question, other)",
         "dropped": reports["test"].dropped,
+        "without_label": _say_left_out(questions, left_out),
         "predicted_columns": predicted,
     }
     return questions, validation, about
@@ -105,14 +115,37 @@ def _ask(recipe: Recipe, chat: Chat, examples: list[Example], shots: list[dict[s
                     shots=len(shots),
                 )
             )
-    questions = _number_repeated(questions)
-    for question in questions:
-        if recipe.labels and parse_label(question.references[0], recipe.labels) is None:
-            raise UserError(
-                f"labels: the reference of {question.id} ({question.references[0][:60]!r}) holds none of "
-                f"{', '.join(recipe.labels)}"
-            )
-    return questions
+    return _number_repeated(questions)
+
+
+def _with_label(recipe: Recipe, questions: list[Question]) -> tuple[list[Question], list[Question]]:
+    """The questions whose expected answer holds one of the recipe's labels, which all do where it has none, and the others.
+
+    Raises:
+        UserError: where the others are the most.
+    """
+    if not recipe.labels:
+        return questions, []
+    kept = [q for q in questions if parse_label(q.references[0], recipe.labels) is not None]
+    of_kept = {id(q) for q in kept}
+    others = [q for q in questions if id(q) not in of_kept]
+    if len(others) > len(kept):
+        raise UserError(
+            f"labels: {len(others)} of {len(questions)} references hold none of {shortened(recipe.labels)} (first: "
+            f"{_shown(others[0])}); list the labels as the data writes them"
+        )
+    return kept, others
+
+
+def _say_left_out(questions: list[Question], left_out: list[Question]) -> list[str]:
+    if not left_out:
+        return []
+    of_all = f"{len(left_out)} of {len(questions) + len(left_out)} test questions"
+    return [f"{of_all} are not asked: the expected answer holds none of the labels (first: {_shown(left_out[0])})."]
+
+
+def _shown(question: Question) -> str:
+    return f"{question.id} {question.references[0][-60:].strip()!r}"
 
 
 def _number_repeated(questions: list[Question]) -> list[Question]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import regex
 
+from carelm.data.letters import NO_SPACES
 from carelm.evaluation.scores import Statistics, mean_of, share_of
-from carelm.evaluation.scripts import NO_SPACES
 
 ORDER = 4
 LETTER = r"[\p{L}\p{M}\p{N}]"

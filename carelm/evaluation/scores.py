@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-from carelm.evaluation.labels import parse_label
+from carelm.data.labels import parse_label
 from carelm.evaluation.ngrams import in_parts, lengths, matches, spell
 from carelm.evaluation.rouge_measures import ROUGE_TYPES, rouge
 from carelm.evaluation.scripts import bleu_tokenizer, unify

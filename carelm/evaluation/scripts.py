@@ -7,10 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 import regex
 
-# Scripts without spaces between words, as ranges of a `regex` set; U+30FC prolongs a vowel in both Japanese syllabaries.
-KANA = r"\p{Hiragana}\p{Katakana}\u30fc"
-BY_LETTER = rf"{KANA}\p{{Thai}}\p{{Lao}}\p{{Khmer}}\p{{Myanmar}}\p{{Tibetan}}"
-NO_SPACES = rf"\p{{Han}}{BY_LETTER}"
+from carelm.data.letters import BY_LETTER, NO_SPACES
+
 # What each of sacrebleu's tokenizers takes for one word however long it is; those of Japanese and Korean words need packages.
 UNREAD = {"char": None, "zh": BY_LETTER, "intl": NO_SPACES, "13a": NO_SPACES}
 ROUGE_READS = "a-z0-9"  # rouge_score.tokenize

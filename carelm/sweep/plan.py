@@ -9,15 +9,23 @@ from carelm.training.prepared import prepare
 
 
 def format_plan(sweep: Sweep) -> str:
-    """A line per run, with its optimizer steps; the data of those whose steps follow from it is prepared."""
+    """A line per run, with its optimizer steps, and how their labels fit the answers. The data of runs whose steps follow from
+    it, or that have labels, is prepared."""
     where = f"in {sweep.folder}, a folder each:"
     if sweep.search:
         run = sweep.make_run("trial-000", {}, "search")
         ranges = [f"{key}: {given}" for key, given in sweep.ranges.items()]
-        return "\n".join([where, f"{sweep.search['num_trials']} trials  {_what(run)} at most", *ranges])
+        trials = f"{sweep.search['num_trials']} trials  {_what(run)} at most"
+        return "\n".join([where, trials, *ranges, *_label_notes([run])])
     width = max((len(run.name) for run in sweep.runs), default=0)
     lines = [f"{run.name:{width}}  {_what(run)}  {_axes(run)}".rstrip() for run in sweep.runs]
-    return "\n".join([where, *lines])
+    return "\n".join([where, *lines, *_label_notes(sweep.runs)])
+
+
+def _label_notes(runs: list[Run]) -> list[str]:
+    labelled = [run.recipe for run in runs if run.is_trained and run.recipe.labels]
+    reports = [prepare(recipe, make_chat(recipe)).report for recipe in labelled]
+    return [f"labels: {note}" for note in dict.fromkeys(n for r in reports for n in r["train"]["label_notes"])]
 
 
 def _what(run: Run) -> str:

@@ -25,7 +25,16 @@ from carelm.errors import UserError
 from carelm.files import locate, near
 from carelm.keys import known
 from carelm.recipe import Recipe, micro_batch_size
-from carelm.recipe_file import Layer, command_line, load_also_tests, read_layers, read_yaml, resolve, split_command_line
+from carelm.recipe_file import (
+    Layer,
+    command_line,
+    load_also_tests,
+    read_layers,
+    read_yaml,
+    resolve,
+    split_command_line,
+    with_data_beside,
+)
 from carelm.training import runs
 
 TYPES = {"recipe": (str, list), "overrides": dict, "grid": dict, "runs": list, "search": dict, "evaluate": bool,
@@ -166,7 +175,17 @@ def _read_keys(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: it has {' and '.join(ways) or 'no runs'}; set one of {', '.join(WAYS)}")
     if not given[ways[0]]:
         raise UserError(f"{path}: {ways[0]} is empty, there is nothing to run")
-    return given
+    keys = {part: _beside(path, value) for part, value in given.items() if part in ("overrides", "grid", "search")}
+    listed = [_beside(path, one) if isinstance(one, dict) else one for one in given.get("runs", [])]
+    return given | keys | ({"runs": listed} if listed else {})
+
+
+def _beside(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
+    """`with_data_beside`, also for several values of the key."""
+    names = keys.get("dataset_name")
+    if isinstance(names, list):
+        return keys | {"dataset_name": [with_data_beside(path, {"dataset_name": n})["dataset_name"] for n in names]}
+    return with_data_beside(path, keys)
 
 
 def _combinations(path: Path, grid: dict[str, Any]) -> list[dict[str, Any]]:

@@ -21,6 +21,9 @@ import psutil
 from carelm import ranks
 from carelm.chat.chat import FORGOTTEN, Chat, Rendered
 from carelm.data.example import Example
+from carelm.data.label_count import count_labels, label_sentences
+from carelm.data.label_form import why_none
+from carelm.data.labels import parse_label
 from carelm.data.masking import personal_versions
 from carelm.data.mixture import draw_mixed
 from carelm.data.report import SplitReport, list_counts
@@ -126,7 +129,9 @@ def _fingerprint(recipe: Recipe, chat: Chat, files: dict[str, str] | None) -> st
     """Of the rows' files (their hashes by name; None for a Hub dataset), the keys that shape them, the tokenizer with its
     template, and this code."""
     keys = {k: v for k, v in recipe.keys().items() if k in Recipe.__dataclass_fields__ and k not in NOT_ABOUT_DATA}
-    parts: list[Any] = [keys, chat.max_length, chat.tokenizer.chat_template]
+    # Labels shape no row but those that look empty; the report says how they fit.
+    parts: list[Any] = [keys, recipe.labels, recipe.primary_metric.startswith("constrained")]
+    parts += [chat.max_length, chat.tokenizer.chat_template]
     parts.append(
         chat.tokenizer.backend_tokenizer.to_str().encode() if chat.tokenizer.is_fast else chat.tokenizer.get_vocab()
     )
@@ -152,6 +157,8 @@ def _day() -> float:
 
 def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
     examples, reports = make_examples(recipe)
+    if recipe.labels:
+        _look_for_labels(recipe, chat, examples, reports)
     mixed = draw_mixed(recipe, examples)
     prepared, content, samples = [], [], []
     for split in ("train", "validation"):
@@ -195,6 +202,23 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
         "fingerprint": fingerprint(*content),
     }
     (folder / "report.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _look_for_labels(
+    recipe: Recipe, chat: Chat, examples: dict[str, list[Example]], reports: dict[str, SplitReport]
+) -> None:
+    """Reports how `labels` fit the answers that the evaluation will expect, and how it can score them."""
+    expected: dict[str, list[tuple[str, str]]] = {}
+    for split, of_split in examples.items():
+        try:
+            expected[split] = [(e.source, text) for e in of_split for text in chat.expected_answers(e)]
+        except UserError as error:
+            raise UserError(f"labels: an answer of the {split} split cannot be read: {error}") from None
+        reports[split].labels = count_labels(recipe, expected[split])
+    reports["train"].label_notes = label_sentences(recipe, reports)
+    labelled = [(row, text) for row, text in expected.get("test", ()) if parse_label(text, recipe.labels) is not None]
+    if why := why_none(recipe, labelled):
+        reports["train"].label_notes.append(why)
 
 
 def _way_to_keep(recipe: Recipe, chat: Chat) -> str:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from carelm.data.label_form import Form
 from carelm.evaluation import calibration, label_results, overlap, scores
-from carelm.evaluation.label_form import Form
 from carelm.evaluation.questions import Question
 from carelm.recipe_file import load_recipe
 

@@ -11,11 +11,11 @@ from drawn import make_adapter
 from launching import PROJECT
 
 from carelm.chat.chat import make_chat
+from carelm.data.label_form import Form, find_form
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.evaluation import answers, candidates, constrained
-from carelm.evaluation.label_form import Form, find_form
-from carelm.evaluation.questions import make_questions, make_questions_of_both
+from carelm.evaluation.questions import Question, make_questions, make_questions_of_both
 from carelm.models import likelihood
 from carelm.recipe_file import load_recipe
 from carelm.training import stops
@@ -101,13 +101,13 @@ def test_the_ids_of_a_label_are_those_of_training(tmp_path, reasons):
     recipe = load_recipe(write_rows(tmp_path, reasons=reasons), usage="")
     chat = make_chat(recipe)
     questions, _ = make_questions(recipe, chat)
-    form = find_form(recipe, questions)
+    form = find_form(recipe, map(Question.expected, questions))
     rendered, _ = chat.render(make_examples(recipe)[0]["test"])
     for question, trained in zip(questions, rendered):
         reason = form.reason(question.references[0]) if reasons else ""
         assert reason.startswith("Reason: ") == reasons and "Label" not in reason
         _, ids = constrained._answers(chat, form, question, reason, room=10**6)
-        right = ids[form.labels.index(form.true_label(question))]
+        right = ids[form.labels.index(form.true_label(question.references[0]))]
         assert chat.prompt_ids(question.messages) + right == trained.input_ids.tolist()
         assert all(one[-1] == chat.end_of_turn_id for one in ids)
 
@@ -135,7 +135,7 @@ def test_a_reason_is_cut_where_the_model_has_no_more_positions(tmp_path):
     recipe = load_recipe(write_rows(tmp_path), usage="")
     chat = make_chat(recipe)
     questions, _ = make_questions(recipe, chat)
-    form = find_form(recipe, questions)
+    form = find_form(recipe, map(Question.expected, questions))
     reason, ids = constrained._answers(chat, form, questions[0], "It is about the lamp. " * 30, room=40)
     assert reason and max(map(len, ids)) <= 40
 
@@ -145,13 +145,13 @@ def test_labels_that_answers_do_not_end_in_are_not_scored_which_is_said(tmp_path
     turned = [*keys, "--completion_template", "Label: {same} because {why}", "--primary_metric"]
     recipe = load_recipe([*turned, "accuracy"], usage="")
     questions, _ = make_questions(recipe, make_chat(recipe))
-    assert find_form(recipe, questions) is None
+    assert find_form(recipe, map(Question.expected, questions)) is None
     assert "labels are read from free answers and not scored by their probability" in capsys.readouterr().err
     recipe = load_recipe([*turned, "constrained_accuracy"], usage="")
     with pytest.raises(
         UserError, match="primary_metric: constrained_accuracy cannot be had: the answer of rows.jsonl:"
     ):
-        find_form(recipe, questions)
+        find_form(recipe, map(Question.expected, questions))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_two_ranks_score_each_question_once_and_as_one_rank_does(evaluated, monk
     candidate = candidates.find(recipe, "base")
     model, _ = candidate.load(candidate.make_chat())
     questions, _ = make_questions(recipe, make_chat(recipe))
-    form = find_form(recipe, questions)
+    form = find_form(recipe, map(Question.expected, questions))
     part = answers.prepare(recipe, candidate, questions, file.parent, form)
     file.unlink()
     shared, watch, lines = [], stops.HangWatch(0), []
@@ -287,7 +287,7 @@ def test_several_reasons_are_several_references_with_the_same_label(tmp_path):
     recipe = load_recipe([*keys, "--reference_columns", "why", "other"], usage="")
     questions, _ = make_questions(recipe, make_chat(recipe))
     for question in questions:
-        label = find_form(recipe, questions).true_label(question)
+        label = find_form(recipe, map(Question.expected, questions)).true_label(question.references[0])
         assert question.references[0].startswith("Reason: ") and question.references[0].endswith(f"\nLabel: {label}")
         assert question.references[1] == f"Reason: So it is.\nLabel: {label}"
 
@@ -297,4 +297,4 @@ def test_labels_that_the_data_spells_otherwise_are_not_scored_with_several_refer
     recipe = load_recipe(keys, usage="")
     questions, _ = make_questions(recipe, make_chat(recipe))
     with pytest.raises(UserError, match="does not end in a label as the list has it"):
-        find_form(recipe, questions)
+        find_form(recipe, map(Question.expected, questions))

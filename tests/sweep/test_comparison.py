@@ -6,10 +6,10 @@ import re
 import pytest
 import yaml
 
+from carelm.data.label_form import find_form
 from carelm.errors import UserError
 from carelm.evaluation import label_file, scores
 from carelm.evaluation.comparison import Compared, compare
-from carelm.evaluation.label_form import find_form
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.recipe_file import load_recipe
@@ -75,11 +75,11 @@ def score_labels(one: Compared, right: int, temperature: float, model: str = "ad
     folder, recipe = one.recipe.output_dir / "eval", one.recipe
     lines = [json.loads(line) for line in (folder / f"predictions-{model}.jsonl").read_text().splitlines()]
     questions = [Question(x["id"], x["conversation"], "", [], x["references"]) for x in lines]
-    form = find_form(recipe, questions)
+    form = find_form(recipe, map(Question.expected, questions))
     answers = PredictionFile(folder / f"predictions-{model}.jsonl", {x["id"]: x["made_by"] for x in lines})
     file = label_file.open_file(answers, form, label_file.said(answers, form))
     for k, question in enumerate(questions):
-        true = form.true_label(question)
+        true = form.true_label(question.references[0])
         scores = {label: -0.1 if (label == true) == (k < right) else -2.5 for label in recipe.labels}
         file.append(
             {"id": question.id, "reason": "", "log_probabilities": scores, "made_by": file.made_by[question.id]}

@@ -1,5 +1,6 @@
 """A sweep's file becomes named runs, each a checked recipe; what is wrong with one is said before anything runs."""
 
+import json
 import shutil
 
 import pytest
@@ -131,6 +132,32 @@ def test_a_dry_run_prints_the_runs_with_the_steps_that_the_trainer_counts(read, 
         "models=base   only answers  models=['base']",
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_how_labels_fit_and_refuses_those_that_do_not(read, tmp_path):
+    rows = [{"q": f"Ticket {i}?", "a": ("order", "refund")[i % 2]} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"dataset_name": "rows.jsonl", "prompt_template": "{q}", "completion_template": "{a}", "max_steps": 2,
+            "category_column": None, "id_column": None}  # fmt: skip
+    three = {**keys, "labels": ["order", "refund", "complaint"]}
+    plan = format_plan(read(overrides=three, grid={"lora_r": [4, 8]})).splitlines()
+    assert len(plan) == 4 and plan[-1] == "labels: in labels and in no answer: complaint"
+    with pytest.raises(UserError, match="^labels: 30 of 30 expected answers|^labels: .* hold none of Order 1, Order 2"):
+        format_plan(read(overrides={**keys, "labels": ["Order 1", "Order 2"]}, grid={"lora_r": [4, 8]}))
+
+
+def test_data_of_a_sweeps_own_keys_is_looked_for_beside_its_file(read, tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / f"rows/{name}.jsonl").write_text('{"messages": []}\n')
+    where = [str(tmp_path / f"rows/{name}.jsonl") for name in ("one", "two")]
+    named = ["rows/one.jsonl", "rows/two.jsonl"]
+    sweep = read(overrides={"dataset_name": named[0]}, grid={"lora_r": [4, 8]})
+    assert [run.recipe.dataset_name for run in sweep.runs] == where[:1] * 2
+    assert [run.recipe.dataset_name for run in read(grid={"dataset_name": named}).runs] == where
+    assert [run.recipe.dataset_name for run in read(runs=[{"dataset_name": name} for name in named]).runs] == where
+    search = {"num_trials": 2, "dataset_name": named}
+    assert read(search=search).ranges["dataset_name"] == where
 
 
 def test_a_full_fine_tune_is_no_adapter_to_be_compared(read, tmp_path):

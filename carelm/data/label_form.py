@@ -1,13 +1,13 @@
 """How a recipe's answers hold their labels. Imports no torch."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from carelm import ranks
+from carelm.data.labels import parse_label
 from carelm.data.templates import around_last_column
 from carelm.errors import UserError
-from carelm.evaluation.labels import parse_label
-from carelm.evaluation.questions import Question
 from carelm.recipe import Recipe
 
 
@@ -42,8 +42,8 @@ class Form:
         end = rf"{between}\s*(?:{label})\W*(?:{re.escape(self.behind.strip())}\W*)?\Z"
         return re.split(end, text, flags=re.IGNORECASE)[0]
 
-    def true_label(self, question: Question) -> str:
-        return parse_label(question.references[0], self.labels)
+    def true_label(self, reference: str) -> str:
+        return parse_label(reference, self.labels)
 
 
 def form_of(recipe: Recipe) -> Form:
@@ -52,27 +52,35 @@ def form_of(recipe: Recipe) -> Form:
     return Form(tuple(recipe.labels), *parts)
 
 
-def find_form(recipe: Recipe, questions: list[Question]) -> Form | None:
-    """How the recipe's answers hold their labels; None, which is said, where they do not end in one.
+def why_none(recipe: Recipe, references: Iterable[tuple[str, str]]) -> str:
+    """Why the expected answers, each behind the name of its row, do not end in their labels as the recipe's form has it; empty
+    where they do. Each holds a label.
 
     Raises:
-        UserError: where a constrained score is to decide and there is none.
+        UserError: where a constrained score is to decide and they do not.
     """
-    if not recipe.labels:
-        return None
     form = form_of(recipe)
-    for question in questions:
-        reference, end = question.references[0], form.answer(form.true_label(question))
+    for row, reference in references:
+        end = form.answer(form.true_label(reference))
         fits = reference.endswith(end) if form.has_reason else reference == end
         is_whole = form.has_reason and form.between in reference  # else it may be another column's text
         if form.has_reason and not form.between:
             why = "completion_template has no text between the reason and the label"
         elif not fits and (is_whole or not recipe.reference_columns):
-            why = f"the answer of {question.id} does not end in a label as the list has it ({end.strip()!r})"
+            why = f"the answer of {row} does not end in a label as the list has it ({end.strip()!r})"
         else:
             continue
         if recipe.primary_metric.startswith("constrained"):
             raise UserError(f"primary_metric: {recipe.primary_metric} cannot be had: {why}")
-        ranks.say(f"labels are read from free answers and not scored by their probability: {why}")
+        return f"labels are read from free answers and not scored by their probability: {why}"
+    return ""
+
+
+def find_form(recipe: Recipe, references: Iterable[tuple[str, str]]) -> Form | None:
+    """How the recipe's answers hold their labels; None, which is said, where they do not end in one (`why_none`)."""
+    if not recipe.labels:
         return None
-    return form
+    if why := why_none(recipe, references):
+        ranks.say(why)
+        return None
+    return form_of(recipe)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import regex
 
-from carelm.evaluation.scripts import NO_SPACES
+from carelm.data.letters import NO_SPACES
 
 # Dashes and apostrophes of typography are those of ASCII.
 PLAIN = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-") | dict.fromkeys("\u2018\u2019\u02bc", "'"))

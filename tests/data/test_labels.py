@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from carelm.evaluation.scores import parse_label
+from carelm.data.labels import parse_label
 
 PRIORITY = ["urgent", "Not urgent", "can wait"]
 STARS = ["1", "2", "3", "4", "5", "0"]
