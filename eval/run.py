@@ -108,6 +108,7 @@ def main() -> None:
         found["ratings"] = ratings.count(rated, found["models"], own.questions, lines[""])
         found |= {"conditions": answers.conditions(recipe)}
         found = report.write(folder, recipe, found, own.questions, lines[""])
+        print(json.dumps(report.summary(folder, found)), flush=True)
         for name, result in found["tests"].items():
             for sentence in result["verdicts"]:
                 ranks.say(f"{name}: {sentence}")
@@ -123,7 +124,6 @@ def main() -> None:
             to_rate = f"{number} pairs of answers to rate in a browser: {page}"
             ranks.say(to_rate if page else "rate: both models give the same answers, so there is nothing to rate")
         ranks.say(f"report: {folder / 'report.html'}")
-        print(json.dumps(report.summary(folder, found)), flush=True)
         words, into = words_of(recipe, sys.argv[1:]), recipe.output_dir / "merged"
         steps = [["train/chat.py", *words]]
         if "adapter" in lines[""] and recipe.method == "lora" and not into.exists():

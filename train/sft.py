@@ -7,7 +7,8 @@
 
 Without --config the recipe is recipes/demo.yaml: offline, on whatever the machine has. Of several files a later one wins, key
 by key, and --key value over all. The same command again goes on from the newest whole checkpoint; a finished run says so and
-changes nothing. The last line on standard output is the run's figures as one JSON object.
+changes nothing. The last line on standard output is the run's figures as one JSON object; below it standard error has them for
+a person, rounded.
 
 Ctrl-C, SIGTERM, max_hours or a file `stop_request` in the output folder save at the end of the step and stop.
 
@@ -31,7 +32,7 @@ from carelm.data.sources import stay_offline  # noqa: E402
 from carelm.next_steps import say_next, words_of  # noqa: E402
 from carelm.recipe import Recipe, micro_batch_size  # noqa: E402
 from carelm.recipe_file import load_recipe  # noqa: E402
-from carelm.training import card, runs, stops  # noqa: E402
+from carelm.training import card, learnt, runs, stops  # noqa: E402
 from carelm.training.prepared import check_nodes_agree, prepare  # noqa: E402
 from carelm.training.preview import preview  # noqa: E402
 
@@ -53,16 +54,8 @@ def main() -> None:
         return print(preview(recipe, chat, recipe.preview)) if ranks.rank() == 0 else None
     prepared = prepare(recipe, chat)
     ranks.say("data\n" + format_report(prepared.report))
-    if (few := len(prepared.train)) < 20:
-        ranks.say(
-            f"{few} training {'example' if few == 1 else 'examples'} only: what is learnt is little more than their text"
-        )
-    if prepared.validation is None:
-        ranks.say(
-            "no validation rows: no eval loss says whether it learns more than its own rows (validation_fraction)"
-        )
-    elif len(prepared.validation) < 20:
-        ranks.say(f"the eval loss is that of {len(prepared.validation)} examples only: it moves by chance")
+    for sentence in learnt.expect(recipe, prepared):
+        ranks.say(sentence)
 
     import torch
 
@@ -131,14 +124,15 @@ def main() -> None:
     ranks.leave()
     if ranks.rank() == 0:
         metrics = runs.finish(recipe, metrics, prepared.report)
-        losses = [f"{loss:.4f}" for loss in (metrics["eval_loss_before"], metrics["eval_loss"]) if loss is not None]
-        ranks.say(f"finished: {recipe.output_dir}, eval loss {' -> '.join(losses) or 'not known'}")
         report(recipe, metrics)
 
 
 def report(recipe: Recipe, metrics: dict) -> None:
+    """The figures as one JSON object on standard output, and below it on standard error what a person reads of them."""
     if ranks.rank() == 0:
         print(json.dumps(metrics), flush=True)
+        for sentence in learnt.in_words(recipe, metrics):
+            ranks.say(sentence)
         words = words_of(recipe, sys.argv[1:])
         say_next(["eval/run.py", *words], ["train/chat.py", *words])
 

@@ -50,22 +50,21 @@ def main() -> None:
 
     runs = source.compared()
     names = {state: [run.name for run in runs if run.state == state] for state in ("finished", "failed", "running")}
-    if sweep.search:
-        ranks.say(source.summary())
+    said = [source.summary()] if sweep.search else []
     found = {"runs": len(runs), "finished": len(names["finished"]), "failed": names["failed"], "comparison": None}
     if names["running"]:
-        ranks.say(
-            f"{', '.join(names['running'])}: under way in another call; the one that ends last makes the comparison"
-        )
+        under_way = ", ".join(names["running"])
+        said.append(f"{under_way}: under way in another call; the one that ends last makes the comparison")
     elif names["finished"]:
         from carelm.evaluation.comparison import compare
 
         page = compare(sweep.folder, sweep.name, runs)
         found["comparison"] = str(page)
         compared = read_json(page.with_suffix(".json"))
-        ranks.say(compared["headline"])
-        ranks.say(f"comparison: {page}; best: {compared['best']}")
+        said += [compared["headline"], f"comparison: {page}; best: {compared['best']}"]
     print(json.dumps(found), flush=True)
+    for sentence in said:
+        ranks.say(sentence)
     if names["failed"]:
         sys.exit(1)
 

@@ -1,10 +1,9 @@
 """What a sweep would do, in words: its runs and their steps. Imports no torch."""
 
-import math
-
 from carelm.chat.chat import make_chat
 from carelm.recipe import Recipe
 from carelm.sweep.sweep_file import Run, Sweep
+from carelm.training import learnt
 from carelm.training.prepared import prepare
 
 
@@ -31,17 +30,14 @@ def _label_notes(runs: list[Run]) -> list[str]:
 def _what(run: Run) -> str:
     if not run.is_trained:
         return "only answers"
-    return f"{steps(run.recipe)} steps" + ("" if run.is_evaluated else ", no answers")
+    return f"{_steps(run.recipe)} steps" + ("" if run.is_evaluated else ", no answers")
 
 
 def _axes(run: Run) -> str:
     return " ".join(f"{key}={str(value).splitlines()[0] if value else value}" for key, value in run.axes.items())
 
 
-def steps(recipe: Recipe) -> int:
-    """Optimizer steps of the run, as the trainer counts them; raises UserError where its data cannot be prepared."""
-    most = recipe.training.get("max_steps") or -1
-    if most > 0:
-        return most
-    rows = len(prepare(recipe, make_chat(recipe)).train)
-    return math.ceil(recipe.training.get("num_train_epochs", 3) * math.ceil(rows / recipe.global_batch_size))
+def _steps(recipe: Recipe) -> int:
+    """Raises UserError where the data that they follow from cannot be prepared."""
+    is_given = (recipe.training.get("max_steps") or -1) > 0
+    return learnt.steps(recipe, 0 if is_given else len(prepare(recipe, make_chat(recipe)).train))

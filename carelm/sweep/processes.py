@@ -146,4 +146,7 @@ def _end(taken: Taken, source: "Grid | Search", outcome: Outcome) -> None:
     taken.lock.close()
     loss = metrics(run).get("eval_loss") if outcome.state == "finished" else None
     figures = f", eval loss {loss:.4f}" if loss is not None else ""
-    say(f"{run.name} {outcome.state} after {seconds:.0f} s{figures}{': ' if outcome.error else ''}{outcome.error}")
+    said = (
+        outcome.error or (metrics(run).get("caution") if outcome.state == "finished" and run.is_trained else None) or ""
+    )
+    say(f"{run.name} {outcome.state} after {seconds:.0f} s{figures}{': ' if said else ''}{said}")

@@ -79,11 +79,13 @@ class GlobalBatches:
             batches.insert(0, batches.pop(longest))
         return batches
 
-    def tokens_until(self, step: int) -> int:
-        """Tokens (without padding) in the first `step` optimizer steps of the run, over all ranks."""
+    def tokens_until(self, step: int, numbers: np.ndarray | None = None) -> int:
+        """Tokens (without padding) in the first `step` optimizer steps of the run, over all ranks: all of each example, or as
+        many as `numbers` says."""
+        numbers = self.lengths if numbers is None else numbers
         epochs, rest = divmod(step, self.steps_per_epoch)
-        first = sum(int(self.lengths[batch].sum()) for batch in self.plan(epochs)[:rest]) if rest else 0
-        return epochs * int(self.lengths.sum()) + first
+        first = sum(int(numbers[batch].sum()) for batch in self.plan(epochs)[:rest]) if rest else 0
+        return epochs * int(numbers.sum()) + first
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.plan(self.epoch):

@@ -49,7 +49,7 @@ class Speed(TrainerCallback):
 
     Attributes:
         step_seconds: sum over this process's steps.
-        tokens: tokens trained on in them, over all ranks, without padding.
+        tokens: tokens read in them, over all ranks, without padding.
         first_step_at: time.time() at the end of the first step.
         of_last_step: tokens per second of it.
         shown: the figures of the newest log.

@@ -57,6 +57,11 @@ class PreparedSplit:
         """Tokens of each example, int64 [number of examples]."""
         return np.diff(self.offsets)
 
+    @property
+    def trained_counts(self) -> np.ndarray:
+        """Trained tokens of each example, those that carry loss, int64 [number of examples]."""
+        return np.add.reduceat(self.trained, self.offsets[:-1], dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class Prepared:

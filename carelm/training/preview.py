@@ -4,13 +4,14 @@ from carelm.chat.chat import Chat
 from carelm.data.report import format_report
 from carelm.data.splits import make_examples
 from carelm.recipe import Recipe
+from carelm.training import learnt
 from carelm.training.prepared import prepare
 
 
 def preview(recipe: Recipe, chat: Chat, number: int) -> str:
     """The first `number` training examples as the model sees them, trained tokens highlighted, and what became of all rows:
     the report of the training, which finds them prepared."""
-    report = prepare(recipe, chat).report
+    prepared = prepare(recipe, chat)
     examples, _ = make_examples(recipe)
     rendered, _ = chat.render(examples["train"][:number])
     parts = []
@@ -22,5 +23,6 @@ def preview(recipe: Recipe, chat: Chat, number: int) -> str:
                 f"--- {example.source}: {len(tokens.input_ids)} tokens, {int(tokens.trained.sum())} trained (highlighted)\n"
                 + chat.highlight(tokens)
             )
-    parts.append("--- data\n" + format_report(report))
+    parts.append("--- data\n" + format_report(prepared.report))
+    parts += learnt.expect(recipe, prepared)
     return "\n".join(parts)

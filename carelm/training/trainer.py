@@ -23,7 +23,7 @@ from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.ranks import say, share
 from carelm.recipe import Recipe
-from carelm.training import checkpoints, divergence
+from carelm.training import checkpoints, divergence, learnt
 from carelm.training.batches import Collate, GlobalBatches, Rows
 from carelm.training.callbacks import SampleAnswers, Speed
 from carelm.training.prepared import Prepared
@@ -347,6 +347,8 @@ class Trainer(transformers.Trainer):
             "global_step": self.state.global_step,
             "skipped_steps": self.divergence.skipped_steps,
             "num_train_tokens": self.batches.tokens_until(self.state.global_step),
+            "num_trained_tokens": self.batches.tokens_until(self.state.global_step, self.prepared.train.trained_counts),
+            "caution": learnt.judge(self.recipe, [(e["step"], e["eval_loss"]) for e in evaluations], kept=best),
             "world_size": self.args.world_size,
             "global_batch_size": self.recipe.global_batch_size,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
