@@ -216,6 +216,16 @@ def known_keys() -> dict[str, Key]:
     return keys
 
 
+def default_of(key: str) -> Any:
+    """Its default here, where that is a plain value; None where it is computed."""
+    if key in DEFAULTS:
+        return DEFAULTS[key]
+    try:
+        return ast.literal_eval(known_keys()[key].default)
+    except ValueError:
+        return None
+
+
 @cache
 def enum_values(name: str) -> tuple[str, ...]:
     """The values of one of transformers' string enums (SchedulerType, OptimizerNames ...), read from its source."""

@@ -1,6 +1,5 @@
 """A recipe's YAML file, what is laid over it and the command line -> a checked recipe, and back. Imports no torch."""
 
-import ast
 import dataclasses
 import glob
 import os
@@ -26,6 +25,7 @@ from carelm.keys import (
     OF_A_TEST,
     OF_MIXED,
     Key,
+    default_of,
     identity_of,
     known,
     known_keys,
@@ -231,16 +231,12 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def check_identity(recipe: Recipe, path: Path) -> None:
     """Raises UserError where the run that wrote `path` (its recipe.yaml) is another run than this one."""
-    before, now = {**DEFAULTS, **read_yaml(path)}, recipe.keys()
+    before, now = read_yaml(path), recipe.keys()
     changed = []
     for key in sorted(before.keys() | now.keys()):
         if key in FREE_KEYS or key.startswith(FREE_PREFIXES) or key not in known_keys():
             continue
-        try:
-            default = ast.literal_eval(known_keys()[key].default)
-        except ValueError:
-            default = None
-        was, is_now = (identity_of(key, values, default) for values in (before, now))
+        was, is_now = (identity_of(key, values, default_of(key)) for values in (before, now))
         if was != is_now:
             changed.append(f"{key} (was {was!r}, is {is_now!r})")
     if changed:

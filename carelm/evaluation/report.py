@@ -16,8 +16,10 @@ from carelm.evaluation.plots import COLOURS, DARK_COLOURS, STYLE
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import LABEL_SCORES, NAMES, TEXT_SCORES
 from carelm.evaluation.shown import WORDS, Shown
-from carelm.files import write_whole
+from carelm.files import read_json, write_whole
 from carelm.recipe import Recipe
+from carelm.recipe_file import read_yaml
+from carelm.training import finished, tensorboard
 
 Lines = dict[str, list[dict[str, Any]]]
 
@@ -38,7 +40,8 @@ def write(
         if curves:
             figures["loss"] = plots.loss(curves)
         svgs = {name: plots.as_svg(figure) for name, figure in figures.items()}
-        _write_tensorboard(folder, results, figures)
+        _write_tensorboard(folder, results, {name: figures[name] for name in figures if name != "loss"})
+    _write_final(recipe.output_dir, results)
     shown = Shown(f"{recipe.name}: is the tuned model better?", results, questions, lines)
     _write_pages(folder, "report", shown, svgs)
     write_whole(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
@@ -122,18 +125,26 @@ def loss_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def _write_tensorboard(folder: Path, results: dict[str, Any], figures: dict[str, Figure]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()  # events of the same comparison, made anew below
+    tensorboard.remove_events(folder)  # of the same comparison, made anew below
     with SummaryWriter(str(folder)) as writer:
         for name, model in results["models"].items():
             for score in (s for s in (*TEXT_SCORES, *LABEL_SCORES) if s in model):
-                writer.add_scalar(f"{score}/{name}", model[score]["value"])
+                writer.add_scalar(f"verdict/{score}/{name}", model[score]["value"])
             if model["latency"]["e2e_ms"]:
-                writer.add_scalar(f"e2e_ms_p50/{name}", model["latency"]["e2e_ms"]["p50"])
+                writer.add_scalar(f"verdict/e2e_ms_p50/{name}", model["latency"]["e2e_ms"]["p50"])
         for name, figure in figures.items():
-            writer.add_figure(f"eval/{name}", figure)
+            writer.add_figure(f"verdict/{name}", figure)
         said = [results["headline"], *results["besides"], *results["verdicts"]]
-        writer.add_text("eval/verdicts", "\n\n".join(map(html.escape, said)))
+        writer.add_text("verdict/answer", "\n\n".join(map(html.escape, said)))
+
+
+def _write_final(run: Path, results: dict[str, Any]) -> None:
+    """The deciding score beside the run's keys in TensorBoard, where it is that of the run's own result."""
+    metrics, (name, figure) = read_json(run / finished.METRICS), verdicts.deciding(results)
+    is_own = Path(results["models"][name]["folder"]).resolve() in (run.resolve(), (run / "merged").resolve())
+    if metrics and is_own and (run / "runs").is_dir():
+        keys = read_yaml(run / "recipe.yaml")
+        tensorboard.write_final(run, keys, metrics, **{results["primary_metric"]: figure["value"]})
 
 
 def _markdown(shown: Shown, pictures: list[str]) -> str:

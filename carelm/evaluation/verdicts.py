@@ -80,6 +80,13 @@ def main_pair(models: dict[str, Any]) -> tuple[str, str | None]:
     return first, "adapter" if "adapter" in own else next(iter(own or others), None)
 
 
+def deciding(results: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    """The tuned model, or the one that stands alone, and its deciding score with the interval."""
+    first, tuned = main_pair(results["models"])
+    name = tuned or first
+    return name, results["models"][name][results["primary_metric"]]
+
+
 def turned(pair: dict[str, Any]) -> dict[str, Any]:
     """The same pair with its second model first."""
     scores = {name: {**score, "difference": -score["difference"], "low": -score["high"], "high": -score["low"]}

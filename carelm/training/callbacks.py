@@ -1,9 +1,7 @@
-"""What goes on beside the optimizer steps: seeds, the progress bar, speed and memory, TensorBoard, sample answers."""
+"""What goes on beside the optimizer steps: seeds, the progress bar, speed and memory; TensorBoard has a file of its own."""
 
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -11,11 +9,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from carelm import ranks
-from carelm.models.generation import Answer, Decoding, generate
 from carelm.training import threads
-
-if TYPE_CHECKING:
-    from trl import SFTConfig
+from carelm.training.tensorboard import SampleAnswers, TensorBoard, is_wanted
 
 
 class StepSeed(TrainerCallback):
@@ -117,9 +112,9 @@ class Speed(TrainerCallback):
         """Speed since the last call, and memory now."""
         (seconds, tokens), self._window = self._window, (0.0, 0)
         figures = self._rate(seconds, tokens) if seconds else {}
-        figures["host_memory_bytes"] = psutil.Process().memory_info().rss
+        figures["host_memory_gib"] = psutil.Process().memory_info().rss / 2**30
         if torch.cuda.is_available():
-            figures["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+            figures["peak_device_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if self.reads_utilisation:
                 figures["gpu_utilisation_percent"] = torch.cuda.utilization()
         return figures
@@ -186,87 +181,11 @@ class ProgressBar(TrainerCallback):
             self.bar.close()
 
 
-class TensorBoard(TrainerCallback):
-    """Scalars of every log, under train/, eval/ and system/; a resumed run hides what is to be done again."""
-
-    NAMES = {
-        "loss": "train/loss",
-        "grad_norm": "train/grad_norm",
-        "skipped_steps": "train/skipped_steps",
-        "learning_rate": "train/learning_rate",
-        "epoch": "train/epoch",
-        "eval_loss": "eval/loss",
-    }
-
-    def __init__(self, folder: Path, speed: Speed):
-        self.folder, self.speed, self.writer = folder, speed, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Steps after the checkpoint that a killed run had already written are purged by TensorBoard's readers.
-            purge = state.global_step + 1 if state.global_step else 0
-            self.writer = SummaryWriter(str(self.folder), purge_step=purge)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.writer is None:
-            return
-        for key, value in logs.items():
-            if key in self.NAMES:
-                self.writer.add_scalar(self.NAMES[key], value, state.global_step)
-        if "loss" in logs:
-            for key, value in self.speed.shown.items():
-                self.writer.add_scalar(f"system/{key}", value, state.global_step)
-        self.writer.flush()
-
-    def add_text(self, tag: str, text: str, step: int) -> None:
-        if self.writer is not None:
-            self.writer.add_text(tag, text, step)
-            self.writer.flush()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
-
-
-def answer_in_training(
-    model, chat, prompts: list[list[int]], max_new_tokens: int, args: "SFTConfig", synced_gpus: bool
-) -> list[Answer]:
-    """Greedy answers of the model as it is, in the precision of its training; every rank calls it (`synced_gpus`: ZeRO-3)."""
-    dtype = torch.float16 if args.fp16 else torch.bfloat16
-    with torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16):
-        return generate(
-            model, chat, prompts, Decoding(max_new_tokens), device=args.device, synced_gpus=synced_gpus
-        )  # fmt: skip
-
-
-class SampleAnswers(TrainerCallback):
-    """Answers the same few validation prompts at every evaluation, as TensorBoard text."""
-
-    def __init__(self, chat, samples: list[dict[str, Any]], max_new_tokens: int, tensorboard: TensorBoard | None):
-        self.chat, self.samples, self.max_new_tokens, self.tensorboard = chat, samples, max_new_tokens, tensorboard
-        self.synced_gpus = False  # True under ZeRO-3
-
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not self.samples or self.tensorboard is None:
-            return
-        prompts = [self.chat.prompt_ids(sample["prompt"], tools=sample["tools"]) for sample in self.samples]
-        answers = answer_in_training(model, self.chat, prompts, self.max_new_tokens, args, self.synced_gpus)
-        for i, (sample, answer) in enumerate(zip(self.samples, answers)):
-            question = "\n\n".join(f"{m['role']}: {m['content']}" for m in sample["prompt"])
-            reference = self.chat.answer_text(sample["prompt"], sample["completion"][0], tools=sample["tools"])
-            text = f"```\n{question}\n\n--- answer\n{answer.text}\n\n--- reference\n{reference}\n```"
-            self.tensorboard.add_text(f"answers/{i}", text, state.global_step)
-
-
 def make_callbacks(recipe, prepared, chat, speed: Speed) -> list[TrainerCallback]:
     """The callbacks of a run, in the order in which they act."""
     from transformers import EarlyStoppingCallback
 
-    shown = {"tensorboard", "all"} & set(recipe.training["report_to"])
-    tensorboard = TensorBoard(recipe.output_dir / "runs", speed) if shown else None
+    tensorboard = TensorBoard(recipe.output_dir / "runs", speed) if is_wanted(recipe) else None
     callbacks = [StepSeed(), speed, ProgressBar(speed), Evaluations(prepared.validation is not None)]
     if tensorboard is not None:
         callbacks.append(tensorboard)

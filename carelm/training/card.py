@@ -60,8 +60,8 @@ def make_prompts(recipe: Recipe, chat: Chat, config: "PretrainedConfig") -> list
 
 def answer(recipe: Recipe, prompts: list[list[int]], run: "Trainer") -> list[dict[str, Any]]:
     """Question, answer and why it ended ("stop" or "length") of each; every rank calls it."""
-    from carelm.training.callbacks import answer_in_training
     from carelm.training.state import zero_stage
+    from carelm.training.tensorboard import answer_in_training
 
     if prompts:
         say(f"the finished model answers {len(prompts)} card_questions")

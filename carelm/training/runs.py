@@ -5,7 +5,7 @@ outputs/NAME/
     precision.json        what `precision: auto` has measured on a CPU at the first start, and chosen
     data_report.json      what became of the rows
     checkpoint-N/         see carelm.training.checkpoints
-    runs/                 TensorBoard
+    runs/                 TensorBoard, see carelm.training.tensorboard
     adapter_model.safetensors, adapter_config.json (or the model), tokenizer files, generation_config.json
     README.md             the model card
     train_metrics.json    written last: the run is finished
@@ -247,6 +247,8 @@ def _lock(folder: Path) -> bool:
 
 def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """Writes the data report, the model card and, last, the metrics; publishes."""
+    from carelm.training import tensorboard
+
     folder = recipe.output_dir
     metrics = metrics | {"budget": budget(recipe), "versions": versions(), "git_commit": git_commit()}
     metrics["card_notes"] = recipe.card_notes
@@ -254,6 +256,8 @@ def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> d
     try:
         write_whole(folder / "data_report.json", json.dumps(report, ensure_ascii=False, indent=1))
         write_whole(folder / "README.md", hub.model_card(recipe, metrics, report))
+        if tensorboard.is_wanted(recipe):
+            tensorboard.write_final(folder, recipe.keys(), metrics)
         write_whole(folder / finished.METRICS, json.dumps(metrics, indent=1))
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); make room and run again") from None

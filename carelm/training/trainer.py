@@ -25,7 +25,7 @@ from carelm.ranks import say, share
 from carelm.recipe import Recipe
 from carelm.training import checkpoints, divergence, learnt
 from carelm.training.batches import Collate, GlobalBatches, Rows
-from carelm.training.callbacks import SampleAnswers, Speed
+from carelm.training.callbacks import Speed
 from carelm.training.prepared import Prepared
 from carelm.training.state import (
     dynamic_loss_scaler,
@@ -39,6 +39,7 @@ from carelm.training.state import (
     zero_stage,
 )
 from carelm.training.stops import StopRequested, StopRequests, ignore_signals
+from carelm.training.tensorboard import SampleAnswers
 
 
 class Trainer(transformers.Trainer):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import types
+from pathlib import Path
 from unittest import mock
 
 import huggingface_hub
@@ -75,7 +76,7 @@ def test_the_token_is_in_no_file(recipe):
     from carelm.recipe_file import save_recipe
 
     save_recipe(recipe, recipe.output_dir / "recipe.yaml")
-    for file in recipe.output_dir.rglob("*"):
+    for file in filter(Path.is_file, recipe.output_dir.rglob("*")):
         assert b"hf_secret" not in file.read_bytes(), file
 
 

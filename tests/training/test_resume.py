@@ -69,9 +69,9 @@ def check_tensorboard(run):
         "train/loss",
         "train/learning_rate",
         "train/grad_norm",
-        "system/tokens_per_second",
-        "system/mfu",
-        "system/host_memory_bytes",
+        "usage/tokens_per_second",
+        "usage/mfu",
+        "usage/host_memory_gib",
     ):
         assert [e.step for e in events.Scalars(tag)] == list(range(1, 10)), tag
     assert [e.step for e in events.Scalars("eval/loss")] == [0, 3, 6, 9]
