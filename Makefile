@@ -1,4 +1,5 @@
 # make install: the environment alone.  make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
+# make serve: ask it, by an API and a page.
 # make test: the tests that this machine can run in minutes; make test-long: the others.
 # TESTS="tests/data -k csv" chooses among them; TESTS='-m ""' are all.
 VENV ?= .venv
@@ -8,7 +9,7 @@ READY_DEV := $(VENV)/.ready-dev
 # DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: install train eval test test-long assistants bench bench-gpu real-base check style
+.PHONY: install train eval serve test test-long assistants bench bench-gpu real-base check style
 
 install: $(READY)
 
@@ -19,6 +20,12 @@ train: $(READY)
 eval: $(READY)
 	python train/merge.py --adapter outputs/demo --output_dir outputs/demo/merged
 	python eval/run.py
+
+# The demo's models as an API and a page at http://127.0.0.1:8000; trains them first, where that is not done.
+serve: $(READY)
+	python -c "import fastapi, uvicorn, prometheus_client" 2>/dev/null || pip install -e '.[serve]'
+	python train/sft.py
+	python serve/run.py
 
 test: $(READY_DEV)
 	python -m pytest $(TESTS)

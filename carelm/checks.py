@@ -15,7 +15,7 @@ from carelm.recipe import Recipe
 def check(recipe: Recipe) -> None:
     """What can be wrong between keys, found without torch."""
     for key in ("global_batch_size", "num_virtual_tokens", "sample_max_new_tokens", "max_new_tokens", "max_batch_tokens",
-                "num_resamples"):  # fmt: skip
+                "num_resamples", "max_queue", "answer_timeout", "max_body_bytes"):  # fmt: skip
         if getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1")
     for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -45,9 +45,12 @@ def check(recipe: Recipe) -> None:
         if given.get(key) is not None and given[key] <= 0:
             raise UserError(f"{key}: {given[key]} is not above 0")
     for key in ("warmup_steps", "weight_decay", "max_grad_norm", "lora_dropout", "seed", "data_seed", "split_seed",
-                "num_shots", "temperature", "num_sample_answers", "num_latency_prompts", "dataloader_num_workers"):  # fmt: skip
+                "num_shots", "temperature", "num_sample_answers", "num_latency_prompts", "dataloader_num_workers",
+                "port", "certify"):  # fmt: skip
         if given.get(key) is not None and given[key] < 0:
             raise UserError(f"{key}: {given[key]} is below 0")
+    if recipe.port > 65535:
+        raise UserError(f"port: {recipe.port} is above 65535")
     if (given.get("lora_dropout") or 0) >= 1:
         raise UserError(f"lora_dropout: {given['lora_dropout']} is not below 1")
     if given.get("max_steps", 1) < 1 and given["max_steps"] != -1:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from carelm.keys import DEFAULTS, EVALUATION_KEYS, FREE_KEYS, NOT_ABOUT_DATA, REFUSED, Key, known_keys
+from carelm.keys import DEFAULTS, EVALUATION_KEYS, FREE_KEYS, NOT_ABOUT_DATA, REFUSED, SERVING_KEYS, Key, known_keys
 
 NEEDED = ("output_dir", "model_name_or_path", "max_length", "precision", "seed")  # by commands that train nothing
 
@@ -22,11 +22,12 @@ def format_help(usage: str, first: Sequence[str] = ()) -> str:
         }
     else:
         groups = {
-            "keys of a training": [name for name in own if name not in EVALUATION_KEYS],
+            "keys of a training": [name for name in own if name not in (*EVALUATION_KEYS, *SERVING_KEYS)],
             "keys of the base and of LoRA (TRL's ModelConfig)": [n for n, key in keys.items() if key.owner == "model"],
             "keys of the optimizer and its steps (TRL's SFTConfig, transformers' TrainingArguments)": [
                 name for name, key in keys.items() if key.owner == "training"
             ],
+            "keys that serving reads (serve/run.py)": SERVING_KEYS,
             "keys that the evaluation reads (eval/run.py)": EVALUATION_KEYS,
         }
     parser = argparse.ArgumentParser(

@@ -27,6 +27,10 @@ EVALUATION_KEYS = (
     "overlap_columns", "primary_metric", "num_resamples", "num_latency_prompts", "checks",
     "also_test", "api_url", "rate",
 )  # fmt: skip
+# Keys that serve/run.py alone reads.
+SERVING_KEYS = (
+    "host", "port", "api_key_file", "cors_origins", "max_queue", "answer_timeout", "max_body_bytes", "certify",
+)  # fmt: skip
 CARD_KEYS = ("card_notes", "card_questions")
 # Keys that may change when a run goes on: where it runs, how much, what it shows.
 FREE_PREFIXES = (
@@ -45,7 +49,7 @@ FREE_KEYS = {
     "output_dir", "max_steps", "num_train_epochs", "report_to", "run_name", "project", "push_to_hub", "disable_tqdm",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
     "max_empty_share", "max_hours", "stall_timeout", "torch_empty_cache_steps", "precision", "tf32", "debug",
-    "include_num_input_tokens_seen", "attn_implementation", *CARD_KEYS, *EVALUATION_KEYS,
+    "include_num_input_tokens_seen", "attn_implementation", *CARD_KEYS, *EVALUATION_KEYS, *SERVING_KEYS,
 }  # fmt: skip
 # Which modules LoRA changes and how its weights start: CareLM's own keys, for method: lora alone.
 LORA_KEYS = (
@@ -54,7 +58,7 @@ LORA_KEYS = (
 NOT_ABOUT_DATA = {
     "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
     "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", "adapter", *LORA_KEYS,
-    *CARD_KEYS, *EVALUATION_KEYS,
+    *CARD_KEYS, *EVALUATION_KEYS, *SERVING_KEYS,
 }  # fmt: skip
 # What a recipe in also_test says beside its data: how its questions are asked and scored.
 OF_A_TEST = (

@@ -9,7 +9,7 @@ from typing import Any
 from carelm.errors import UserError
 from carelm.files import OWN_CACHE, cache, locate
 
-ONCE = ("restart", "preview", "rate")  # meant for one start: on the command line alone
+ONCE = ("restart", "preview", "rate", "certify")  # meant for one start: on the command line alone
 PRECISION_NOTE = "precision.json"  # in the output folder: what `precision: auto` has measured on a CPU, and chosen
 
 
@@ -216,6 +216,21 @@ class Recipe:
     rate: bool = _key(
         False,
         "Write rate.html too: blind pairs of answers to rate by hand; the file that it saves counts in the next report.",
+    )
+    # serving
+    host: str = _key("127.0.0.1", "Address that serve/run.py listens at; one that others reach needs a key of the API.")
+    port: int = _key(8000, "Port that it listens at; 0 takes a free one.")
+    api_key_file: str | None = _key(
+        None, "File with the key that clients must send; without it CARELM_API_KEY of the environment, if it is set."
+    )
+    cors_origins: list[str] = _key(
+        [], "Web pages elsewhere that may ask the API, as https://shop.example: none but its own otherwise."
+    )
+    max_queue: int = _key(128, "Requests that may wait or be answered at once; one more is told to come again (429).")
+    answer_timeout: int = _key(300, "Seconds that one request may take, waiting included.")
+    max_body_bytes: int = _key(2**20, "Largest body of a request, in bytes.")
+    certify: int = _key(
+        0, "Ask so many test questions through the API and by the evaluation's way, compare the answers, and exit."
     )
     # the model card
     card_notes: str | None = _key(

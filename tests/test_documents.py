@@ -27,7 +27,7 @@ PAGES = [
     *PROJECT.glob("recipes/results/*.md"),
 ]
 NOTEBOOKS = [*PROJECT.glob("notebooks/*.ipynb")]
-FILES = [p for place in ("train", "eval", "benchmarks", "demo") for p in (PROJECT / place).glob("*.py")]
+FILES = [p for place in ("train", "eval", "serve", "benchmarks", "demo") for p in (PROJECT / place).glob("*.py")]
 RECIPES = [*PROJECT.glob("recipes/**/*.yaml")]
 OURS = ("accelerate", "torchrun", "python", "sbatch", "make", "pip")
 OTHERS = ("source", "tensorboard", "tail", "squeue", "ssh", "head", "git", "echo", "touch", "nvidia-smi", "hf")

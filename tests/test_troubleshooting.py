@@ -54,7 +54,7 @@ def messages_of(path: Path) -> Iterator[str]:
 @cache
 def messages() -> list[str]:
     """What stands behind `error: `, GAP for what differs. One that only hands on another has no letters."""
-    paths = [p for place in ("carelm", "train", "eval") for p in (PROJECT / place).rglob("*.py")]
+    paths = [p for place in ("carelm", "train", "eval", "serve") for p in (PROJECT / place).rglob("*.py")]
     found = [text for path in [*paths, PROJECT / "demo/real_base.py"] for text in messages_of(path)]
     found.append(INTERRUPTED)
     for path in (PROJECT / "slurm").glob("*.sh"):

@@ -25,8 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 from carelm import environment, ranks  # noqa: F401
 from carelm.chat import question
 from carelm.data.sources import stay_offline
-from carelm.data.tags import used_tags
-from carelm.data.templates import fill, template_columns
+from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
@@ -56,7 +55,7 @@ def main() -> None:
     if texts:
         question.compose(recipe, texts)
     stay_offline(recipe)
-    system, tagged_system = system_message(recipe)
+    system, tagged_system = question.system_message(recipe)
     from carelm.evaluation.candidates import find_candidates
 
     candidates = find_candidates(recipe)
@@ -109,21 +108,6 @@ def for_chat(recipe: Recipe) -> Recipe:
     if not models:
         ranks.say(f"{recipe.output_dir} holds no result of training yet: the base answers ({untrained(recipe)})")
     return dataclasses.replace(recipe, num_shots=0, models=models or ["base"])
-
-
-def system_message(recipe: Recipe) -> tuple[str | None, str | None]:
-    """The recipe's as text, or as a template of tags that are to be filled in; neither, which is said, where it is made of a
-    row's columns."""
-    columns = template_columns(recipe.system_prompt or "", "system_prompt")
-    if others := [column for column in columns if column not in used_tags(recipe)]:
-        ranks.say(
-            f"system_prompt: {', '.join(others)} are columns of rows, so that the chat begins without a system message; "
-            "--system_prompt TEXT or /system TEXT gives one"
-        )
-        return None, None
-    if columns:
-        return None, recipe.system_prompt
-    return fill(recipe.system_prompt or "", {}) or None, None
 
 
 if __name__ == "__main__":

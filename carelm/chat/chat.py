@@ -7,7 +7,7 @@ tokenised apart.
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from carelm.chat.presence import Presence
 from carelm.chat.template import write
 from carelm.chat.tokenizer import load_tokenizer
 from carelm.chat.tokens import CLOSE, OPEN, Encoder, unmark
-from carelm.chat.window import cut_longest, without_oldest_turns
+from carelm.chat.window import cut_longest, fewest_dropped, without_oldest_turns
 from carelm.data.example import Example
 from carelm.errors import UserError
 from carelm.files import locate
@@ -28,6 +28,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORGOTTEN = "without the thoughts of earlier answers, as the template asks"  # nothing is cut
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What asks for an answer.
+
+    Attributes:
+        ids: token ids up to and including the assistant's header.
+        messages: those that the ids hold.
+        change: what was done to fit them ("old turns dropped", "prompt cut"), or None.
+    """
+
+    ids: list[int]
+    messages: list[dict[str, Any]]
+    change: str | None
 
 
 class Chat:
@@ -84,10 +99,8 @@ class Chat:
         """The ids that ask for the next assistant turn; the same ids that stand before it in training."""
         return self._encoder.encode(self._write(messages, tools, True))
 
-    def fit_prompt(
-        self, messages: list[dict[str, Any]], limit: int, *, tools: list[dict] | None = None
-    ) -> tuple[list[int], str | None]:
-        """The ids that ask for the next answer, at most `limit` of them, and what was done to fit them (None: nothing).
+    def fit_prompt(self, messages: list[dict[str, Any]], limit: int, *, tools: list[dict] | None = None) -> Prompt:
+        """The prompt that asks for the next answer, of at most `limit` ids.
 
         As in training, old turns go first; then the longest message is cut.
 
@@ -97,15 +110,15 @@ class Chat:
         text = self._write(messages, tools, True)
         self._presence.check(unmark(text), messages, tools, for_answer=True, thoughts=set())
         if len(ids := self._encoder.encode(text)) <= limit:
-            return ids, None
-        while (rest := without_oldest_turns(messages)) is not None:
-            messages = rest
-            if len(ids := self.prompt_ids(messages, tools=tools)) <= limit:
-                return ids, "old turns dropped"
+            return Prompt(ids, messages, None)
+        rest = fewest_dropped(messages, lambda m: len(self.prompt_ids(m, tools=tools)) <= limit)
+        if len(rest) < len(messages) and len(ids := self.prompt_ids(rest, tools=tools)) <= limit:
+            return Prompt(ids, rest, "old turns dropped")
+        messages = rest
         shorter = cut_longest(messages, lambda m: len(self.prompt_ids(m, tools=tools)), limit)
         if shorter is None:
             raise UserError(f"max_length: {limit} tokens do not even hold the chat template of a prompt; raise it")
-        return self.prompt_ids(shorter, tools=tools), "prompt cut"
+        return Prompt(self.prompt_ids(shorter, tools=tools), shorter, "prompt cut")
 
     def answer_text(
         self, messages: list[dict[str, Any]], answer: dict[str, Any], *, tools: list[dict] | None = None

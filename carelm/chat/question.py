@@ -1,8 +1,10 @@
 """What a user types -> the user's message, as the recipe's template writes it in training. Imports no torch."""
 
 import json
+from typing import Any
 
-from carelm.data.masking import mask
+from carelm import ranks
+from carelm.data.masking import mask, mask_turns
 from carelm.data.tags import make_tags, used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
@@ -38,6 +40,42 @@ def tags_of(recipe: Recipe, texts: list[str]) -> dict[str, str]:
     """The tags that the recipe's templates name: those of `tag_column`'s text, or of all texts where none is that column's."""
     own = dict(zip(asked_columns(recipe), texts))
     return make_tags(recipe, own.get(recipe.tag_column, "\n".join(texts)))
+
+
+def system_message(recipe: Recipe) -> tuple[str | None, str | None]:
+    """The recipe's as text, or as a template of tags that are to be filled in; neither, which is said, where it is made of a
+    row's columns."""
+    columns = template_columns(recipe.system_prompt or "", "system_prompt")
+    if others := [column for column in columns if column not in used_tags(recipe)]:
+        ranks.say(
+            f"system_prompt: {', '.join(others)} are columns of rows, so that a chat begins without a system message; "
+            "--system_prompt TEXT or /system TEXT gives one"
+        )
+        return None, None
+    if columns:
+        return None, recipe.system_prompt
+    return fill(recipe.system_prompt or "", {}) or None, None
+
+
+def as_trained(
+    recipe: Recipe, turns: list[dict[str, Any]], system: str | None, tagged_system: str | None
+) -> list[dict[str, Any]]:
+    """A conversation that a client sends, as training has it: what users say stands in the recipe's template, personal data is
+    masked, and one without a system message gets the recipe's (of which `system_message` says the two forms).
+
+    Raises:
+        UserError: where a user's message is empty, or not what the template is filled in with.
+    """
+    texts = [parse(recipe, turn["content"]) if turn["role"] == "user" else None for turn in turns]
+    asked = [
+        {**turn, "content": compose(recipe, own)} if own else mask_turns(recipe, [turn])[0]
+        for turn, own in zip(turns, texts)
+    ]
+    if any(turn["role"] == "system" for turn in turns):
+        return asked
+    if tagged_system:
+        system = fill(tagged_system, tags_of(recipe, next(own for own in texts if own)))
+    return [{"role": "system", "content": system}, *asked] if system else asked
 
 
 def parse(recipe: Recipe, text: str) -> list[str]:

@@ -12,6 +12,28 @@ def without_oldest_turns(messages: Messages) -> Messages | None:
     return messages[: users[0]] + messages[users[1] :] if len(users) > 1 else None
 
 
+def fewest_dropped(messages: Messages, fits: Callable[[Messages], bool]) -> Messages:
+    """The messages less as few of the oldest turns as will fit; with the last turn alone where not even that does.
+
+    What fits still does with fewer turns, so that few of them are tried however many there are.
+    """
+    users = [i for i, m in enumerate(messages) if m["role"] == "user"][1:]
+    dropped, enough = 0, len(users)
+    while enough - dropped > 1:
+        middle = (dropped + enough) // 2
+        if fits(_from(messages, users[middle - 1])):
+            enough = middle
+        else:
+            dropped = middle
+    return _from(messages, users[enough - 1]) if users else messages
+
+
+def _from(messages: Messages, turn: int) -> Messages:
+    """The messages before the first user turn, and those from this one on."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    return messages[:first] + messages[turn:]
+
+
 def cut_longest(messages: Messages, length: Callable[[Messages], int], limit: int) -> Messages | None:
     """The messages with as much of the longest one as `length` finds to be at most `limit`; None where none does."""
     messages = [dict(m) for m in messages]
@@ -19,7 +41,7 @@ def cut_longest(messages: Messages, length: Callable[[Messages], int], limit: in
     text = longest["content"] or ""
     fits, too_many = -1, len(text) + 1  # characters: the most that fits, the least that does not
     while too_many - fits > 1:
-        keep = (fits + too_many) // 2
+        keep = min((fits + too_many) // 2, 2 * max(fits, limit))  # so that a text far too long is not read many times
         longest["content"] = text[:keep]
         if length(messages) <= limit:
             fits = keep

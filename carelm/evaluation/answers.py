@@ -135,11 +135,11 @@ def _make_prompts(
             rendered.append(chat.fit_prompt(question.messages, limit, tools=question.tools))
         except UserError as error:
             raise UserError(f"models: {candidate.name}, test row {question.id}: {error}") from None
-    changes = [change for _, change in rendered if change]
-    lengths = [len(ids) for ids, _ in rendered]
+    changes = [prompt.change for prompt in rendered if prompt.change]
+    lengths = [len(prompt.ids) for prompt in rendered]
     p50, p95 = (int(np.percentile(lengths, p, method="lower")) for p in (50, 95))
     about = {"p50": p50, "p95": p95, "max": max(lengths), **{change: changes.count(change) for change in set(changes)}}
-    return [ids for ids, _ in rendered], about
+    return [prompt.ids for prompt in rendered], about
 
 
 def _answer_share(

@@ -21,6 +21,7 @@ from carelm.recipe import Recipe
 from carelm.training.runs import find_recipe, untrained
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from carelm.models.precision import Precision
@@ -50,6 +51,11 @@ class Candidate:
     @property
     def bits(self) -> int | None:
         return self.recipe.bits
+
+    @property
+    def adapter_name(self) -> str:
+        """What PEFT calls its adapter: no dot may be in the name of a part of a model, nor may it be that of a method."""
+        return f"of_{self.name.replace('.', '_')}"
 
     def make_chat(self) -> Chat:
         """Renders prompts with this model's own tokenizer and template."""
@@ -134,12 +140,8 @@ class Candidate:
         Raises:
             UserError: where that is nothing, there is no such model, or its vocabulary is not the tokenizer's.
         """
-        from carelm.models.base import check_vocabulary, load_config
-
-        config = load_config(self.recipe)
-        check_vocabulary(chat, config)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-        limit = positions - recipe.max_new_tokens - recipe.num_virtual_tokens
+        positions = self.positions(recipe, chat)
+        limit = positions - recipe.max_new_tokens
         if recipe.num_shots == 0:
             limit = min(limit, recipe.max_length)
         if limit < 1:
@@ -149,22 +151,60 @@ class Candidate:
             )
         return limit
 
-    def load(self, chat: Chat) -> tuple["PreTrainedModel", dict[str, Any]]:
-        """The model, ready to generate on this rank's device, and what to know of it: precision, size, seconds to load."""
+    def positions(self, recipe: Recipe, chat: Chat) -> int:
+        """The tokens that the model has positions for, less those of a trained prompt.
+
+        Raises:
+            UserError: where there is no such model, or its vocabulary is not the tokenizer's.
+        """
+        from carelm.models.base import check_vocabulary, load_config
+
+        config = load_config(self.recipe)
+        check_vocabulary(chat, config)
+        return (getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31) - recipe.num_virtual_tokens
+
+    def stops(self, chat: Chat) -> set[int]:
+        """The tokens that end an answer, known without its weights."""
+        from carelm.models import base
+
+        config = base.own_generation_config(self.recipe)
+        base.align_generation(config, chat)
+        return {*config.eos_token_id}
+
+    def shares_base(self, other: "Candidate") -> bool:
+        """Whether one base in memory does for both."""
+        keys = ("model_revision", *QUANTIZATION)
+        own, others = ([c.recipe.base, c.precision().name, *map(c.recipe.model.get, keys)] for c in (self, other))
+        return own == others
+
+    def load(
+        self, chat: Chat, onto: "PreTrainedModel | PeftModel | None" = None
+    ) -> tuple["PreTrainedModel | PeftModel", dict[str, Any]]:
+        """The model, ready to generate on this rank's device, and what to know of it: precision, size, seconds to load.
+
+        Args:
+            onto: what another candidate that shares its base has loaded; an adapter is put there beside the others, under this
+                candidate's name.
+        """
         import torch
 
         from carelm.models import adapters, base
         from carelm.models.finite import not_finite
         from carelm.models.generation import unused_settings
+        from carelm.models.key_values import causal_model
 
         started = time.perf_counter()
-        model = base.load_base(self.recipe, self.precision())
+        if onto is None:
+            model = base.load_base(self.recipe, self.precision())
+        else:
+            model = onto
+            causal_model(model).generation_config = base.own_generation_config(self.recipe)
         if torch.cuda.is_available() and self.bits is None:  # a quantised base is where the current device is
             model = model.to(f"cuda:{torch.cuda.current_device()}")
         of_base = base.count_parameters(model)[1]
         trained = read_json(Path(self.recipe.base) / "train_metrics.json").get("trainable_parameters")
         if self.adapter:
-            model = adapters.load_adapter(model, self.adapter)
+            model = adapters.load_adapter(model, self.adapter, self.adapter_name)
             trained = base.count_parameters(model)[1] - of_base
         if bad := not_finite(model.named_parameters()):
             raise UserError(

@@ -134,8 +134,8 @@ def add_adapter(model: PreTrainedModel, recipe: Recipe, zero_stage: int = 0) -> 
     return model
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter of a folder on its base.
+def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> PeftModel:
+    """The adapter of a folder on its base, or under another name beside those that are on it already.
 
     Raises:
         UserError: where its file lacks a tensor or holds one that has no place there: PEFT leaves the first as it is before any
@@ -143,12 +143,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """
     base, misfit = model.name_or_path, None
     try:
-        model = PeftModel.from_pretrained(model, folder)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name)
+        else:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name)
     except (RuntimeError, ValueError) as error:
         misfit = " ".join(str(error).split())[:300]
     else:
         known = model.state_dict()
-        wanted = get_peft_model_state_dict(model, state_dict=known, save_embedding_layers=False).keys()
+        wanted = get_peft_model_state_dict(
+            model, state_dict=known, adapter_name=name, save_embedding_layers=False
+        ).keys()
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             held = set(file.keys())
         # Embeddings beside an adapter, as PEFT keeps them.

@@ -269,6 +269,12 @@ def align_special_tokens(model: PreTrainedModel, chat: Chat) -> None:
     model.config.pad_token_id = chat.tokenizer.pad_token_id
 
 
+def own_generation_config(recipe: Recipe) -> GenerationConfig:
+    """The generation config that a base is loaded with, of which no `align_special_tokens` has changed anything."""
+    own = load_generation_config(recipe.base, recipe.model.get("model_revision", "main"))
+    return own or repaired(GenerationConfig.from_model_config(load_config(recipe)).to_diff_dict())
+
+
 def align_generation(config: GenerationConfig, chat: Chat) -> None:
     """The same in a generation config alone."""
     stops = config.eos_token_id

@@ -12,7 +12,7 @@ from carelm.models.decoding import Decoding
 from carelm.models.generation import Answer, generate
 
 
-class _Tokens(BaseStreamer):
+class Tokens(BaseStreamer):
     """Hands on every new token of `generate`, whose first value is the prompt."""
 
     def __init__(self, took: Callable[[int], None]):
@@ -58,7 +58,7 @@ def stream(
 
     try:
         if why_not(model):
-            generate(model, chat, [prompt], decoding, device=device, streamer=_Tokens(took))
+            generate(model, chat, [prompt], decoding, device=device, streamer=Tokens(took))
         else:
             batcher = Batcher(model, device=device, max_batch_tokens=1)
             request = batcher.submit(prompt, decoding, on_token=lambda request, token: took(token))

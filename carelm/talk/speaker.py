@@ -37,16 +37,23 @@ class Speaker:
         self.name, self.candidate = candidate.name, candidate
         self.chat = candidate.make_chat()
         self.limit = candidate.prompt_limit(recipe, self.chat)
+        self.positions = candidate.positions(recipe, self.chat)
+        self.stops = candidate.stops(self.chat)
         self.decoding = Decoding(recipe.max_new_tokens, recipe.temperature, recipe.top_p, recipe.seed)
 
-    def load(self) -> None:
-        """Loads its weights, and says how it is held."""
-        self.model, about = self.candidate.load(self.chat)
+    def load(self, onto: torch.nn.Module | None = None) -> None:
+        """Loads its weights, onto another's base where that is shared, and says how it is held."""
+        self.model, about = self.candidate.load(self.chat, onto)
         self.device = next(p for p in self.model.parameters() if p.device.type != "meta").device
         held = f"{about['bits']} bits, {about['precision']}" if about["bits"] else about["precision"]
         ranks.say(f"{self.name}: {about['folder']}, {held}, on {self.device}, loaded in {about['load_seconds']:.1f} s")
         if reason := why_not(self.model):
             ranks.say(f"{self.name}: {reason}: its answers come by transformers' generate, which is slower")
+
+    def limit_for(self, max_new_tokens: int | None) -> int:
+        """The most tokens of a prompt with so long an answer; below 1 there is room for none."""
+        window = self.candidate.recipe.max_length
+        return self.limit if max_new_tokens is None else min(window, self.positions - max_new_tokens)
 
     def check_window(self, system: str | None) -> None:
         """Raises UserError where a turn has no room behind this system message."""
@@ -69,10 +76,11 @@ class Speaker:
         Raises:
             UserError: where the template or the tokenizer refuses the conversation.
         """
-        prompt, change = self.chat.fit_prompt(messages, self.limit)
+        prompt = self.chat.fit_prompt(messages, self.limit)
+        change = prompt.change
         if change == "prompt cut":
             change = "the longest message is cut at its end"
         if change:
             ranks.say(f"{self.name}: {change} to fit {self.limit} tokens (max_length, and room for the answer)")
         decoding = dataclasses.replace(self.decoding, seed=self.decoding.seed + again)
-        return stream(self.model, self.chat, prompt, decoding, device=self.device, show=show)
+        return stream(self.model, self.chat, prompt.ids, decoding, device=self.device, show=show)

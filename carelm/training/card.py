@@ -46,7 +46,7 @@ def make_prompts(recipe: Recipe, chat: Chat, config: "PretrainedConfig") -> list
             asked = compose(recipe, texts)
             system = fill(recipe.system_prompt or "", tags_of(recipe, texts))
             messages = [{"role": "system", "content": system}] * bool(system.strip())
-            ids, _ = chat.fit_prompt([*messages, {"role": "user", "content": asked}], positions)
+            ids = chat.fit_prompt([*messages, {"role": "user", "content": asked}], positions).ids
         except UserError as error:
             raise UserError(f"card_questions: question {number}: {error}") from None
         if len(ids) > limit:

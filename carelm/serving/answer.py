@@ -1,0 +1,58 @@
+"""The text of an answer as its tokens come, cut at a stop text."""
+
+from carelm.chat.chat import Chat
+
+
+class Answer:
+    """One answer.
+
+    Args:
+        chat: turns ids into text.
+        ends: the ids that end an answer.
+        stops: texts that end it too, and are no part of it.
+
+    Attributes:
+        tokens: ids so far.
+        text: what may be shown of it so far.
+        finish_reason: "stop" once it has ended by itself or by a stop text, "length" until then.
+    """
+
+    def __init__(self, chat: Chat, ends: set[int], stops: list[str]):
+        self.chat, self.ends, self.stops = chat, ends, stops
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason = "length"
+
+    def add(self, token: int) -> str:
+        """The text that has come with this token. What may be the beginning of a stop text is held back."""
+        self.tokens.append(token)
+        if token in self.ends:
+            self.finish_reason = "stop"
+            return ""
+        text = self._cut(self.chat.spoken_so_far(self.tokens))
+        if self.finish_reason == "length":
+            held = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            text = text[: len(text) - max(held, default=0)]
+        return self._grown_to(text)
+
+    def end(self) -> str:
+        """The text that is left when no more tokens come."""
+        text = self.chat.spoken(self.tokens)
+        if self.finish_reason == "length":  # it may have ended inside a character
+            text = text.rstrip("\ufffd").rstrip()
+        return self._grown_to(self._cut(text))
+
+    def _cut(self, text: str) -> str:
+        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
+            self.finish_reason = "stop"
+            return text[: min(found)]
+        return text
+
+    def _grown_to(self, text: str) -> str:
+        """What is new. Thoughts that were shown until they ended cannot be taken back: the answer follows them."""
+        if text.startswith(self.text):
+            new = text[len(self.text) :]
+        else:
+            new = f"\n\n{text}" if len(text) > 0 and not self.text.startswith(text) else ""
+        self.text = text
+        return new

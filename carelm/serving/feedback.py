@@ -1,0 +1,53 @@
+"""What people think of answers, as rows to train on: appended to outputs/NAME/feedback.jsonl."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from carelm.serving.requests import MOST_MESSAGES, Message, Strict, to_messages
+
+FILE = "feedback.jsonl"
+
+
+class Feedback(Strict):
+    """A body of POST /v1/feedback: the conversation up to the answer, the answer, and what was thought of it."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(to_messages)]
+    answer: Annotated[str, Field(min_length=1)]
+    rating: Literal["up", "down"] | None = None
+    comment: str | None = None
+    edited: Annotated[str, Field(min_length=1)] | None = None
+
+    def row(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The row: of the conversation, as training has it, the answer alone is trained, as edited where it was."""
+        before = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]
+        row = {"messages": [*before, {"role": "assistant", "content": self.edited or self.answer}]}
+        if self.edited:
+            row["draft"] = self.answer
+        return row | {"rating": self.rating, "comment": self.comment, "model": self.model}
+
+
+def append(folder: Path, row: dict[str, Any]) -> Path:
+    """Appends a row; one of several processes at a time, whole or not at all.
+
+    Raises:
+        OSError: where there is no room or no permission; the file is as before then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    with open(folder / FILE, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = os.fstat(file.fileno()).st_size
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
+    return folder / FILE

@@ -1,0 +1,126 @@
+"""Who may ask: the key, the address, the web pages; and the headers that every reply has."""
+
+import hmac
+import ipaddress
+import os
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from carelm import ranks
+from carelm.errors import UserError
+from carelm.files import locate
+from carelm.recipe import Recipe
+from carelm.serving.requests import Problem
+
+KEY_VARIABLE = "CARELM_API_KEY"
+OPEN = {"/health", "/", "/page.js", "/page.css"}  # without a key: no text of anyone's, and the page that asks for it
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+
+def read_key(recipe: Recipe) -> str | None:
+    """The key that clients must send, of `api_key_file` or the environment; None where there is none.
+
+    Raises:
+        UserError: where the file cannot be read, the key is not one word, or it is missing and others reach the address.
+    """
+    key = os.environ.get(KEY_VARIABLE)
+    where = KEY_VARIABLE
+    if recipe.api_key_file:
+        where = f"api_key_file: {recipe.api_key_file}"
+        try:
+            key = Path(locate(recipe.api_key_file)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise UserError(f"{where} cannot be read ({reason}); name a file that holds the key") from None
+    if key is None:
+        if not is_loopback(recipe.host):
+            raise UserError(
+                f"host: others reach {recipe.host}, so a key is needed; name a file that holds one with api_key_file, or set "
+                f"{KEY_VARIABLE}"
+            )
+        return None
+    key = key.strip()
+    if not (key.isascii() and key.isprintable() and key and " " not in key):
+        raise UserError(f"{where} holds no key; write one word of letters and digits")
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """Lets in who may ask, and puts the headers on every reply.
+
+    Args:
+        app: what is guarded.
+        key: what clients must send as `Authorization: Bearer KEY`, or None.
+        is_local: whether it listens at a loopback address: then it is asked by its names alone, so that a name elsewhere that
+            leads to it (DNS rebinding) does not let a web page in.
+        origins: web pages elsewhere that may ask.
+        noted: is told of each reply's path and status.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, key: str | None, is_local: bool, origins: list[str], noted: Callable[[str, int], None]
+    ):
+        self.app, self.key, self.is_local, self.origins = app, key and f"Bearer {key}".encode(), is_local, origins
+        self.noted = noted
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+                self.noted(scope["path"], message["status"])
+            await send(message)
+
+        try:
+            await (self._refusal(scope) or self.app)(scope, receive, send_with_headers)
+        except Exception as error:  # the app has replied; its traceback may hold a client's text
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            ranks.say(f"{scope['path']}: {type(error).__name__} at {Path(at.filename).name}:{at.lineno}")
+
+    def _refusal(self, scope: Scope) -> ASGIApp | None:
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.is_local and not is_loopback(re.sub(r":\d+$", "", host)):
+            return reply(Problem(403, "this server is asked as localhost alone", code="host"))
+        if origin is not None and origin not in self.origins and origin.partition("://")[2] != host:
+            return reply(
+                Problem(403, "only web pages that cors_origins names may ask this server from elsewhere", code="origin")
+            )
+        if self.key is None or scope["path"] in OPEN:
+            return None
+        if not hmac.compare_digest(headers.get("authorization", "").encode(), self.key):
+            return reply(
+                Problem(
+                    401, "the key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key",
+                    www_authenticate="Bearer",
+                )
+            )  # fmt: skip
+        return None
+
+
+def reply(problem: Problem) -> JSONResponse:
+    return JSONResponse(problem.body(), problem.status, problem.headers)

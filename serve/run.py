@@ -1,0 +1,119 @@
+"""Serves the models of a recipe: OpenAI's API and a page, on this machine alone unless it is told otherwise.
+
+    python serve/run.py
+    python serve/run.py --config recipes/shop.yaml --port 8080 --models base adapter merged
+    python serve/run.py --config recipes/shop.yaml --host 0.0.0.0 --api_key_file key.txt
+    python serve/run.py --config recipes/shop.yaml --certify 50        # served and evaluated answers compared, and no server
+
+What is asked is rendered as in training and answered as in the evaluation. Without --models it is the base, the run's result,
+and its merge where it is there. Ctrl-C or SIGTERM stops it: answers that have begun are finished.
+
+exit status: 0 it was stopped, or the certificate is written; 2 something in the recipe or the models is to be mended.
+"""
+
+import dataclasses
+import importlib.util
+import signal
+import socket
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, ranks  # noqa: F401
+from carelm.data.sources import stay_offline
+from carelm.errors import UserError
+from carelm.keys import SERVING_KEYS
+from carelm.recipe import Recipe
+from carelm.recipe_file import load_recipe
+
+KEYS = ("models", "max_new_tokens", "temperature", "top_p", "max_batch_tokens", *SERVING_KEYS)  # for --help
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # of the extra `serve`
+
+
+def main() -> None:
+    recipe = for_serving(load_recipe(sys.argv[1:], usage=__doc__, first=KEYS))
+    from carelm.serving.security import read_key
+
+    key = read_key(recipe)
+    listening = bind(recipe)
+    stay_offline(recipe)
+    from carelm.evaluation.candidates import find_candidates
+
+    candidates = find_candidates(recipe)
+    ranks.say(f"loading {', '.join(candidate.name for candidate in candidates)}")
+
+    import torch
+    import uvicorn
+
+    from carelm import quiet
+
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
+    ranks.use_cpu(None)
+    from carelm.serving.engine import BatcherEngine
+    from carelm.serving.gateway import Gateway
+    from carelm.talk.speaker import Speaker
+
+    speakers = [Speaker(recipe, candidate) for candidate in candidates]
+    gateway = Gateway(recipe, speakers, BatcherEngine(recipe, speakers))
+    say_address(recipe, listening, gateway.engine.models, key)
+    serve(uvicorn, gateway, key, listening)
+
+
+def for_serving(recipe: Recipe) -> Recipe:
+    """The recipe as it is served; raises UserError for what cannot be."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{' and '.join(missing)} not installed: pip install -e '.[serve]'")
+    if ranks.world_size() > 1:
+        raise UserError(f"num_processes: a server is one process, not {ranks.world_size()}; start python serve/run.py")
+    if over_the_wire := [name for name in recipe.models if name.startswith("api:")]:
+        raise UserError(f"models: {over_the_wire[0]} is for the evaluation alone; models that run here are served")
+    if recipe.num_shots:
+        ranks.say(f"num_shots: the {recipe.num_shots} examples are the evaluator's, a conversation begins without")
+    return dataclasses.replace(recipe, num_shots=0)
+
+
+def bind(recipe: Recipe) -> socket.socket:
+    """The address, before any weights load; raises UserError where it is taken, or none of this machine's."""
+    family = socket.AF_INET6 if ":" in recipe.host else socket.AF_INET
+    listening = socket.socket(family)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((recipe.host.strip("[]"), recipe.port))
+    except OSError as error:
+        raise UserError(
+            f"port: {recipe.host} port {recipe.port} cannot be had ({error.strerror}); stop what listens there, or name "
+            "another one, as --port 8001 (0 takes a free one)"
+        ) from None
+    return listening
+
+
+def say_address(recipe: Recipe, listening: socket.socket, models: list[str], key: str | None) -> None:
+    host = f"[{recipe.host}]" if ":" in recipe.host else recipe.host
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    header = " -H 'Authorization: Bearer KEY'" if key else ""
+    asked = f'{{"model": "{models[-1]}", "messages": [{{"role": "user", "content": "Where is my order?"}}]}}'
+    ranks.say(f"serving {', '.join(models)} at {address} (the API at {address}/v1); Ctrl-C stops it")
+    ranks.say(f"try: curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{asked}'")
+
+
+def serve(uvicorn, gateway, key: str | None, listening: socket.socket) -> None:
+    """Serves until it is stopped; answers that have begun are finished."""
+    import asyncio
+
+    async def run() -> None:
+        config = uvicorn.Config(
+            gateway.app(key), log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
+            proxy_headers=False,
+        )  # fmt: skip
+        await uvicorn.Server(config).serve(sockets=[listening])
+        await gateway.engine.close()
+
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: None)  # uvicorn sends itself the signal again once it has stopped
+    asyncio.run(run())
+    ranks.say("stopped")
+
+
+if __name__ == "__main__":
+    ranks.run_main(main)
