@@ -146,7 +146,7 @@ def check_file(file: str, words: list[str]) -> None:
         read_sweep([word for word in words if word != "--dry_run"])
     elif file == "train/merge.py":
         load_recipe(["--config", EXAMPLES[0], *module(file, words).parse()[1]], usage="")
-    elif file in ("train/sft.py", "eval/run.py", "train/chat.py"):
+    elif file in ("train/sft.py", "eval/run.py", "train/chat.py", "serve/run.py"):
         if file == "train/chat.py" and "--message" in words:
             words = words[: words.index("--message")] + words[words.index("--message") + 2 :]
         load_recipe(words, usage="", first=() if file == "train/sft.py" else ("models",))
@@ -239,7 +239,7 @@ def test_every_link_and_file_of_the_project_in_a_page_is_there(page):
     text = page.read_text(encoding="utf-8")
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert not [link for link in links if link and not (page.parent / link).exists()]
-    rooms = "carelm|train|eval|recipes|accelerate_configs|ds_configs|slurm|demo|docs|tests|benchmarks|notebooks"
+    rooms = "carelm|train|eval|serve|recipes|accelerate_configs|ds_configs|slurm|demo|docs|tests|benchmarks|notebooks"
     files = re.findall(rf"(?<![\w/.])((?:{rooms})/[\w/.-]+\.(?:py|yaml|md|json|sh|ipynb|txt))\b", text)
     assert not [file for file in files if not (PROJECT / file).exists() and file not in EXAMPLES]
 
