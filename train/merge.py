@@ -32,7 +32,8 @@ from carelm.errors import UserError
 from carelm.files import write_whole
 from carelm.next_steps import say_next
 from carelm.recipe_file import load_recipe
-from carelm.training.runs import find_recipe, free_name
+from carelm.training.checkpoint_folders import find_recipe
+from carelm.training.runs import free_name
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

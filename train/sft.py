@@ -32,7 +32,7 @@ from carelm.data.sources import stay_offline  # noqa: E402
 from carelm.next_steps import say_next, words_of  # noqa: E402
 from carelm.recipe import Recipe, micro_batch_size  # noqa: E402
 from carelm.recipe_file import load_recipe  # noqa: E402
-from carelm.training import card, learnt, runs, stops  # noqa: E402
+from carelm.training import card, hub, learnt, runs, stops  # noqa: E402
 from carelm.training.prepared import check_nodes_agree, prepare  # noqa: E402
 from carelm.training.preview import preview  # noqa: E402
 
@@ -116,6 +116,7 @@ def main() -> None:
         "base_fingerprint": fingerprint,
         "adapter": recipe.adapter,
         "adapter_fingerprint": run.adapter_fingerprint,
+        "trained_before": hub.trained_before(recipe),
         "shares": {part: r["share"] for part, r in prepared.report.items() if r["share"] is not None} or None,
         "data_fingerprint": prepared.fingerprint,
         "data_files": prepared.files,

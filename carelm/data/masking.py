@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from carelm.data.example import NoAnswer
 from carelm.data.messages import to_turns
-from carelm.data.personal import find_personal, has_html, has_signature
+from carelm.data.personal import UNJUDGED, count_unjudged, find_personal, has_html, has_signature
 from carelm.data.tags import used_tags
 from carelm.data.templates import template_columns
 from carelm.data.values import cell_text
@@ -117,6 +117,8 @@ class PersonalCount:
         def count(text: str, column: str) -> str:
             for _, _, kind in find_personal(text, self._region, column):
                 numbers[kind] = (numbers.get(kind) or 0) + 1
+            if self._region is None and (unjudged := count_unjudged(text, column)):
+                numbers[UNJUDGED] = (numbers.get(UNJUDGED) or 0) + unjudged
             if has_html(text):
                 numbers[HTML] = None
             if has_signature(text):
@@ -142,23 +144,41 @@ class PersonalCount:
 
     def describe(self) -> dict[str, Any]:
         """`found`: for each kind `{"number", "rows", "first"}`, the number None where rows alone are counted; `rows`: how many
-        were looked at; and both as a sentence, empty where there is nothing to say."""
+        were looked at; `sentence`: both in words; `unjudged`: what is to be said of numbers that only `phone_region` would tell
+        from phone numbers. The last two are empty where there is nothing to say."""
         if self._missing:
-            return {"found": {}, "rows": 0, "sentence": f"personal data is not looked for: {self._missing}"}
-        parts = []
-        for kind, of_kind in self.found.items():
+            return {
+                "found": {},
+                "rows": 0,
+                "unjudged": "",
+                "sentence": f"personal data is not looked for: {self._missing}",
+            }
+        parts, unjudged = [], ""
+        found = {kind: of_kind for kind, of_kind in self.found.items() if kind != UNJUDGED}
+        if of_kind := self.found.get(UNJUDGED):
+            of_rows = "1 row" if of_kind["rows"] == 1 else f"{of_kind['rows']:,} rows"
+            what = (
+                "number without + may be a phone number"
+                if of_kind["number"] == 1
+                else "numbers without + may be phone numbers"
+            )
+            stays = ", left as they are" if self._is_masked else ""
+            unjudged = (
+                f"{of_kind['number']:,} {what} in {of_rows}{stays} (first: {of_kind['first']}): set phone_region (DE, US, "
+                "IN ...) to tell them apart"
+            )
+        for kind, of_kind in found.items():
             number, rows = of_kind["number"], of_kind["rows"]
             what = f"{number:,} {WORDS[kind][number != 1]} in" if kind in WORDS else f"{kind} in"
             parts.append(f"{what} {rows:,} {'row' if rows == 1 else 'rows'} (first: {of_kind['first']})")
-        masked = [part for part, kind in zip(parts, self.found) if kind in WORDS]
-        others = [part for part, kind in zip(parts, self.found) if kind not in WORDS]
+        masked = [part for part, kind in zip(parts, found) if kind in WORDS]
+        others = [part for part, kind in zip(parts, found) if kind not in WORDS]
         sentences = []
         if self._is_masked:
             sentences.append(f"mask_personal_data replaces {', '.join(masked) or f'nothing in {self.rows:,} rows'}")
         elif masked:
             where = f" in the first {self.rows:,} rows" if self.rows == MOST_COUNTED else ""
             sentences.append(f"personal data{where}: {', '.join(masked)}")
-        if sentences and self._region is None:
-            sentences.append("phone numbers without + are not looked for (phone_region is not set)")
         sentences += [", ".join(others)] if others else []
-        return {"found": self.found, "rows": self.rows, "sentence": "; ".join(sentences)}
+        said = f"mask_personal_data: {unjudged}" if unjudged and self._is_masked else unjudged
+        return {"found": found, "rows": self.rows, "sentence": "; ".join(sentences), "unjudged": said}

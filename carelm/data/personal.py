@@ -36,6 +36,7 @@ _CARD_RANGES = re.compile(
 )
 _CARD_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3)}
 _PHONE = re.compile(r"(?:[+\uff0b(]{1,2}[ ]?)?\d(?:[ \u00a0\u2009\u202f().\-/\u2011\u2013]{0,4}\d){6,18}")
+UNJUDGED = "a number without +"  # that a region's rules would tell from a phone's
 _BEHIND = 14  # characters behind a number that may be its extension
 # What has the signs of a phone number and is none: a date, the address of a machine, what hangs on other text, an amount.
 _DATE = re.compile(r"(?:\d{1,2}[./-]\d{1,2}[./-](?:19|20)?\d\d|(?:19|20)\d\d[./-]\d{1,2}[./-]\d{1,2})(?![./-]?\d)")
@@ -110,7 +111,12 @@ def find_personal(text: str, region: str | None = None, column: str = "") -> lis
         region: two letters of the country whose phone numbers are looked for; without it only numbers with +.
         column: the name of the text's column: a number that stands alone in `order_id` is no phone's.
     """
-    return list(_find(text, region, column))
+    return [one for one in _find(text, region, column) if one[2] != UNJUDGED]
+
+
+def count_unjudged(text: str, column: str = "") -> int:
+    """How many numbers without + in a text may be phone numbers: which are, only a region tells."""
+    return sum(kind == UNJUDGED for _, _, kind in _find(text, None, column))
 
 
 @lru_cache(maxsize=1024)  # a row's columns are read for the report, for the prompt and for the comparison of questions
@@ -142,6 +148,8 @@ def _find(text: str, region: str | None, column: str) -> tuple[tuple[int, int, s
         add("IBAN", _ibans(text))
         add("CARD", _cards(text, column))
         add("PHONE", _phones(text, region, column))
+        if region is None:
+            add(UNJUDGED, _unjudged(text, column))
     return tuple(sorted(found))
 
 
@@ -193,14 +201,10 @@ def _phones(text: str, region: str | None, column: str) -> Iterator[tuple[int, i
 
     for candidate in _PHONE.finditer(text):
         start, end = candidate.span()
-        has_plus = re.match(r"[(]?[+\uff0b][(]?\d", candidate[0]) is not None
+        has_plus = _has_plus(candidate[0])
         if has_plus and text[start - 1 : start].isdigit():
             continue
-        if not has_plus and (
-            region is None or _ATTACHED.search(text[max(0, start - 3) : start]) or _AMOUNT.match(text, end)
-            or _DATE.match(candidate[0]) or _MACHINE.match(candidate[0])
-            or "(" not in candidate[0] and _is_other_number(text, start, column)
-        ):  # fmt: skip
+        if not has_plus and (region is None or not _may_be_national(text, candidate, column)):
             continue
         leniency = Leniency.POSSIBLE if has_plus else Leniency.VALID
         for match in PhoneNumberMatcher(text[start : end + _BEHIND], region, leniency):
@@ -209,6 +213,29 @@ def _phones(text: str, region: str | None, column: str) -> Iterator[tuple[int, i
             # One of two brackets around the number is no part of it.
             is_open = match.raw_string.startswith("(") and ")" not in match.raw_string
             yield start + match.start + is_open, start + match.end
+
+
+def _has_plus(number: str) -> bool:
+    return re.match(r"[(]?[+\uff0b][(]?\d", number) is not None
+
+
+def _may_be_national(text: str, candidate: re.Match[str], column: str) -> bool:
+    """Whether nothing around a number without +, nor its form, says that it is no phone's."""
+    start, end = candidate.span()
+    return not (
+        _ATTACHED.search(text[max(0, start - 3) : start]) or _AMOUNT.match(text, end)
+        or _DATE.match(candidate[0]) or _MACHINE.match(candidate[0])
+        or "(" not in candidate[0] and _is_other_number(text, start, column)
+    )  # fmt: skip
+
+
+def _unjudged(text: str, column: str) -> Iterator[tuple[int, int]]:
+    """As long as a phone number with its area code (ITU-T E.164 has 15 digits at most), or with the 0 or bracket of one."""
+    for candidate in _PHONE.finditer(text):
+        digits = sum(map(str.isdigit, candidate[0]))
+        has_area = 9 <= digits <= 15 or digits < 9 and candidate[0][0] in "0("
+        if has_area and not _has_plus(candidate[0]) and _may_be_national(text, candidate, column):
+            yield candidate.span()
 
 
 def _is_other_number(text: str, start: int, column: str) -> bool:

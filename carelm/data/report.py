@@ -44,15 +44,21 @@ def shortened(names: list[str], number: int = 8) -> str:
     return ", ".join(names[:number]) + more
 
 
+LEGEND = (
+    "median, 95 %, longest: tokens of a row (95 % of the rows are no longer); cut: rows that lost text to max_length; trained "
+    "tokens: of the answers, which carry loss"
+)
+
+
 def format_report(report: dict[str, dict[str, Any]]) -> str:
     """The data report as a small table for the terminal."""
-    head = f"{'split':<11}{'rows':>7}{'used':>7}{'p50':>6}{'p95':>6}{'max':>6}{'truncated':>11}{'trained tokens':>16}  dropped"
+    head = f"{'split':<11}{'rows':>7}{'used':>7}{'median':>8}{'95 %':>6}{'longest':>9}{'cut':>8}{'trained tokens':>16}  dropped"
     lines = [head]
     for split, r in report.items():
         tokens = (
-            f"{r['length_p50']:>6}{r['length_p95']:>6}{r['length_max']:>6}{r['truncated_share']:>11.1%}{r['trained_tokens']:>16}"
+            f"{r['length_p50']:>8}{r['length_p95']:>6}{r['length_max']:>9}{r['truncated_share']:>8.1%}{r['trained_tokens']:>16}"
             if r["tokens"]
-            else " " * 45
+            else " " * 47
         )
         lines.append(
             f"{split:<11}{r['rows']:>7}{r['used']:>7}{tokens}  {list_counts(r['dropped'], r['first_dropped'])}"
@@ -61,21 +67,29 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
             shares = f"{r['share']:.1%} of the examples, {r['share_of_trained_tokens']:.1%} of the trained tokens"
             lines.append(f"{'':<11}{shares}")
         if r["files"]:
-            lines.append(f"{'':<11}from {shortened(list(r['files']))}")
+            files = [f"{name} ({rows} {'row' if rows == 1 else 'rows'})" for name, rows in r["files"].items()]
+            lines.append(f"{'':<11}from {shortened(files)}")
         lines += [f"{'':<11}{note}" for note in r["notes"]]
-        if r["personal_data"].get("sentence"):
-            lines.append(f"{'':<11}{r['personal_data']['sentence']}")
+        personal = r["personal_data"]
+        lines += [f"{'':<11}{personal[key]}" for key in ("sentence", "unjudged") if personal.get(key)]
         if r["unused"]:
-            unused = [f"{what} (of {number} rows)" for what, number in r["unused"].items()]
+            unused = [
+                f"{what} (in {number} {'row' if number == 1 else 'rows'})" for what, number in r["unused"].items()
+            ]
             lines.append(f"{'':<11}not used: {shortened(unused)}")
         if r["fitted"]:
-            lines.append(f"{'':<11}of these {list_counts(r['fitted'])}")
+            fitted = "; ".join(f"{what}: {number} rows" for what, number in r["fitted"].items())
+            lines.append(f"{'':<11}of the {r['used']} used: {fitted}")
         if r["first_without_answer"]:
-            lines.append(f"{'':<11}without an answer, first: {', '.join(r['first_without_answer'])}")
+            lines.append(f"{'':<11}the first without an answer: {', '.join(r['first_without_answer'])}")
         if r["first_in_other_split"]:
-            lines.append(f"{'':<11}also in validation or test, first: {'; '.join(r['first_in_other_split'])}")
+            lines.append(
+                f"{'':<11}the first that are also in validation or test: {'; '.join(r['first_in_other_split'])}"
+            )
         if r["near_duplicates"]:
             first = "; ".join(r["first_near_duplicates"])
-            lines.append(f"{'':<11}{r['near_duplicates']} near-duplicates of validation or test, first: {first}")
+            what = "question is" if r["near_duplicates"] == 1 else "questions are"
+            lines.append(f"{'':<11}{r['near_duplicates']} {what} nearly one of validation or test, the first: {first}")
+    lines.append(LEGEND)
     lines += [f"{'labels':<11}{note}" for r in report.values() for note in r["label_notes"]]
     return "\n".join(lines)

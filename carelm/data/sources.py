@@ -5,12 +5,14 @@ import os
 import re
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from ssl import SSLError
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from carelm.data.conversations import join_messages
@@ -93,7 +95,9 @@ def stay_offline(recipe: Recipe, *others: Recipe) -> None:
     recipes = (recipe, *recipe.mixed.values(), *others)
     if os.path.exists(recipe.base) and not any(is_hub_id(one.dataset_name) for one in recipes):
         os.environ["HF_HUB_OFFLINE"] = "1"
-    elif not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & os.environ.keys() and (reason := _why_silent()):
+    elif not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & os.environ.keys() and (
+        reason := _why_silent(_needed(recipes))
+    ):
         say(f"{_hub()} cannot be reached ({reason}): there is only what an earlier run has fetched from it")
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -102,17 +106,28 @@ def _hub() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
-def _why_silent() -> str | None:
-    """Why the Hub does not answer within a few seconds; None where it does, whatever it says. A name that cannot be looked up
-    takes longer than any time limit of a request, hence the thread."""
+def _needed(recipes: Iterable[Recipe]) -> str:
+    """The address of what is needed from the Hub first."""
+    for recipe in recipes:
+        if not os.path.exists(recipe.base):
+            return f"{_hub()}/api/models/{quote(recipe.base)}"
+        if is_hub_id(recipe.dataset_name):
+            return f"{_hub()}/api/datasets/{quote(recipe.dataset_name)}"
+    return _hub()
+
+
+def _why_silent(address: str) -> str | None:
+    """Why the Hub does not answer within a few seconds, or with an error of its own, which its libraries would ask again and
+    again; None where it answers, whatever it says. A name that cannot be looked up takes longer than any time limit of a
+    request, hence the thread."""
     reasons: list[str | None] = []
 
     def ask() -> None:
         try:
-            urlopen(Request(_hub(), method="HEAD"), timeout=HUB_PATIENCE).close()
+            urlopen(Request(address, method="HEAD"), timeout=HUB_PATIENCE).close()
             reasons.append(None)
-        except HTTPError:
-            reasons.append(None)
+        except HTTPError as error:
+            reasons.append(f"it answers {error.code} {error.reason}" if error.code >= 500 else None)
         except (OSError, HTTPException, ValueError) as error:
             cause = getattr(error, "reason", error)
             reasons.append(None if isinstance(cause, SSLError) else str(cause))  # whom to trust its library decides

@@ -126,7 +126,12 @@ def _cut_splits(
         examples[split] = parts[split]
         reports[split] = SplitReport(rows=len(parts[split]), notes=["held out of train"])
     examples["train"] = parts["train"]
-    reports["train"].rows -= sum(len(parts[split]) for split, _ in shares)
+    held_out = sum(len(parts[split]) for split, _ in shares)
+    reports["train"].rows -= held_out
+    if held_out:
+        reports["train"].notes.insert(
+            0, f"less {held_out} rows held out for {' and '.join(s for s, _ in reversed(shares))}"
+        )
     return groups.loose
 
 

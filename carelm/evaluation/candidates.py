@@ -18,7 +18,8 @@ from carelm.evaluation.api import ApiModel, find_api
 from carelm.files import fingerprint, locate, read_json
 from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA, identity_of
 from carelm.recipe import Recipe
-from carelm.training.runs import find_recipe, untrained
+from carelm.training.checkpoint_folders import find_recipe
+from carelm.training.runs import untrained
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,7 +15,7 @@ from carelm.evaluation.questions import Question, make_questions_of_both
 from carelm.files import locate
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
-from carelm.training.runs import find_recipe
+from carelm.training.checkpoint_folders import find_recipe
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,3 +11,8 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     """The folders called checkpoint-N, oldest first, whole or not."""
     found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=step_of)
+
+
+def find_recipe(folder: Path) -> Path | None:
+    """The recipe.yaml of the run that made this adapter or checkpoint; None where it is not one of CareLM's."""
+    return next((f for f in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if f.exists()), None)

@@ -1,12 +1,17 @@
 """The model card of a finished run, and the push to the Hub."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from carelm.data.sources import is_hub_id
 from carelm.errors import UserError, first_line
+from carelm.files import locate
+from carelm.ranks import say
 from carelm.recipe import Recipe
+from carelm.recipe_file import load_recipe
 from carelm.training import card
+from carelm.training.checkpoint_folders import find_recipe
 
 
 def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> str:
@@ -20,7 +25,8 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
             "tags": ["carelm", "sft", recipe.method]}  # fmt: skip
     # The Hub refuses a card that names what it cannot have.
     head |= {} if os.path.exists(recipe.base) else {"base_model": base}
-    datasets = [name for r in (recipe, *recipe.mixed.values()) if is_hub_id(name := r.dataset_name)]
+    before = metrics.get("trained_before") or []
+    datasets = [*_of_hub(recipe), *(name for run in before for name in run["of_hub"])]
     head |= {"datasets": [*dict.fromkeys(datasets)]} if datasets else {}
     used = ", ".join(f"{name} {part['used']:,} of {part['rows']:,}" for name, part in report.items())
     losses = {key: metrics[key] and round(metrics[key], 4) for key in ("eval_loss_before", "eval_loss", "train_loss")}
@@ -38,7 +44,9 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
     ]
     went_on = ""
     if recipe.adapter:
-        went_on = f"It goes on from the adapter `{recipe.adapter}` (fingerprint {metrics['adapter_fingerprint']}).\n\n"
+        of = [", ".join(f"`{name}`" for name in run["data"]) or "what is not known here" for run in before]
+        learnt = f", which was trained on {', and before that on '.join(of)}" if of else ""
+        went_on = f"It goes on from the adapter `{recipe.adapter}` (fingerprint {metrics['adapter_fingerprint']}){learnt}.\n\n"
     masked = ""
     if recipe.mask_personal_data:
         region = f" (of {recipe.phone_region}, and those with +)" if recipe.phone_region else " with +"
@@ -69,6 +77,29 @@ Its answers can be wrong. Where they concern health or money, a person who answe
 
 {settings}
 """
+
+
+def trained_before(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the adapters that a run has gone on from were trained on, the newest first: `adapter`, its folder as a recipe
+    names it, `data`, all its datasets, and `of_hub`, those of the Hub. Both are empty where that is not known here, and nothing
+    before it is."""
+    runs: list[dict[str, Any]] = []
+    while recipe.adapter and recipe.adapter not in [run["adapter"] for run in runs]:
+        runs.append({"adapter": recipe.adapter, "data": [], "of_hub": []})
+        if (file := find_recipe(Path(locate(recipe.adapter)))) is None:
+            break
+        try:
+            recipe = load_recipe(["--config", str(file)], usage="")
+        except UserError as error:
+            say(f"what {recipe.adapter} was trained on is not known here ({error})")
+            break
+        runs[-1]["data"] = [r.dataset_name for r in (recipe, *recipe.mixed.values())]
+        runs[-1]["of_hub"] = _of_hub(recipe)
+    return runs
+
+
+def _of_hub(recipe: Recipe) -> list[str]:
+    return [name for r in (recipe, *recipe.mixed.values()) if is_hub_id(name := r.dataset_name)]
 
 
 def push(recipe: Recipe) -> str:

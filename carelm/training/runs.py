@@ -131,11 +131,6 @@ def free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def find_recipe(folder: Path) -> Path | None:
-    """The recipe.yaml of the run that made this adapter or checkpoint; None where it is not one of CareLM's."""
-    return next((f for f in (folder / "recipe.yaml", folder.parent / "recipe.yaml") if f.exists()), None)
-
-
 def check_zero(recipe: Recipe, launch: Launch | None, arguments: "SFTConfig") -> int:
     """The ZeRO stage that is really on (0 without DeepSpeed).
 

@@ -272,7 +272,7 @@ def test_a_preview_shows_the_trained_part_and_says_what_is_dropped(tmp_path, mak
     (said,) = [line for line in shown.splitlines() if line.startswith("train ")]
     assert "1 duplicate (first: rows.jsonl:3)" in said and "1 too long (first: rows.jsonl:2)" in said
     assert "too long: over 64 tokens; set max_length higher, or set too_long: cut\n" in shown
-    assert "not used: column n (of 1 rows)" in shown
+    assert "not used: column n (in 1 row)" in shown
     assert format_report(prepare(recipe).report) in shown  # the training says the same
 
 
@@ -288,4 +288,4 @@ def test_columns_that_no_key_of_the_recipe_names_are_said_with_their_rows(tmp_pa
         + "".join(f"{i},{who},{who} {i},calm\n" for i in range(3) for who in ("user", "agent"))
     )
     recipe = make(path, text_column="text", role_column="from", conversation_column="ticket")
-    assert "not used: column mood (of 3 rows)\n" in preview(recipe, make_chat(recipe), 1) + "\n"
+    assert "not used: column mood (in 3 rows)\n" in preview(recipe, make_chat(recipe), 1) + "\n"

@@ -366,7 +366,7 @@ def test_keys_that_are_not_used_are_said_in_one_line_with_their_rows(tmp_path, m
     (line,) = [line for line in format_report(prepared.report).splitlines() if "not used" in line]
     assert (
         line.strip()
-        == "not used: column system (of 1 rows), key id of messages (of 2 rows), key mood of messages (of 1 rows)"
+        == "not used: column system (in 1 row), key id of messages (in 2 rows), key mood of messages (in 1 row)"
     )
 
 

@@ -47,6 +47,15 @@ def test_a_hub_that_answers_is_asked_whatever_it_says(asked, base):
         assert asked(hub, "--model_name_or_path", "shop/base") == (None, "")
 
 
+@pytest.mark.parametrize("keys", [("--model_name_or_path", "shop/base"), ("--dataset_name", "shop/rows")])
+def test_a_hub_that_answers_with_an_error_of_its_own_is_not_asked_again_and_again(asked, keys):
+    with serve({}, (503, "")) as hub:
+        offline, said = asked(hub, *keys)
+    assert offline == "1"
+    assert said.endswith(f"{hub} cannot be reached (it answers 503 Service Unavailable): there is only what an earlier run has "
+                         "fetched from it\n")  # fmt: skip
+
+
 def test_what_is_told_to_stay_offline_asks_nothing(asked, monkeypatch):
     monkeypatch.setattr(sources, "urlopen", lambda *_, **__: pytest.fail("it was asked"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -61,6 +70,7 @@ def test_what_is_told_to_stay_offline_asks_nothing(asked, monkeypatch):
         ((403, "GatedRepo"), ("--model_name_or_path", "shop/base"), "shop/base is gated; accept its licence on HUB/shop/base"),
         ((401, "RepoNotFound"), ("--dataset_name", "shop/rows"), "the Hub knows none or does not show it; mend the name, or "
          "accept its licence on HUB/datasets/shop/rows"),
+        ((503, ""), ("--dataset_name", "shop/rows"), "no earlier run has fetched it, and the Hub is not asked (offline)"),
         (None, ("--model_name_or_path", "shop/base"), "no earlier run has fetched it, and the Hub is not asked (offline)"),
     ],
 )  # fmt: skip

@@ -120,8 +120,38 @@ def test_the_report_counts_rows_and_finds_and_names_the_first(make, tmp_path):
         assert reports["train"].personal_data["sentence"] == f"{begins}{counts}; {others}"
         assert reports["train"].personal_data["found"]["PHONE"] == {"number": 3, "rows": 2, "first": "rows.jsonl:2"}
     recipe = make(rows, mask_personal_data=True)
-    sentence = "3 e-mail addresses in 2 rows (first: rows.jsonl:2); phone numbers without + are not looked for"
-    assert sentence in format_report(prepare(recipe, make_chat(recipe)).report)
+    masked, left = [line.strip() for line in format_report(prepare(recipe, make_chat(recipe)).report).splitlines()[3:5]]
+    assert masked.startswith("mask_personal_data replaces 3 e-mail addresses in 2 rows (first: rows.jsonl:2)")
+    assert left == (
+        "mask_personal_data: 3 numbers without + may be phone numbers in 2 rows, left as they are (first: rows.jsonl:2): set "
+        "phone_region (DE, US, IN ...) to tell them apart"
+    )
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("Call 030 2312514, or (0151) 2345678, or 415 555 2671.", 3),
+        ("Call +49 30 2312514.", 0),  # it is one
+        ("Order 4155552671, ticket 0301234567, IBAN DE89 3704 0044 0532 0130 00, card 4111 1111 1111 1111", 0),
+        (
+            "On 2024-05-01 12:30, 2019 - 2020, 1234567 EUR, 192.168.100.200, {{415 555 2671}}, https://x.de/0301234567",
+            0,
+        ),
+        ("Lot 1234567", 0),  # no area code
+    ],
+)
+def test_numbers_that_only_a_region_would_tell_from_phone_numbers_are_counted(make, tmp_path, text, number):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"question": text, "answer": "Yes."}])
+    said = make_examples(make(rows))[1]["train"].personal_data["unjudged"]
+    if number:
+        assert said.startswith(
+            f"{number} numbers without + may be phone numbers in 1 row (first: rows.jsonl:1): set phone_"
+        )
+    else:
+        assert said == ""
+    for keys in ({"phone_region": "DE"}, {"phone_region": "US", "mask_personal_data": True}):
+        assert not make_examples(make(rows, **keys))[1]["train"].personal_data["unjudged"]
 
 
 def test_without_a_mask_the_first_rows_are_counted_and_with_one_all(make, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from carelm.training import hub, runs
 
 METRICS = {
     "eval_loss_before": 6.1, "eval_loss": 1.25, "train_loss": 1.5, "global_step": 120, "num_train_tokens": 1000,
+    "num_trained_tokens": 300,
     "trainable_parameters": 299_008, "trainable_percent": 7.9, "precision": "fp32", "world_size": 1, "zero_stage": 0,
     "wall_seconds": 100.0,
 }  # fmt: skip
@@ -56,7 +57,8 @@ def test_a_finished_run_is_uploaded_with_its_card_and_without_checkpoints(recipe
     card = (recipe.output_dir / "README.md").read_text()
     # They are folders here, which the Hub refuses in a card.
     assert "datasets:" not in card and "base_model:" not in card
-    for words in ("demo/data", "lora on a 4-bit base", "| eval loss | 1.25 |", "| eval loss before | 6.1 |", "9 of 10"):
+    for words in ("demo/data", "lora on a 4-bit base", "| eval loss | 1.25 |", "| eval loss before | 6.1 |", "9 of 10",
+                  "| trained tokens (of the answers) | 300 |", "| tokens read (prompts too) | 1000 |"):  # fmt: skip
         assert words in card
 
 
@@ -69,6 +71,29 @@ def test_the_card_names_the_hub_datasets_of_also_train_too(recipe, tmp_path):
     also_train = ("--also_train", "{" + ", ".join(mixed) + "}")
     card = hub.model_card(load_recipe([*also_train], usage=""), METRICS, REPORT)
     assert yaml.safe_load(card.split("---")[1])["datasets"] == ["shop/tickets", "clinic/talks"]
+
+
+def test_the_card_of_a_run_that_goes_on_names_the_hub_datasets_of_the_adapters_before_it(tmp_path):
+    earlier = {"adapter": None}
+    for name, dataset in (("first", "shop/tickets"), ("second", "rows.csv"), ("third", "clinic/talks")):
+        (tmp_path / name).mkdir()
+        keys = {"dataset_name": dataset, "prompt_template": "{q}", "completion_template": "{a}", **earlier}
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump({k: v for k, v in keys.items() if v}))
+        earlier = {"adapter": str(tmp_path / name)}
+    recipe = load_recipe(
+        ["--config", str(tmp_path / "third/recipe.yaml"), "--output_dir", str(tmp_path / "out")], usage=""
+    )
+    before = hub.trained_before(recipe)
+    metrics = METRICS | {"adapter_fingerprint": "0123", "trained_before": before}
+    card = hub.model_card(recipe, metrics, REPORT)
+    assert yaml.safe_load(card.split("---")[1])["datasets"] == ["clinic/talks", "shop/tickets"]
+    assert f"from the adapter `{tmp_path}/second` (fingerprint 0123), which was trained on `" in card
+    assert "rows.csv`, and before that on `shop/tickets`." in card
+
+    (tmp_path / "first/recipe.yaml").unlink()
+    card = hub.model_card(recipe, metrics | {"trained_before": hub.trained_before(recipe)}, REPORT)
+    assert "rows.csv`, and before that on what is not known here." in card
+    assert yaml.safe_load(card.split("---")[1])["datasets"] == ["clinic/talks"]
 
 
 def test_the_token_is_in_no_file(recipe):
