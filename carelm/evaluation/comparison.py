@@ -22,7 +22,7 @@ from carelm.evaluation.label_results import CERTAINTY, Labelled
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, TEXT_SCORES
-from carelm.files import read_json
+from carelm.files import fingerprint, read_json
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_also_tests
 from carelm.training import finished
@@ -95,6 +95,13 @@ def compare(folder: Path, title: str, runs: list[Compared]) -> Path:
             except UserError as error:
                 raise UserError(f"also_test: {test}: {error}") from None
     found["runs"] = {name: {} for name in lines} | {run.name: _figures(run) for run in runs}
+    groups = _by_tokenizer(runs)
+    found["has_one_tokenizer"] = len(groups) < 2
+    if len(groups) > 1:
+        found["cautions"].append(
+            "Validation losses do not compare between runs whose bases have other tokenizers, as each is a mean over tokens of "
+            f"its own: {'; '.join(', '.join(names) for names in groups)}."
+        )
     found["best"] = _best(found)
     found["cautions"] += [f"{run.name} {run.state}: {run.error}" for run in runs if run.error]
     curves = {run.name: report.loss_curves(run.recipe.output_dir / "runs") for run in runs if run.is_trained}
@@ -302,10 +309,25 @@ def _figures(run: Compared) -> dict[str, Any]:
     return {"state": run.state, "axes": run.axes, **{key: metrics.get(key) for key in TRAINED if run.is_trained}}
 
 
+def _by_tokenizer(runs: list[Compared]) -> list[list[str]]:
+    """The names of the runs that have a validation loss, those with the same tokenizer together."""
+    groups = dict[str, list[str]]()
+    for run in runs:
+        if _figures(run).get("eval_loss") is not None:
+            saved = read_json(run.recipe.output_dir / "tokenizer.json")  # none: not a fast one, told by its base
+            parts = (
+                [saved.get(part) for part in ("normalizer", "pre_tokenizer", "model")] if saved else [run.recipe.base]
+            )
+            groups.setdefault(fingerprint(*parts), []).append(run.name)
+    return list(groups.values())
+
+
 def _best(found: dict[str, Any]) -> str | None:
-    """The row with the highest score, or without answers the lowest eval loss."""
+    """The row with the highest score, or without answers the lowest eval loss, where these compare."""
     metric = found["primary_metric"]
     if found["models"]:
         return max(found["models"], key=lambda name: found["models"][name][metric]["value"])
+    if not found["has_one_tokenizer"]:
+        return None
     losses = {name: run["eval_loss"] for name, run in found["runs"].items() if run.get("eval_loss") is not None}
     return min(losses, key=losses.get, default=None)

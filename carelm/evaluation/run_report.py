@@ -18,7 +18,8 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     head = [f"{NAMES[metric]} (decides)", f"difference to {best}"] if models else []
     tests = results["tests"]
     head += [f"{name}: {NAMES[test['primary_metric']]}" for name, test in tests.items()]
-    head += ["validation loss" if models else "validation loss (decides)"]
+    loss_head = "validation loss" if models else "validation loss (decides)"
+    head += [loss_head if results["has_one_tokenizer"] else "validation loss (other tokenizers: not to compare)"]
     head += ["one answer, ms", "memory to answer, GiB"] if models else []
     head += ["trained", "training, s", "memory to train, GiB", "tokens/s"]
     rows = []

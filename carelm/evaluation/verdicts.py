@@ -244,7 +244,10 @@ def _alone(results: dict[str, Any], name: str) -> str:
 def _of_runs(results: dict[str, Any]) -> dict[str, Any]:
     best, metric = results["best"], results["primary_metric"]
     if best is None:
-        return {"headline": "No run has answers or a validation loss yet.", "besides": []}
+        losses = "No run has answers or a validation loss yet."
+        if not results["has_one_tokenizer"]:
+            losses = "No answers are compared, and validation losses under several tokenizers do not compare."
+        return {"headline": losses, "besides": []}
     if not results["models"]:
         loss = results["runs"][best]["eval_loss"]
         said = f"{best} has the lowest validation loss ({loss:.4f}). No answers are compared, only losses."

@@ -1,5 +1,6 @@
 """The comparison of runs: their answers joined by question, the same draws for all, and what cannot be compared refused."""
 
+import dataclasses
 import json
 import re
 
@@ -141,6 +142,25 @@ def test_without_answers_the_losses_are_compared(run, tmp_path):
     found = compared(tmp_path, run("a", "x", is_evaluated=False), run("b", "y", is_evaluated=False))
     assert (found["models"], found["best"]) == ({}, "a")
     assert "validation loss (decides)" in (tmp_path / "comparison.html").read_text()
+
+
+def with_vocabulary(one: Compared, *words: str) -> Compared:
+    model = {"type": "BPE", "vocab": {word: k for k, word in enumerate(words)}}
+    (one.recipe.output_dir / "tokenizer.json").write_text(json.dumps({"model": model, "padding": one.name}))
+    return one
+
+
+def test_losses_under_other_tokenizers_are_said_not_to_compare_and_decide_nothing(run, tmp_path):
+    answer = "Lamp {0} is here."
+    runs = [with_vocabulary(run("a", answer), "x", "y"), with_vocabulary(run("b", answer), "x", "y"),
+            with_vocabulary(run("c", answer), "x", "z")]  # fmt: skip
+    found = compared(tmp_path, *runs[:2])
+    assert not any("tokenizers" in caution for caution in found["cautions"])
+    found = compared(tmp_path, *runs)
+    assert found["cautions"][-1].endswith("as each is a mean over tokens of its own: a, b; c.")
+    assert "validation loss (other tokenizers: not to compare)" in (tmp_path / "comparison.md").read_text()
+    found = compared(tmp_path, *(dataclasses.replace(one, is_evaluated=False) for one in runs))
+    assert found["best"] is None and "losses under several tokenizers do not compare" in found["headline"]
 
 
 LABELS = ("--labels", "same", "other", "--primary_metric", "rougeL")
