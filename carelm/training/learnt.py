@@ -93,7 +93,8 @@ def in_words(recipe: Recipe, metrics: dict[str, Any]) -> list[str]:
     """A finished run's figures, rounded, and what its losses say against it."""
     folder, minutes = recipe.output_dir, metrics["wall_seconds"] / 60
     losses = [f"{loss:.4f}" for loss in (metrics["eval_loss_before"], metrics["eval_loss"]) if loss is not None]
-    figures = [f"{metrics['global_step']:,} steps", f"{minutes:.1f} minutes"]
+    steps = metrics["global_step"]
+    figures = [f"{steps:,} {'step' if steps == 1 else 'steps'}", f"{minutes:.1f} minutes"]
     if metrics.get("num_trained_tokens"):  # an earlier version did not count them
         figures.append(f"{metrics['num_trained_tokens']:,} trained tokens")
     if metrics.get("tokens_per_second"):
