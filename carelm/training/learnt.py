@@ -51,7 +51,7 @@ def expect(recipe: Recipe, prepared: Prepared) -> list[str]:
     return said
 
 
-def judge(recipe: Recipe, losses: list[tuple[int, float]], kept: float | None = None) -> str | None:
+def assess(recipe: Recipe, losses: list[tuple[int, float]], kept: float | None = None) -> str | None:
     """What the eval losses of a finished run say against it, in one sentence with the remedy; None where there is nothing.
 
     Args:

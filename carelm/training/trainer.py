@@ -349,7 +349,7 @@ class Trainer(transformers.Trainer):
             "skipped_steps": self.divergence.skipped_steps,
             "num_train_tokens": self.batches.tokens_until(self.state.global_step),
             "num_trained_tokens": self.batches.tokens_until(self.state.global_step, self.prepared.train.trained_counts),
-            "caution": learnt.judge(self.recipe, [(e["step"], e["eval_loss"]) for e in evaluations], kept=best),
+            "caution": learnt.assess(self.recipe, [(e["step"], e["eval_loss"]) for e in evaluations], kept=best),
             "world_size": self.args.world_size,
             "global_batch_size": self.recipe.global_batch_size,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,

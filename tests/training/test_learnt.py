@@ -60,7 +60,7 @@ def test_steps_that_were_measured_to_learn_are_no_alarm(keys):
     assert expected(recipe_of(**keys)) == ""
 
 
-JUDGED = [
+ASSESSED = [
     # what public rows on the demo's base, prompt tuning and the assistants on a real base have come to
     ([(0, 8.69), (12, 7.44)], "an eval loss of 7.440 is very high"),
     ([(0, 8.724), (60, 5.123)], "an eval loss of 5.123 is very high"),
@@ -78,22 +78,22 @@ JUDGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("losses, said", JUDGED)
+@pytest.mark.parametrize("losses, said", ASSESSED)
 def test_what_eval_losses_say_against_a_run(losses, said):
-    judged = learnt.judge(recipe_of(learning_rate=5e-4), losses)
-    assert judged is None if said is None else judged.startswith(said) and "\n" not in judged
+    said_of_it = learnt.assess(recipe_of(learning_rate=5e-4), losses)
+    assert said_of_it is None if said is None else said_of_it.startswith(said) and "\n" not in said_of_it
 
 
 def test_the_remedy_is_more_steps_and_a_higher_rate_where_that_is_still_low():
-    low = learnt.judge(recipe_of(), [(0, 8.69), (12, 7.44)])
+    low = learnt.assess(recipe_of(), [(0, 8.69), (12, 7.44)])
     assert low.endswith("take more steps (--max_steps, now 12) or a higher --learning_rate (now 0.0002) or more rows")
-    high = learnt.judge(recipe_of(learning_rate=2e-3), [(0, 8.69), (12, 7.44)])
+    high = learnt.assess(recipe_of(learning_rate=2e-3), [(0, 8.69), (12, 7.44)])
     assert high.endswith("take more steps (--max_steps, now 12) or more rows")
-    assert "--early_stopping_patience 2" in learnt.judge(recipe_of(), [(0, 1.9), (100, 1.2), (400, 1.4)])
+    assert "--early_stopping_patience 2" in learnt.assess(recipe_of(), [(0, 1.9), (100, 1.2), (400, 1.4)])
 
 
 def test_where_the_best_weights_are_kept_a_later_rise_is_no_matter():
-    assert learnt.judge(recipe_of(), [(0, 1.9), (100, 1.2), (400, 1.4)], kept=1.2) is None
+    assert learnt.assess(recipe_of(), [(0, 1.9), (100, 1.2), (400, 1.4)], kept=1.2) is None
 
 
 def test_the_preview_says_it_too(rows, make):
@@ -116,7 +116,7 @@ def test_a_person_reads_rounded_figures_below_the_json_line(tmp_path, monkeypatc
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr("sys.argv", ["train/sft.py", "--output_dir", str(tmp_path / "out")])
     sft, recipe = runpy.run_path("train/sft.py"), load_recipe(["--output_dir", str(tmp_path / "out")], usage="")
-    metrics = METRICS | {"caution": learnt.judge(recipe, [(0, 8.6912), (12, 7.4371)])}
+    metrics = METRICS | {"caution": learnt.assess(recipe, [(0, 8.6912), (12, 7.4371)])}
     monkeypatch.setattr(sys, "stderr", sys.stdout)  # as in a terminal
     sft["report"](recipe, metrics)
     first, *said = capfd.readouterr().out.splitlines()
