@@ -60,6 +60,15 @@ NOT_ABOUT_DATA = {
     "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", "adapter", *LORA_KEYS,
     *CARD_KEYS, *EVALUATION_KEYS, *SERVING_KEYS,
 }  # fmt: skip
+# What people change between runs, first the keys that all have, then those of a method.
+COMPARED = (
+    "method", "model_name_or_path", "adapter", "dataset_name", "max_samples", "max_length", "trained_turns",
+    "load_in_4bit", "load_in_8bit", "learning_rate", "lr_scheduler_type", "global_batch_size", "num_train_epochs", "max_steps",
+    "seed",
+)  # fmt: skip
+COMPARED_OF = {
+    "lora": ("lora_r", "lora_alpha", "lora_dropout", "use_dora"), "prompt_tuning": ("num_virtual_tokens",), "full": (),
+}  # fmt: skip
 # What a recipe in also_test says beside its data: how its questions are asked and scored.
 OF_A_TEST = (
     "reference_columns", "labels", "overlap_columns", "primary_metric", "max_new_tokens", "checks",

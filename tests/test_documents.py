@@ -146,6 +146,8 @@ def check_file(file: str, words: list[str]) -> None:
         read_sweep([word for word in words if word != "--dry_run"])
     elif file == "train/merge.py":
         load_recipe(["--config", EXAMPLES[0], *module(file, words).parse()[1]], usage="")
+    elif file == "train/runs.py":
+        module(file, words).parse()
     elif file in ("train/sft.py", "eval/run.py", "train/chat.py", "serve/run.py"):
         if file == "train/chat.py" and "--message" in words:
             words = words[: words.index("--message")] + words[words.index("--message") + 2 :]

@@ -32,27 +32,8 @@ from safetensors.torch import save_file
 from carelm.errors import UserError
 from carelm.files import write_whole
 from carelm.ranks import say, share
-from carelm.training.checkpoint_folders import find_checkpoints, step_of
+from carelm.training.checkpoint_folders import MARK, find_checkpoints, step_of, what_is_torn
 from carelm.training.state import STATE, gather_state, is_full, is_native, scaler_state
-
-MARK = "complete.json"
-
-
-def what_is_torn(folder: Path) -> str | None:
-    """Why a checkpoint is not whole, or None for one that is."""
-    try:
-        mark = json.loads((folder / MARK).read_text())
-    except OSError:
-        return f"it has no {MARK}"
-    except json.JSONDecodeError:
-        return f"its {MARK} is cut off"
-    for name, size in mark["files"].items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-    return None
 
 
 def newest_whole(output_dir: Path) -> Path | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from carelm.keys import default_of
+from carelm.keys import COMPARED, COMPARED_OF, default_of
 from carelm.models.generation import Answer, Decoding, generate
 from carelm.recipe import Recipe
 
@@ -28,15 +28,6 @@ LAYOUT = {
         "tokens per second": ["Multiline", ["^usage/tokens_per_second$"]],
     }
 }
-# The keys that people change between runs; what the run itself has chosen comes from its metrics.
-COMPARED = (
-    "method", "model_name_or_path", "adapter", "dataset_name", "max_samples", "max_length", "trained_turns",
-    "load_in_4bit", "load_in_8bit", "learning_rate", "lr_scheduler_type", "global_batch_size", "num_train_epochs", "max_steps",
-    "seed",
-)  # fmt: skip
-COMPARED_OF = {
-    "lora": ("lora_r", "lora_alpha", "lora_dropout", "use_dora"), "prompt_tuning": ("num_virtual_tokens",), "full": (),
-}  # fmt: skip
 
 
 def is_wanted(recipe: Recipe) -> bool:
