@@ -33,6 +33,11 @@ def locate(name: str, *others: Path) -> str:
     return name
 
 
+def here(path: Path) -> Path:
+    """A path as seen from the current folder, where it lies below that."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def near(path: Path) -> list[Path]:
     """What lies in the folder of a file that is not there and is called most like it, the nearest first; at most three."""
     there = {p.name.casefold(): p for p in sorted(path.parent.iterdir())} if path.parent.is_dir() else {}

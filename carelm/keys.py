@@ -129,8 +129,16 @@ MEANT = {
     **dict.fromkeys(("template", "prompt"), "prompt_template"),
     "lr": "learning_rate",
     "alpha": "lora_alpha",
-    "dry_run": "preview",
 }
+# Words of a command line that are no keys of a recipe, and whose they are.
+OF_COMMANDS = {
+    **dict.fromkeys(("config", "recipe"), "--config"),
+    "help": "--help",
+    "message": "--message of train/chat.py",
+    "dry_run": "--dry_run of train/sweep.py, or --preview 2 of train/sft.py",
+    **{name: f"--{name} of train/merge.py" for name in ("onto", "num_prompts", "tolerance")},
+}
+MEANT_ONCE = {"restart": "train/sft.py", "preview": "train/sft.py", "rate": "eval/run.py"}  # and the file that takes it
 LAUNCHER_KEYS = (
     "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
 )  # fmt: skip
@@ -257,15 +265,16 @@ def known(key: str, where: str) -> Key:
         raise UserError(f"{where}: key '{key}' is not set in a recipe: {REFUSED[refused]}")
     if key in LAUNCHER_KEYS:
         raise UserError(f"{where}: '{key}' belongs to the launcher: accelerate launch --{key} ... train/sft.py ...")
-    if key == "recipe":
-        raise UserError(f"{where}: 'recipe' is a key of a sweep: python train/sweep.py FILE")
+    if key == "recipe" and where != "command line":
+        raise UserError(f"{where}: 'recipe' is a key of a sweep: python train/sweep.py {where}")
     if key not in known_keys():
-        names = [k for k in known_keys() if k not in REFUSED]
-        starts = [k for k in names if str(key) and k.startswith(str(key))]
-        near = (
-            [MEANT[key]] if key in MEANT else starts[:1] or difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-        )
-        hint = f"; did you mean '{near[0]}'?" if near else "; --help lists all keys"
+        key = str(key)
+        names = [k for k in known_keys() if k not in REFUSED] + (list(OF_COMMANDS) if where == "command line" else [])
+        near = [MEANT[key]] if key in MEANT else [key] if key in names else []
+        near = near or [k for k in names if key and k.startswith(key)]
+        near = near or difflib.get_close_matches(key.replace("-", "_"), names, n=1, cutoff=0.5)
+        meant = near and (f"'{near[0]}'" if near[0] in known_keys() else OF_COMMANDS[near[0]])
+        hint = f"; did you mean {meant}?" if near else "; --help lists all keys"
         raise UserError(f"{where}: unknown key '{key}'{hint}")
     return known_keys()[key]
 

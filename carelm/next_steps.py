@@ -4,9 +4,9 @@ import os
 import shlex
 
 from carelm import ranks
+from carelm.command_line import split_command_line
 from carelm.files import ORIGIN, ROOT
 from carelm.recipe import Recipe
-from carelm.recipe_file import split_command_line
 
 
 def say_next(*commands: list[str]) -> None:

@@ -13,18 +13,19 @@ import yaml
 
 from carelm.adapter_folder import decided_of_run
 from carelm.checks import check
+from carelm.command_line import Layer, command_line, split_command_line
 from carelm.errors import UserError
-from carelm.files import PROJECT, locate, near, write_whole
+from carelm.files import PROJECT, here, locate, near, write_whole
 from carelm.key_help import format_help
 from carelm.keys import (
     ALTERNATIVES,
     DEFAULTS,
     FREE_KEYS,
     FREE_PREFIXES,
+    MEANT_ONCE,
     NOT_ABOUT_DATA,
     OF_A_TEST,
     OF_MIXED,
-    Key,
     default_of,
     identity_of,
     known,
@@ -33,50 +34,16 @@ from carelm.keys import (
 )
 from carelm.ranks import say
 from carelm.recipe import ONCE, Recipe
+from carelm.yaml_file import read_yaml
 
-Layer = tuple[str, dict[str, Any]]  # where keys stand, and the keys
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as version 1.2 has it: booleans are true and false (a label may be yes or no), 01234 and 12:30 are text and no
-    numbers of base 8 and 60. A key written twice is refused."""
-
-    yaml_implicit_resolvers = {
-        letter: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "int", "float")]
-        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = {}
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise UserError(
-                    f"{self.name}: key '{key_node.value}' stands on line {seen[key_node.value]} and again on line "
-                    f"{key_node.start_mark.line + 1}; remove one"
-                )
-            seen[key_node.value] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9]\d*)$", re.ASCII), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:0|[1-9]\d*)\.\d*|\.\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$", re.ASCII
-    ),
-    list("-+.0123456789"),
-)
+DEMO = "recipes/demo.yaml"
 
 
 def load_recipe(arguments: list[str], usage: str, first: Sequence[str] = ()) -> Recipe:
     """Reads `[--config FILE ...] [--key value ...]` into a checked recipe; `--help` prints every key and exits.
 
-    Of several files (`--config A --config B`) a later one wins, key by key, and the command line wins over all.
+    Of several files (`--config A --config B`) a later one wins, key by key, and the command line wins over all. Without a file
+    it is the demo's recipe, and where other data is given, without what that says of its own.
 
     Args:
         arguments: the command line without the script's name.
@@ -92,15 +59,43 @@ def load_recipe(arguments: list[str], usage: str, first: Sequence[str] = ()) -> 
     files, given = split_command_line(arguments)
     if first and "adapter" in given:
         raise UserError("--adapter is what a training goes on from; to ask another model: --models FOLDER")
-    files = files or ["recipes/demo.yaml"]
-    layers = read_layers(files)
+    if first and (once := [name for name in ONCE if name in given and name not in first]):
+        raise UserError(f"--{once[0]} is not for this command but for {MEANT_ONCE[once[0]]}; leave it out")
+    own, layers = command_line(given), read_layers(files or [DEMO])
+    if files:
+        _check_not_alone(layers, given)
+    elif given.keys() - {"output_dir"}:
+        layers = [_demo_of(*layers[0], own[1])]
     names = (  # a run's own recipe.yaml, which says where it lies, is called as its folder
         Path(place).resolve().parent.name
         if Path(place).name == "recipe.yaml" and "output_dir" in keys
         else Path(place).stem
         for place, keys in layers
     )
-    return resolve([*layers, command_line(given)], name="+".join(names))
+    name = "+".join(names)
+    if not files and "dataset_name" not in layers[0][1]:
+        name = re.sub(r"\W+", "-", Path(own[1]["dataset_name"]).stem).strip("-") or name
+    return resolve([*layers, own], name=name)
+
+
+def _demo_of(place: str, keys: dict[str, Any], own: dict[str, Any]) -> Layer:
+    """The demo's recipe for a command line without a file, which is said: of its keys those that hold for other data too."""
+    data = own.get("dataset_name", keys["dataset_name"])
+    if identity_of("dataset_name", {"dataset_name": data}) == identity_of("dataset_name", keys):
+        say(f"no --config: the recipe is {DEMO}")
+        return place, keys
+    of_its_data = [k for k in keys if known_keys()[k].owner == "own" and k not in NOT_ABOUT_DATA | FREE_KEYS]
+    say(f"no --config: all but the keys of the data are those of {DEMO}")
+    return place, {key: value for key, value in keys.items() if key not in of_its_data}
+
+
+def _check_not_alone(layers: list[Layer], given: dict[str, list[str]]) -> None:
+    """Raises UserError where what is laid over a recipe is the only file, and no key says where conversations are."""
+    if {key for way in ALTERNATIVES[0] for key in way} & given.keys():
+        return
+    if all(Path(place).parent.name == "overlays" for place, _ in layers):
+        over = layers[0][0]
+        raise UserError(f"--config: {over} is an overlay, laid over a recipe: --config RECIPE --config {over}")
 
 
 def read_layers(files: list[str]) -> list[Layer]:
@@ -109,12 +104,7 @@ def read_layers(files: list[str]) -> list[Layer]:
     for i, path in enumerate(paths):
         if path.resolve() in [p.resolve() for p in paths[:i]]:
             raise UserError(f"--config names {path} twice; remove one")
-    return [(str(path), read_recipe(path)) for path in paths]
-
-
-def command_line(given: dict[str, list[str]]) -> Layer:
-    """The keys of the command line, from its words."""
-    return "command line", {name: _parse_texts(known(name, "command line"), words) for name, words in given.items()}
+    return [(str(here(path)), read_recipe(path)) for path in paths]
 
 
 def resolve(layers: list[Layer], name: str) -> Recipe:
@@ -130,6 +120,8 @@ def resolve(layers: list[Layer], name: str) -> Recipe:
         say(
             "the recipe names no base: demo/base is taken, a toy; set model_name_or_path, or add one of recipes/overlays/"
         )
+    if "dataset_name" not in values:
+        say("the recipe names no data: the demo's is taken; set dataset_name")
     values.setdefault("output_dir", f"outputs/{name}")
     values = {**DEFAULTS, **_decided_by_adapter(values), **values}
     by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
@@ -268,39 +260,14 @@ def _lay_over(values: dict[str, Any], own: dict[str, Any], where: str) -> dict[s
     return {**values, **own}
 
 
-def split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """`--config X --config Y --a 1 --b=2 --flag` -> (["X", "Y"], {"a": ["1"], "b": ["2"], "flag": []})."""
-    files: list[list[str]] = []
-    given: dict[str, list[str]] = {}
-    name = None
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            if name in given and name != "config":
-                raise UserError(f"--{name} stands twice on the command line; remove one")
-            given[name] = [value] if equals else []
-            files += [given[name]] if name == "config" else []
-        elif name is None:
-            raise UserError(
-                f"'{argument}' is not a key: write --config {argument} for a recipe, --key value for the rest"
-            )
-        elif argument.startswith("-") and argument[1:].partition("=")[0] in known_keys():
-            raise UserError(f"'{argument}' is not a key: write -{argument}")
-        else:
-            given[name].append(argument)
-    given.pop("config", None)
-    if any(len(words) != 1 for words in files):
-        raise UserError(
-            "--config takes one file; what is laid over a recipe has its own: --config RECIPE --config OVERLAY"
-        )
-    return [words[0] for words in files], given
-
-
 def _typed_keys(where: str, keys: dict[str, Any]) -> dict[str, Any]:
     place = "--" if where == "command line" else f"{where}: "
     if place != "--" and (once := [name for name in ONCE if keys.get(name)]):
         raise UserError(f"{where}: {once[0]} is meant once, so it stands on the command line alone: --{once[0]}")
-    return {name: typed(known(name, where), value, place) for name, value in keys.items()}
+    found = {name: typed(known(name, where), value, place) for name, value in keys.items()}
+    if place == "--" and "preview" in found and found["preview"] < 1:
+        raise UserError(f"--preview: {found['preview']} is not at least 1; leave it out to train")
+    return found
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -319,33 +286,3 @@ def with_data_beside(path: Path, keys: dict[str, Any]) -> dict[str, Any]:
             if glob.glob(str(beside), recursive=True) or beside.exists() or (Path(name).suffix and near(beside)):
                 return keys | {"dataset_name": str(beside)}
     return keys
-
-
-def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
-    """The keys of a YAML file; `what` is its word in an error."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, Loader=_Loader)
-    except OSError as error:
-        raise UserError(
-            f"{what} {path} cannot be read ({error.strerror}); see recipes/ for those that come with CareLM"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"{what} {path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{what} {path} holds no `key: value` lines")
-    return values
-
-
-def _parse_texts(key: Key, texts: list[str]) -> Any:
-    """Words of the command line -> a value, by the same rules as YAML; a key without words is a switch."""
-    if not texts:
-        return True
-    if key.annotation.replace(" | None", "") == "str":
-        return " ".join(texts)
-    try:
-        values = [yaml.load(text, Loader=_Loader) for text in texts]
-    except yaml.YAMLError:
-        values = texts
-    return values if len(values) > 1 else values[0]

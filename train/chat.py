@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, ranks  # noqa: F401
 from carelm.chat import question
+from carelm.command_line import own_options
 from carelm.data.sources import stay_offline
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
@@ -38,7 +39,7 @@ MOST_BYTES = 2**22  # of standard input: more is no message
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--message")
-    options, keys = parser.parse_known_args()
+    options, keys = own_options(parser)
     recipe = for_chat(load_recipe(keys, usage=__doc__, first=KEYS))
     if ranks.world_size() > 1:
         raise UserError(f"num_processes: a chat is one process, not {ranks.world_size()}; start python train/chat.py")

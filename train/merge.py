@@ -27,6 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.adapter_folder import adapter_fingerprint
+from carelm.command_line import own_options
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.files import write_whole
@@ -40,8 +41,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--adapter", type=Path, required=True, help="folder of a finished run, or a checkpoint in it")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
+    parser.add_argument("--adapter", type=Path, help="folder of a finished run, or a checkpoint in it")
+    parser.add_argument("--output_dir", type=Path, help="folder to make")
     parser.add_argument("--onto", choices=("base", "quantized"), help="default: quantized where the base was")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's precision")
     parser.add_argument("--num_prompts", type=int, default=32, help="test questions for the certificate, which loads the "
@@ -49,7 +50,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--tolerance", type=float, help="largest mean KL, in nats (default: by bits, --onto and --dtype)"
     )
-    return parser.parse_known_args()
+    return own_options(parser)
 
 
 def main() -> None:
@@ -62,6 +63,9 @@ def main() -> None:
 
 def make() -> None:
     options, keys = parse()
+    if not (options.adapter and options.output_dir):
+        missing, of = ("output_dir", options.adapter) if options.adapter else ("adapter", "outputs/shop")
+        raise UserError(f"--{missing} is missing: python train/merge.py --adapter {of} --output_dir {of}/merged")
     if not (options.adapter / "adapter_config.json").exists():
         if (options.adapter / "config.json").exists() and any(options.adapter.glob("*.safetensors")):
             raise UserError(
@@ -75,7 +79,7 @@ def make() -> None:
         keys = ["--config", str(saved), *keys]
     if options.num_prompts < 0 or (options.tolerance or 0) < 0:
         raise UserError("--num_prompts and --tolerance: neither can be below 0")
-    recipe = load_recipe(keys, usage=__doc__)
+    recipe = load_recipe(keys, usage=__doc__, first=("output_dir",))
     stay_offline(recipe)
 
     import torch

@@ -29,6 +29,8 @@ from carelm.adapter_folder import check_adapter, check_unchanged  # noqa: E402
 from carelm.chat.chat import make_chat  # noqa: E402
 from carelm.data.report import format_report  # noqa: E402
 from carelm.data.sources import stay_offline  # noqa: E402
+from carelm.errors import UserError  # noqa: E402
+from carelm.keys import MEANT_ONCE  # noqa: E402
 from carelm.next_steps import say_next, words_of  # noqa: E402
 from carelm.recipe import Recipe, micro_batch_size  # noqa: E402
 from carelm.recipe_file import load_recipe  # noqa: E402
@@ -39,6 +41,8 @@ from carelm.training.preview import preview  # noqa: E402
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__)
+    if recipe.rate:
+        raise UserError(f"--rate is not for this command but for {MEANT_ONCE['rate']}; leave it out")
     stay_offline(recipe)
     launch = ranks.check_launch()
     micro_batch_size(recipe, ranks.world_size())  # is refused here where it does not divide

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 from carelm import files, ranks
+from carelm.command_line import split_command_line
 from carelm.errors import UserError
 from carelm.provenance import git_commit
 from carelm.recipe import Recipe, micro_batch_size
-from carelm.recipe_file import load_recipe, read_layers, split_command_line
+from carelm.recipe_file import load_recipe, read_layers
 
 KEPT = ("carelm", "train", "eval", "slurm", "recipes", "demo", "accelerate_configs", "ds_configs")
 

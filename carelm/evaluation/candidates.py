@@ -1,6 +1,7 @@
 """The models that are compared: what `base`, `adapter`, `merged` and a folder stand for, and how each is loaded."""
 
 import dataclasses
+import difflib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from carelm.chat.tokenizer import load_tokenizer
 from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
 from carelm.evaluation.api import ApiModel, find_api
-from carelm.files import fingerprint, locate, read_json
+from carelm.files import fingerprint, locate, near, read_json
 from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA, identity_of
 from carelm.recipe import Recipe
 from carelm.training.checkpoint_folders import find_recipe
@@ -282,6 +283,9 @@ def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
     else:
         folder, hint = Path(locate(word)), "name base, adapter, merged or a folder"
     if not folder.is_dir():
+        if word not in (words := ("base", "adapter", "merged")):
+            like = difflib.get_close_matches(word, words) or near(folder)
+            hint = f"did you mean '{like[0]}'?" if like else hint
         raise UserError(f"models: '{name}': there is no folder {folder}; {hint}")
     if word == "merged" and (recipe.output_dir / "adapter_model.safetensors").exists():
         made_of = read_json(folder / "merge.json").get("adapter")

@@ -21,21 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from carelm.command_line import Layer, command_line, split_command_line
 from carelm.errors import UserError
-from carelm.files import locate, near
-from carelm.keys import known
-from carelm.recipe import Recipe, micro_batch_size
-from carelm.recipe_file import (
-    Layer,
-    command_line,
-    load_also_tests,
-    read_layers,
-    read_yaml,
-    resolve,
-    split_command_line,
-    with_data_beside,
-)
+from carelm.files import here, locate
+from carelm.keys import MEANT_ONCE, known, known_keys
+from carelm.recipe import ONCE, Recipe, micro_batch_size
+from carelm.recipe_file import load_also_tests, read_layers, resolve, with_data_beside
 from carelm.training import runs
+from carelm.yaml_file import did_you_mean, read_yaml
 
 TYPES = {"recipe": (str, list), "overrides": dict, "grid": dict, "runs": list, "search": dict, "evaluate": bool,
          "output_dir": str}  # fmt: skip
@@ -126,12 +119,17 @@ def read_sweep(arguments: list[str]) -> Sweep:
     """
     if not arguments or arguments[0].startswith("--"):
         raise UserError("name the sweep's file first: python train/sweep.py recipes/sweeps/bits.yaml")
-    path = Path(locate(arguments[0]))
+    path = here(Path(locate(arguments[0])))
     if not path.exists():
-        raise UserError(f"there is no sweep file {path}{_nearest(path)}")
+        nearest = did_you_mean(path, "recipes/sweeps", "recipes/sweeps/two_cores")
+        raise UserError(
+            f"there is no sweep file {path}; those of CareLM lie in recipes/sweeps/{nearest and f': {nearest}'}"
+        )
     given = _read_keys(path)
     overlays, words = split_command_line(arguments[1:])
     upper = command_line(words)
+    if once := [name for name in ONCE if name in words]:
+        raise UserError(f"--{once[0]} is not for a sweep but for {MEANT_ONCE[once[0]]}; leave it out")
     folder = Path(upper[1].pop("output_dir", None) or given.get("output_dir") or f"outputs/{path.stem}")
     recipes = [given["recipe"]] if isinstance(given["recipe"], str) else given["recipe"]
     overrides = (f"{path}: overrides", given.get("overrides") or {})
@@ -150,16 +148,10 @@ def read_sweep(arguments: list[str]) -> Sweep:
     return sweep
 
 
-def _nearest(path: Path) -> str:
-    """Where CareLM's own sweeps lie, and the one whose name is nearest."""
-    own, name = Path(locate("recipes/sweeps")), f"{path.stem}.yaml"
-    found = [*near(path), *near(own / name), *near(own / "two_cores" / name)]
-    here = [f.relative_to(Path.cwd()) if f.is_relative_to(Path.cwd()) else f for f in found]
-    return "; those of CareLM lie in recipes/sweeps/" + (f": did you mean {here[0]}?" if here else "")
-
-
 def _read_keys(path: Path) -> dict[str, Any]:
     given = read_yaml(path, "sweep")
+    if "recipe" not in given and given.keys() & known_keys().keys() - TYPES.keys():
+        raise UserError(f"{path}: it is a recipe and no sweep: python train/sft.py --config {path}")
     for key, value in given.items():
         if key not in TYPES:
             near = difflib.get_close_matches(str(key), TYPES, n=1, cutoff=0.5)
