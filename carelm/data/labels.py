@@ -45,6 +45,11 @@ def parse_label(text: str, labels: Sequence[str]) -> str | None:
     return labels[int(last.lastgroup[1:])] if last else None
 
 
+def folded(text: str) -> str:
+    """One form of a label and of all that is not told apart from it."""
+    return _words(_fold(text))
+
+
 def _fold(text: str) -> str:
     """One form of all that a label may look like. Turkish dots go (its capital i has one, and one of its small i has none), and
     Greek accents, which capitals lack."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from carelm.chat.chat import Chat
 from carelm.data.example import Example
+from carelm.data.label_count import do_not_fit
 from carelm.data.labels import parse_label
 from carelm.data.report import shortened
 from carelm.data.splits import make_examples
@@ -70,6 +71,11 @@ def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], 
     examples["test"], predicted = fill_in(recipe, examples["test"])
     shots = _shots(recipe, examples["train"])
     questions, left_out = _with_label(recipe, _ask(recipe, chat, examples["test"], shots))
+    if do_not_fit("test", len(left_out), len(questions) + len(left_out)):
+        raise UserError(
+            f"labels: {len(left_out)} of {len(questions) + len(left_out)} references hold none of {shortened(recipe.labels)} "
+            f"(first: {_shown(left_out[0])}); list the labels as the data writes them"
+        )
     if left_out:
         reports["test"].dropped["answer without a label"] = len(left_out)
     validation = _ask(recipe, chat, examples.get("validation", []), shots) if recipe.labels else []
@@ -119,21 +125,11 @@ def _ask(recipe: Recipe, chat: Chat, examples: list[Example], shots: list[dict[s
 
 
 def _with_label(recipe: Recipe, questions: list[Question]) -> tuple[list[Question], list[Question]]:
-    """The questions whose expected answer holds one of the recipe's labels, which all do where it has none, and the others.
-
-    Raises:
-        UserError: where the others are the most.
-    """
-    if not recipe.labels:
-        return questions, []
-    kept = [q for q in questions if parse_label(q.references[0], recipe.labels) is not None]
-    of_kept = {id(q) for q in kept}
-    others = [q for q in questions if id(q) not in of_kept]
-    if len(others) > len(kept):
-        raise UserError(
-            f"labels: {len(others)} of {len(questions)} references hold none of {shortened(recipe.labels)} (first: "
-            f"{_shown(others[0])}); list the labels as the data writes them"
-        )
+    """The questions whose expected answer holds one of the recipe's labels, which all do where it has none, and the others."""
+    kept, others = [], []
+    for question in questions:
+        fits = not recipe.labels or parse_label(question.references[0], recipe.labels) is not None
+        (kept if fits else others).append(question)
     return kept, others
 
 

@@ -91,6 +91,26 @@ def test_a_test_file_that_writes_its_labels_otherwise_is_refused_however_many_ro
         prepare(make(tmp_path, labels=TAGS))
 
 
+def test_the_one_odd_row_of_a_small_split_stops_nothing_but_where_no_test_question_is_left(tmp_path, make):
+    for split, answers in (("train", TAGS * 10), ("validation", ["no idea"]), ("test", ["no idea", "urgent"])):
+        with open(tmp_path / f"{split}.csv", "w", newline="") as file:
+            rows = [[f"{split} {i * 37}?", answer] for i, answer in enumerate(answers)]
+            csv.writer(file).writerows([["question", "answer"], *rows])
+    recipe = make(tmp_path, labels=TAGS)
+    assert notes(recipe)[-1].startswith("2 of 43 answers hold no label (first: validation.csv:1 'no idea')")
+    asked, _ = make_questions(recipe, make_chat(recipe))
+    assert [q.references for q in asked] == [["urgent"]]
+    (tmp_path / "test.csv").write_text("question,answer\nWhat?,no idea\n")
+    with pytest.raises(UserError, match="^labels: 1 of 1 expected answers hold none of "):
+        prepare(recipe)
+    with pytest.raises(UserError, match="^labels: 1 of 1 references hold none of "):
+        make_questions(recipe, make_chat(recipe))
+
+
+def test_a_label_in_another_form_is_not_called_unlisted(tickets):
+    assert notes(tickets("GROSS", "ACİL", labels=["groß", "acil"]))[0].startswith("labels are read from free answers")
+
+
 def test_free_sentences_are_not_taken_for_labels(tickets):
     (line,) = notes(tickets("Yes, we can.", "No, that is too late.", "Yes, on Monday.", labels=["yes", "no"]))
     assert line.startswith("labels are read from free answers")
