@@ -6,6 +6,7 @@ import shlex
 from carelm import ranks
 from carelm.command_line import split_command_line
 from carelm.files import ORIGIN, ROOT
+from carelm.keys import MEANT_ONCE
 from carelm.recipe import Recipe
 
 
@@ -21,9 +22,14 @@ def words_of(recipe: Recipe, arguments: list[str]) -> list[str]:
     _, given = split_command_line(arguments)
     if "adapter" in given:
         return ["--config", str(recipe.output_dir / "recipe.yaml")]
+    return without(arguments, *MEANT_ONCE, "models", "message", "hub_token")
+
+
+def without(words: list[str], *keys: str) -> list[str]:
+    """The words of a command line without these keys and their values."""
     kept, is_kept = [], True
-    for argument in arguments:
-        if argument.startswith("--"):
-            is_kept = argument.partition("=")[0] not in ("--restart", "--models", "--rate")
-        kept += [argument] if is_kept else []
+    for word in words:
+        if word.startswith("--"):
+            is_kept = word[2:].partition("=")[0] not in keys
+        kept += [word] if is_kept else []
     return kept

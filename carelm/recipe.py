@@ -10,6 +10,7 @@ from carelm.errors import UserError
 from carelm.files import OWN_CACHE, cache, locate
 
 ONCE = ("restart", "preview", "rate", "certify")  # meant for one start: on the command line alone
+CHATS = "chats"  # in the output folder: what was said in train/chat.py, where /save names no other place
 PRECISION_NOTE = "precision.json"  # in the output folder: what `precision: auto` has measured on a CPU, and chosen
 
 

@@ -20,7 +20,7 @@ sys.meta_path.insert(0, Interrupter())
 """
 
 
-@pytest.mark.parametrize("file", ["train/sft.py", "eval/run.py", "train/merge.py"])
+@pytest.mark.parametrize("file", ["train/sft.py", "eval/run.py", "train/merge.py", "train/chat.py", "train/sweep.py"])
 def test_ctrl_c_while_it_imports_is_one_line(tmp_path, file):
     (tmp_path / "sitecustomize.py").write_text(WHILE_IMPORTING)
     path = os.pathsep.join([str(tmp_path), str(PROJECT)])

@@ -22,12 +22,13 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
-from carelm import environment, ranks  # noqa: F401
+from carelm import environment, interrupts, ranks  # noqa: F401
 from carelm.chat import question
 from carelm.command_line import own_options
 from carelm.data.sources import stay_offline
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
+from carelm.next_steps import words_of
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
 from carelm.training.runs import untrained
@@ -78,7 +79,8 @@ def main() -> None:
     for speaker in speakers:
         speaker.load()
     names = [speaker.name for speaker in speakers]
-    dialogue = Dialogue(Session(recipe, names, system, time.strftime("%Y%m%d-%H%M%S")), speakers, tagged_system)
+    session = Session(recipe, names, system, time.strftime("%Y%m%d-%H%M%S"))
+    dialogue = Dialogue(session, speakers, tagged_system, words_of(recipe, keys))
     if texts:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads the answer may have enough of it
         if "cancelled" in dialogue.ask(texts):

@@ -1,28 +1,36 @@
 """A chat at a terminal: asks the models, does what commands say, and goes on after whatever can be mended."""
 
+import difflib
+import shutil
 import sys
+import textwrap
+from collections.abc import Sequence
 
 from carelm import ranks
 from carelm.chat.question import asked_columns, compose, tags_of
 from carelm.data.masking import mask
 from carelm.data.templates import fill
 from carelm.errors import UserError
+from carelm.files import here
 from carelm.models.generation import Answer
+from carelm.next_steps import say_next
 from carelm.talk.session import Said, Session
 from carelm.talk.speaker import Speaker
 from carelm.talk.terminal import Screen, read_message
 
-HELP = """\
-/reset           begin anew, under the same system message
-/system [TEXT]   show the system message, or begin anew under this one; "none" for none
-/undo            take back the last message and its answers
-/good [MODEL]    mark the model's last answer
-/bad [MODEL]
-/save [FILE]     write all answers and marks to a new .jsonl file that can be trained on
-/help
-/quit            or Ctrl-D; what is marked and not saved is saved
-Ctrl-C ends an answer. Three quotes (\"\"\") begin and end a message of several lines; a paste of several lines is one
-message. A message that begins with / has a blank in front."""
+HELP = {
+    "/reset": "begin anew, under the same system message",
+    "/system [TEXT]": 'show the system message, or begin anew under this one; "none" for none',
+    "/undo": "take back the last message and its answers",
+    "/good [MODEL]": "mark the last answer; of several models say whose",
+    "/bad [MODEL]": "the same",
+    "/save [FILE]": "write all answers and marks to a .jsonl file that can be trained on (default: in the run's folder)",
+    "/help": "this list",
+    "/quit": "or Ctrl-D; what is marked and not saved is saved",
+    "Ctrl-C": "ends an answer",
+    '"""': "begins and ends a message of several lines; a paste of several lines is one message",
+}
+COMMANDS = [line.split()[0][1:] for line in HELP if line.startswith("/")]
 
 
 class Dialogue:
@@ -30,24 +38,31 @@ class Dialogue:
 
     Args:
         tagged_system: a system message with tags of the words that open a conversation, which fill it in.
+        words: that name the recipe on a command line.
     """
 
-    def __init__(self, session: Session, speakers: list[Speaker], tagged_system: str | None = None):
-        self.session, self.speakers, self.tagged_system = session, speakers, tagged_system
+    def __init__(
+        self, session: Session, speakers: list[Speaker], tagged_system: str | None = None, words: Sequence[str] = ()
+    ):
+        self.session, self.speakers, self.tagged_system, self.words = session, speakers, tagged_system, [*words]
         self.columns = asked_columns(session.recipe)
         self._was_told = False  # that marks cannot be saved: a second /quit ends all the same
 
     def run(self) -> None:
         """Reads messages and commands until /quit or Ctrl-D."""
-        while True:
+        goes_on, said = True, ""
+        while goes_on:
             try:
-                if not self._turn():
-                    return
+                if (
+                    said
+                ):  # here and not where it is caught: there a second Ctrl-C would end the chat, unsaved marks and all
+                    print(said, file=sys.stderr, flush=True)
+                    said = ""
+                goes_on = self._turn()
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                said = f"error: {error}"
             except KeyboardInterrupt:
-                print(file=sys.stderr)
-                ranks.say("Ctrl-D or /quit ends the chat")
+                said = "\ncarelm: Ctrl-D or /quit ends the chat"
 
     def _turn(self) -> bool:
         """One message or command; whether the chat goes on."""
@@ -111,7 +126,7 @@ class Dialogue:
         name, _, rest = line[1:].partition(" ")
         rest, session = rest.strip(), self.session
         if name == "help":
-            print(HELP, file=sys.stderr, flush=True)
+            print(help_text(shutil.get_terminal_size().columns), file=sys.stderr, flush=True)
         elif name == "reset":
             session.begin_anew(session.system)
             ranks.say("a new conversation")
@@ -130,7 +145,9 @@ class Dialogue:
                 self._save("")
             return False
         else:
-            raise UserError(f"/{name} is no command; /help lists them, and a blank in front makes it a message")
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them."
+            raise UserError(f"/{name} is no command; {hint} A blank in front makes it a message")
         return True
 
     def _system(self, text: str) -> None:
@@ -146,6 +163,15 @@ class Dialogue:
     def _save(self, name: str) -> None:
         path, rows = self.session.save(name), self.session.rows()
         good = sum(row["mark"] == "good" for row in rows)
-        ranks.say(f"{len(rows)} answers, {good} of them good, are in {path}")
+        ranks.say(f"saved: {len(rows)} {'answer' if len(rows) == 1 else 'answers'}, {good} marked good: {here(path)}")
         if good:
-            ranks.say(f"train on the good ones with {self.session.training_keys(path)}")
+            say_next(["train/sft.py", *self.session.training_words(here(path), self.words)])
+
+
+def help_text(columns: int) -> str:
+    """The commands, for a terminal that is so wide."""
+    width = max(30, min(columns, 100))
+    return "\n".join(
+        textwrap.fill(text, width, initial_indent=f"{name:16}", subsequent_indent=" " * 16)
+        for name, text in HELP.items()
+    )

@@ -6,7 +6,6 @@ Imports no torch.
 import contextlib
 import json
 import os
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from carelm.data.split_names import SPLITS
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import write_whole
-from carelm.recipe import Recipe
+from carelm.next_steps import without
+from carelm.recipe import CHATS, Recipe
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Session:
         self.undone = 0
         self._earlier: list[dict[str, Any]] = []
         self._number = 0
-        self._own_name = Path(f"chat-{started}.jsonl")
+        self._own_name = recipe.output_dir / CHATS / f"chat-{started}.jsonl"
         self._written: dict[Path, str] = {}  # the newest last
 
     def messages(self, model: str, before: int | None = None) -> list[dict[str, Any]]:
@@ -101,7 +101,8 @@ class Session:
             raise UserError(f"/{mark}: there is no answer yet")
         answers = self.turns[-1].answers
         if not model and len(self.models) > 1:
-            raise UserError(f"/{mark}: name the model: " + " or ".join(f"/{mark} {name}" for name in self.models))
+            whose = " or ".join(f"/{mark} {name}" for name in self.models)
+            raise UserError(f"/{mark}: {len(self.models)} models have answered; say whose answer: {whose}")
         model = model or self.models[0]
         if model not in answers:
             there = ", ".join(answers)
@@ -142,8 +143,8 @@ class Session:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
 
     def save(self, name: str = "") -> Path:
-        """Writes all rows to this .jsonl file, or to the one that was written last, or to one that is named by the session's
-        start; only what this session has written itself is written over.
+        """Writes all rows to this .jsonl file, or to the one that was written last, or to one in the run's folder that is named
+        by the session's start; only what this session has written itself is written over.
 
         Raises:
             UserError: where there is nothing to save, another file of that name, or no room.
@@ -155,6 +156,8 @@ class Session:
             raise UserError(f"/save: {path} does not end in .jsonl, by which training knows such files; name it so")
         path, text = path.absolute(), self._text()
         try:
+            if path == self._own_name.absolute():
+                path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.read_text(encoding="utf-8") != self._written.get(path):
                 raise UserError(f"/save: {path} is there already and stays as it is; name another file")
             write_whole(path, text)
@@ -166,13 +169,23 @@ class Session:
         self._written[path] = text
         return path
 
-    def training_keys(self, path: Path) -> str:
+    def training_words(self, path: Path, words: list[str]) -> list[str]:
+        """`words`, which name the session's recipe on a command line, with other rows: the good answers of this file, and the
+        adapter to go on from where there is one. What the recipe asks of its own rows and this file does not have is taken
+        out."""
+        folder = self.recipe.output_dir
+        keys = {**self.training_keys(path), "output_dir": f"{folder}-chat"}
+        if (folder / "adapter_config.json").exists() and self.recipe.method == "lora":
+            keys["adapter"] = str(folder)
+        kept = without(words, *keys)
+        return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]
+
+    def training_keys(self, path: Path) -> dict[str, str]:
         """The keys that train on the good answers of this file, under the session's recipe: what the recipe asks of its own
         rows and this file does not have is taken out."""
         recipe = self.recipe
         keys = {"dataset_name": str(path), "row_filter": '{"mark": "good"}'}
-        if not recipe.messages_column:
-            keys["messages_column"] = "messages"
+        keys["messages_column"] = recipe.messages_column or "messages"
         for split in SPLITS:
             if getattr(recipe, f"dataset_{split}_split") != split:
                 keys[f"dataset_{split}_split"] = split
@@ -186,4 +199,4 @@ class Session:
             keys["predicted_columns"] = "{}"
         if template_columns(recipe.system_prompt or "", "system_prompt"):
             keys["system_prompt"] = ""
-        return " ".join(f"--{key} {shlex.quote(value)}" for key, value in keys.items())
+        return keys

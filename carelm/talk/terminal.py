@@ -2,13 +2,16 @@
 
 import re
 import select
+import signal
 import sys
 import termios
 import tty
+from collections.abc import Callable
 
 from carelm.errors import UserError
 
 PASTE_S = 0.05  # within which the lines of one paste are there
+TICK_S = 0.2
 QUOTES = '"""'
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -38,11 +41,24 @@ def read_message(prompt: str) -> str:
 def _read_line(prompt: str) -> str:
     try:
         if sys.stdout.isatty():  # else the line editor is off, and the prompt would stand in the output
-            return input(prompt)
+            return _with_ctrl_c_heard(input, prompt)
         print(prompt, end="", file=sys.stderr, flush=True)
         return input()
     except UnicodeDecodeError:
         raise UserError("the message is no UTF-8 text; type or paste it again") from None
+
+
+def _with_ctrl_c_heard(read: Callable[[str], str], prompt: str) -> str:
+    """Python's readline looks for signals when one ends its wait for a key. A Ctrl-C between the prompt and that wait would be
+    heard with the next key, and take the line of it along; a tick ends the wait too.
+    https://github.com/python/cpython/blob/3.11/Modules/readline.c (readline_until_enter_or_signal)"""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
+    try:
+        return read(prompt)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _is_waiting(seconds: float) -> bool:

@@ -8,7 +8,7 @@ from carelm.data.sources import is_hub_id
 from carelm.errors import UserError, first_line
 from carelm.files import locate
 from carelm.ranks import say
-from carelm.recipe import Recipe
+from carelm.recipe import CHATS, Recipe
 from carelm.recipe_file import load_recipe
 from carelm.training import card
 from carelm.training.checkpoint_folders import find_recipe
@@ -119,7 +119,7 @@ def push(recipe: Recipe) -> str:
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=recipe.output_dir,
-            ignore_patterns=["checkpoint-*", "runs/*", "eval/*", "merged/*", "*.partial", ".*"],
+            ignore_patterns=["checkpoint-*", "runs/*", "eval/*", "merged/*", f"{CHATS}/*", "*.partial", ".*"],
             commit_message=f"{recipe.name}, fine-tuned with CareLM",
         )
     except (HTTPError, OSError, ValueError) as error:  # ValueError: a name or a card that the Hub would not take

@@ -23,7 +23,7 @@ from carelm.errors import UserError
 from carelm.files import read_json, write_whole
 from carelm.provenance import git_commit, versions
 from carelm.ranks import Launch, rank, say, share
-from carelm.recipe import PRECISION_NOTE, Recipe
+from carelm.recipe import CHATS, PRECISION_NOTE, Recipe
 from carelm.recipe_file import check_identity, save_recipe
 from carelm.training import finished, hub
 from carelm.training.checkpoint_folders import find_checkpoints, step_of
@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"  # held by the first rank of the run that writes there
 RESTARTED = ".restarted_by_job"
-MADE_BESIDE = {"eval", "merged", PRECISION_NOTE}  # by eval/run.py and train/merge.py, maybe before there is a run
+MADE_BESIDE = {
+    "eval",
+    "merged",
+    CHATS,
+    PRECISION_NOTE,
+}  # by eval/run.py, train/merge.py and train/chat.py, maybe before there is a run
 LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 
 

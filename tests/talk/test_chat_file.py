@@ -57,16 +57,17 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(tmp_path):
     chat.wait_for("answer ended by Ctrl-C, what is there is kept\n")
     chat.wait_for("> ")
     chat.type("/nothing\n")
-    chat.wait_for("error: /nothing is no command")
+    chat.wait_for("error: /nothing is no command; /help lists them")
     chat.wait_for("> ")
     chat.type("/good\n")
     chat.wait_for("is marked good\n")
     chat.wait_for("> ")
     chat.type("\x04")
-    chat.wait_for("1 answers, 1 of them good, are in .*\n")
+    chat.wait_for("saved: 1 answer, 1 marked good: none/chats/chat-.*\n")
+    chat.wait_for("next: .*/train/sft.py .*--row_filter")
     assert os.waitstatus_to_exitcode(os.waitpid(chat.child, 0)[1]) == 0
     assert "Traceback" not in chat.seen
-    (file,) = tmp_path.glob("chat-*.jsonl")
+    (file,) = tmp_path.glob("none/chats/chat-*.jsonl")
     row = json.loads(file.read_text())
     assert row["messages"][0]["content"] == "Where is it?\nI wait."
     assert (row["mark"], row["finish_reason"]) == ("good", "cancelled")

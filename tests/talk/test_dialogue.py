@@ -1,6 +1,7 @@
 """Models are talked to as they are trained and evaluated."""
 
 import dataclasses
+import shutil
 
 import pytest
 from drawn import make_adapter
@@ -162,20 +163,63 @@ def test_after_undo_the_same_question_is_another_draw(speakers, tmp_path):
 
 
 def test_an_unknown_command_is_one_line_and_quitting_saves_marks(dialogue, tmp_path, capsys):
-    with pytest.raises(UserError, match="/sav is no command; /help lists them"):
+    with pytest.raises(UserError, match=r"/sav is no command; did you mean /save\?"):
         dialogue.command("/sav x")
     dialogue.ask(["Where is my order?"])
     assert dialogue.command("/quit") is False and not list(tmp_path.iterdir())
     dialogue.command("/good adapter")
     assert dialogue.command("/quit") is False
-    assert [p.name for p in tmp_path.iterdir()] == ["chat-20260102-030405.jsonl"]
-    assert "2 answers, 1 of them good" in capsys.readouterr().err
+    folder = dialogue.session.recipe.output_dir / "chats"
+    assert not list(tmp_path.iterdir()) and [p.name for p in folder.iterdir()] == ["chat-20260102-030405.jsonl"]
+    said = capsys.readouterr().err
+    assert (
+        f"carelm: saved: 2 answers, 1 marked good: {folder}/chat-20260102-030405.jsonl\ncarelm: next: python " in said
+    )
+    shutil.rmtree(folder)
 
 
 def test_marks_that_cannot_be_saved_keep_the_chat_open_once(dialogue, tmp_path, monkeypatch):
     dialogue.ask(["Where is my order?"])
     dialogue.command("/good base")
-    (tmp_path / "chat-20260102-030405.jsonl").write_text("another's\n")
+    file = dialogue.session.recipe.output_dir / "chats/chat-20260102-030405.jsonl"
+    file.parent.mkdir()
+    file.write_text("another's\n")
     with pytest.raises(UserError, match="stays as it is"):
         dialogue.command("/quit")
     assert dialogue.command("/quit") is False
+    shutil.rmtree(file.parent)
+
+
+def test_ctrl_c_that_is_held_down_ends_no_chat(dialogue, monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, KeyboardInterrupt, UserError("what"), "/help", EOFError])
+
+    def read(prompt):
+        if isinstance(line := next(typed), str):
+            return line
+        raise line
+
+    class Held:
+        """Standard error, where the first line that is written is interrupted too."""
+
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            if not self.text:
+                self.text = "^C"
+                raise KeyboardInterrupt
+            self.text += text
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(rooms, "read_message", read)
+    monkeypatch.setattr(rooms.sys, "stderr", held := Held())
+    dialogue.run()
+    assert "Ctrl-D or /quit ends the chat" in held.text and "error: what\n" in held.text and "/undo" in held.text
+
+
+def test_the_commands_fit_a_narrow_terminal():
+    for columns in (40, 200):
+        lines = rooms.help_text(columns).splitlines()
+        assert max(map(len, lines)) <= columns and all(line[15] == " " for line in lines)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import resource
-import shlex
 
 import pytest
 from launching import PROJECT
@@ -41,6 +40,12 @@ def test_a_model_that_said_nothing_was_not_asked(session):
 
 FOLDERS = (PROJECT / "recipes", PROJECT / "recipes/datasets")
 RECIPES = sorted(str(f.relative_to(FOLDERS[0]).with_suffix("")) for folder in FOLDERS for f in folder.glob("*.yaml"))
+
+
+def words_of_keys(keys):
+    return [word for key, value in keys.items() for word in (f"--{key}", value)]
+
+
 OTHER = {
     "keys of its own": "messages_column: turns\nrole_key: from\ncontent_key: value\ntrained_turns: all\n",
     "one message a row": "text_column: t\nrole_column: r\nconversation_column: c\n",
@@ -62,7 +67,7 @@ def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session,
     session.begin_anew("Other.")
     session.add("new?", {"base": Said("yes 🧡", "length"), "adapter": Said("no", "stop")})
     session.mark("good", "base")
-    keys = ["--config", str(file), *shlex.split(session.training_keys(session.save())), "--test_fraction", "0"]
+    keys = ["--config", str(file), *words_of_keys(session.training_keys(session.save())), "--test_fraction", "0"]
     examples, _ = make_examples(load_recipe([*keys, "--validation_fraction", "0"], usage=""))
     found = {e.completion[-1]["content"]: [m["content"] for m in e.prompt] for e in examples["train"]}
     assert all(len(e.completion) == 1 for e in examples["train"])
@@ -70,6 +75,28 @@ def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session,
         "adapter on two?": ["You are kind.", "one?", "adapter on one?", "two?"],
         "yes 🧡": ["Other.", "new?"],
     }
+
+
+def test_the_next_command_trains_on_the_saved_rows_and_no_longer_on_the_recipes(session, tmp_path):
+    for words, names in (
+        ([], "demo"),
+        (["--config", str(PROJECT / "recipes/datasets/dialogsum.yaml"), "--seed", "2"], "d"),
+    ):
+        session.recipe = load_recipe([*words, "--output_dir", "run"], usage="")
+        session.mark("good", "base")
+        path = session.save(f"{names}.jsonl")
+        recipe = load_recipe(session.training_words(path, [*words, "--output_dir", "run"]), usage="")
+        assert (recipe.dataset_name, str(recipe.output_dir), recipe.row_filter) == (
+            str(path),
+            "run-chat",
+            {"mark": "good"},
+        )
+        assert recipe.messages_column and recipe.seed == session.recipe.seed and recipe.adapter is None
+        examples, _ = make_examples(recipe)
+        assert [e.completion[0]["content"] for part in examples.values() for e in part] == ["base on two?"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/adapter_config.json").write_text("{}")
+    assert session.training_words(path, words)[-2:] == ["--adapter", "run"]
 
 
 def test_every_answer_and_every_mark_is_in_the_file(session):
@@ -117,7 +144,7 @@ def test_a_name_that_cannot_be_written_is_one_line(session, name, tmp_path):
 
 
 def test_what_is_not_there_cannot_be_undone_marked_or_saved(session):
-    with pytest.raises(UserError, match="/good: name the model: /good base or /good adapter"):
+    with pytest.raises(UserError, match="/good: 2 models have answered; say whose answer: /good base or /good adapter"):
         session.mark("good", "")
     with pytest.raises(UserError, match="no last answer of 'merged'"):
         session.mark("good", "merged")
