@@ -65,12 +65,15 @@ def main() -> None:
     def way(model):
         return api if isinstance(model, api.ApiModel) else answers
 
-    def prepare(s, m):
+    def prepare(s, m, earlier):
         if way(m) is api:
             return api.prepare(s.recipe, m, s.questions, folder / s.name)
-        return answers.prepare(s.recipe, m.asked_by(s.recipe), s.questions, folder / s.name, s.form, s.validation)
+        into = folder / s.name
+        return answers.prepare(s.recipe, m.asked_by(s.recipe), s.questions, into, s.form, s.validation, earlier)
 
-    asked = {s: [prepare(s, m) for m in models] for s in (own, *elsewhere)}
+    asked = {}
+    for s in (own, *elsewhere):
+        asked[s] = [prepare(s, m, [of_set[k] for of_set in asked.values()]) for k, m in enumerate(models)]
     watch = stops.HangWatch(recipe.stall_timeout)
     lines, measured = {}, {}
     for one, of_models in asked.items():

@@ -37,11 +37,13 @@ def prepare(
     folder: Path,
     form: Form | None = None,
     validation: Sequence[Question] = (),
+    earlier: Sequence[Prepared] = (),
 ) -> Prepared:
     """Renders the questions for one model; all that can be wrong with it is found here, before any weights.
 
     Args:
         form: how answers hold their labels; each label is scored then, for the `validation` questions too.
+        earlier: the same model on other question sets: validation questions that one of them has are asked there alone.
 
     Raises:
         UserError: for a base that is not there or is another one, no chat template, a precision that the hardware lacks, or
@@ -62,7 +64,12 @@ def prepare(
         return Prepared(candidate, chat, decoding, questions, prompts, lengths, file, form, of_validation)
 
     name = candidate.name
-    return part(questions, name, part([*validation], f"{name}.validation") if form and validation else None)
+    of_validation = part([*validation], f"{name}.validation") if form and validation else None
+    for other in (e.validation for e in earlier if of_validation and e.validation):
+        if (other.form, other.file.made_by) == (form, of_validation.file.made_by):
+            of_validation = other
+            break
+    return part(questions, name, of_validation)
 
 
 def answer(

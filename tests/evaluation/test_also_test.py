@@ -11,6 +11,7 @@ import yaml
 
 from carelm.data.leaks import find_leaks
 from carelm.errors import UserError
+from carelm.evaluation import answers, candidates
 from carelm.evaluation.question_sets import make_question_sets
 from carelm.recipe_file import load_also_tests, load_recipe
 
@@ -149,6 +150,35 @@ def test_rows_that_an_earlier_run_was_trained_on_are_looked_for_among_the_test_q
         f"The run has gone on from {first}, and what that was trained on cannot be told here"
     )
     assert make_question_sets(load(files), {})[0].about["earlier_leaks"] == []
+
+
+def test_validation_rows_that_two_tests_share_are_scored_once(files):
+    rows = [{"question": f"Cough {i}?", "answer": "Rest: no.", "urgent": "no"} for i in range(3)]
+    again = write_rows(
+        files / "rows/night", [], [{"question": "A burn at night?", "answer": "Cool it: no.", "urgent": "no"}]
+    )
+    shutil.copy(files / "rows/clinic/train.jsonl", again)
+    for folder in (files / "rows/clinic", files / "rows/night"):
+        (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    clinic = yaml.safe_load((files / "clinic.yaml").read_text()) | {"completion_template": "{urgent}"}
+    (files / "clinic.yaml").write_text(yaml.safe_dump(clinic))
+    (files / "night.yaml").write_text(yaml.safe_dump(clinic | {"dataset_name": again}))
+    (files / "short.yaml").write_text(yaml.safe_dump(clinic | {"dataset_name": again, "max_new_tokens": 2}))
+    tests = [str(files / f"{name}.yaml") for name in ("clinic", "night", "short")]
+    recipe = load(files, "--also_test", *tests, "--models", "base")
+    _, first, night, short = make_question_sets(recipe, load_also_tests(recipe))
+    (base,) = candidates.find_candidates(recipe)
+
+    def prepare(s, *earlier):
+        return answers.prepare(
+            s.recipe, base.asked_by(s.recipe), s.questions, files / s.name, s.form, s.validation, earlier
+        )
+
+    asked = prepare(first)
+    assert len(asked.validation.questions) == 3
+    assert prepare(night, asked).validation is asked.validation
+    assert prepare(night).validation is not asked.validation and prepare(night, asked).file.path != asked.file.path
+    assert prepare(short, asked).validation is not asked.validation  # asked in another way
 
 
 def test_every_test_has_scores_pairs_and_a_section_of_its_own(files, monkeypatch, capsys):
