@@ -24,7 +24,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
-from carelm.files import read_json
 from carelm.sweep.grid import Grid
 from carelm.sweep.processes import devices, work
 from carelm.sweep.sweep_file import read_sweep
@@ -58,10 +57,9 @@ def main() -> None:
     elif names["finished"]:
         from carelm.evaluation.comparison import compare
 
-        page = compare(sweep.folder, sweep.name, runs)
-        found["comparison"] = str(page)
-        compared = read_json(page.with_suffix(".json"))
-        said += [compared["headline"], f"comparison: {page}; best: {compared['best']}"]
+        compared = compare(sweep.folder, sweep.name, runs)
+        found["comparison"] = str(sweep.folder / "comparison.html")
+        said += [compared["headline"], f"comparison: {found['comparison']}; best: {compared['best']}"]
     print(json.dumps(found), flush=True)
     for sentence in said:
         ranks.say(sentence)

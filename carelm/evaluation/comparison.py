@@ -30,7 +30,8 @@ from carelm.training import finished
 TRAINED = ("eval_loss", "eval_loss_before", "global_step", "num_train_tokens", "tokens_per_second", "wall_seconds",
            "peak_memory_bytes", "trainable_parameters", "total_parameters")  # fmt: skip
 MEASURED = ("kind", "folder", "precision", "bits", "unused_generation_config", "total_parameters", "trained_parameters",
-            "load_seconds", "peak_memory_bytes", "prompt_tokens", "throughput", "latency", "conditions")  # fmt: skip
+            "load_seconds", "peak_memory_bytes", "prompt_tokens", "throughput", "latency", "conditions",
+            "unfounded_numbers")  # fmt: skip
 UNKNOWN = "An earlier version has evaluated it: see its own report for what that warns of."
 RESAMPLES_OF_A_PAIR = 100  # fewer, and Holm's correction leaves no difference that could be shown
 
@@ -69,8 +70,9 @@ class Row:
     figures: dict[str, Any]
 
 
-def compare(folder: Path, title: str, runs: list[Compared]) -> Path:
-    """Writes comparison.html, .md and .json into `folder` and returns the first; without answers, the losses are compared.
+def compare(folder: Path, title: str, runs: list[Compared]) -> dict[str, Any]:
+    """Writes comparison.html, .md and .json into `folder` and returns what stands in the last; without answers, the losses are
+    compared.
 
     Raises:
         UserError: where two runs were asked other questions, or the same with other references and without labels in common.
@@ -105,8 +107,7 @@ def compare(folder: Path, title: str, runs: list[Compared]) -> Path:
     found["best"] = _best(found)
     found["cautions"] += [f"{run.name} {run.state}: {run.error}" for run in runs if run.error]
     curves = {run.name: report.loss_curves(run.recipe.output_dir / "runs") for run in runs if run.is_trained}
-    report.write_comparison(folder, title, found, questions, lines, {k: c for k, c in curves.items() if c})
-    return folder / "comparison.html"
+    return report.write_comparison(folder, title, found, questions, lines, {k: c for k, c in curves.items() if c})
 
 
 def _compare(
@@ -130,7 +131,9 @@ def _compare(
         log_probabilities={row.name: {"test": np.stack([row.labels[q.id] for q in questions])} for row in scored},
         known={row.name: {key: row.figures[key] for key in CERTAINTY if key in row.figures} for row in scored},
     )
-    measured = {row.name: {key: row.figures[key] for key in MEASURED} for row in rows}
+    measured = {
+        row.name: {key: row.figures.get(key) for key in MEASURED} for row in rows
+    }  # an earlier version has fewer
     have_checks = not has_labels_only and all(row.recipe.checks == recipe.checks for row in rows)
     checks = ask(recipe, questions) if have_checks else []
     found = results.make_results(recipe, questions, lines, measured, checks, labelled, has_labels_only)

@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, UNPARSABLE
 from carelm.evaluation.tables import Table, ranged
 
+MOST_LABELS, MOST_TAKEN = 5, 3  # whose table fits a page, and the mistakes of a label that are named
+
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """How often labels are right (with the baselines as rows of their own), how sure they are, the differences to the
@@ -41,12 +43,24 @@ def tables(results: dict[str, Any]) -> list[Table]:
         ]
         head = ["", "score", "difference (95 % interval)", "p, Holm-adjusted over all pairs"]
         shown.append(Table("Against the baselines", "", head, rows))
-    for name, counts in confusions:
-        given = [label for label in next(iter(counts.values())) if label != UNPARSABLE or _unparsable(counts)]
+    return shown + [_confusion(f"Labels, {name}", counts) for name, counts in confusions]
+
+
+def _confusion(title: str, counts: dict[str, dict[str, int]]) -> Table:
+    """How often each label is answered for each true one; of many labels, for which others it is taken most often."""
+    given = [label for label in next(iter(counts.values())) if label != UNPARSABLE or _unparsable(counts)]
+    head = {label: "no label" if label == UNPARSABLE else label for label in given}
+    if len(counts) <= MOST_LABELS:
         rows = [[true, *(str(row[label]) for label in given)] for true, row in counts.items()]
-        head = ["no label" if label == UNPARSABLE else label for label in given]
-        shown.append(Table(f"Labels, {name}", "", ["true \\ answered", *head], rows))
-    return shown
+        return Table(title, "", ["true \\ answered", *head.values()], rows)
+    rows = []
+    for true, row in sorted(counts.items(), key=lambda item: item[1].get(item[0], 0) - sum(item[1].values())):
+        wrong = sorted(((-n, head[label]) for label, n in row.items() if n and label != true))
+        said = ", ".join(f"{label} ({-n})" for n, label in wrong[:MOST_TAKEN])
+        more = f" and {len(wrong) - MOST_TAKEN} others" if len(wrong) > MOST_TAKEN else ""
+        rows.append([true, str(sum(row.values())), str(row[true]), said + more or "-"])
+    note = "Most mistakes first. The whole table is `confusion` in results.json."
+    return Table(title, note, ["true label", "questions", "right", "else answered"], rows)
 
 
 def plots(results: dict[str, Any], colours: tuple[str, ...]) -> dict[str, Figure]:
@@ -97,7 +111,7 @@ def _unparsable(confusion: dict[str, dict[str, int]]) -> int:
 
 def _plot_reliability(models: dict[str, Any], colours: tuple[str, ...]) -> Figure:
     """Share of right labels over their mean probability, in bins of as many questions each; a perfect model is on the line."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color="#b9c2ce", linewidth=1)
     for k, (name, model) in enumerate(models.items()):
@@ -113,7 +127,7 @@ def _plot_reliability(models: dict[str, Any], colours: tuple[str, ...]) -> Figur
 
 
 def _plot_precision_recall(models: dict[str, Any], colours: tuple[str, ...]) -> Figure:
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     for k, (name, model) in enumerate(models.items()):
         curve = model["precision_recall"]["curve"]

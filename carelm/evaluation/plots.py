@@ -48,7 +48,7 @@ def scores(results: dict[str, Any]) -> Figure:
 def latency(results: dict[str, Any]) -> Figure:
     """The primary metric with its interval over the median time to a whole answer at batch size 1."""
     metric = results["primary_metric"]
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     for k, (name, model) in enumerate(results["models"].items()):
         score, times = model[metric], model["latency"]["e2e_ms"]
@@ -67,7 +67,7 @@ def latency(results: dict[str, Any]) -> Figure:
 
 def loss(curves: dict[str, list[tuple[int, float]]]) -> Figure:
     """Training and validation loss of the run, over its steps."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
     for name, points in curves.items():
         steps, values = zip(*points)

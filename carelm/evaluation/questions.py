@@ -10,7 +10,7 @@ from carelm.chat.chat import Chat
 from carelm.data.example import Example
 from carelm.data.label_count import do_not_fit
 from carelm.data.labels import parse_label
-from carelm.data.report import shortened
+from carelm.data.report import SplitReport, shortened
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.evaluation.predicted import fill_in
@@ -87,11 +87,23 @@ def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], 
         "questions": len(questions),
         "num_shots": recipe.num_shots,
         "categories_from": recipe.category_column or "the words of the request (complaint, question, other)",
+        "more_questions": _how_to_ask_more(recipe, reports["test"]),
         "dropped": reports["test"].dropped,
         "without_label": _say_left_out(questions, left_out),
         "predicted_columns": predicted,
     }
     return questions, validation, about
+
+
+def _how_to_ask_more(recipe: Recipe, report: SplitReport) -> str:
+    """What limits the number of test questions, as the end of a sentence that says what to do."""
+    if left := report.dropped.get("beyond max_eval_samples"):
+        return f"set max_eval_samples higher than {recipe.max_eval_samples} ({left} more test rows are there)"
+    if "held out of train" in report.notes:
+        return (
+            f"add rows, or set test_fraction higher than {recipe.test_fraction:g}, and train again in a new output_dir"
+        )
+    return f"add rows to the {recipe.dataset_test_split} split"
 
 
 def _ask(recipe: Recipe, chat: Chat, examples: list[Example], shots: list[dict[str, Any]]) -> list[Question]:

@@ -31,6 +31,7 @@ def write(
     results with what they say in a sentence: `headline`, `besides`, and `same`, the models that answer like another."""
     results = results | {"same": same_answers.find(results, lines)}
     results = verdicts.headline(results, results["same"]) | results  # the answer stands first in results.json
+    results["besides"] = [*results["besides"], *same_answers.of_merges(results, results["same"])]
     curves = loss_curves(recipe.output_dir / "runs")
     with matplotlib.rc_context(STYLE):
         figures = {"scores": plots.scores(same_answers.without(results, results["same"]))}
@@ -55,13 +56,14 @@ def write_comparison(
     questions: list[Question],
     lines: Lines,
     curves: dict[str, dict[str, list[tuple[int, float]]]],
-) -> None:
+) -> dict[str, Any]:
     """The same of several runs: comparison.html, .md and .json, the last one last; `curves` are the losses of each run."""
     results = verdicts.headline(results) | results | {"same": {}}
     with matplotlib.rc_context(STYLE):
         svgs = {name: plots.as_svg(figure) for name, figure in run_report.plots(results, curves, COLOURS).items()}
     _write_pages(folder, "comparison", Shown(f"{title}: which run is better?", results, questions, lines), svgs)
     write_whole(folder / "comparison.json", json.dumps(results, ensure_ascii=False, indent=1))
+    return results
 
 
 def _write_pages(folder: Path, stem: str, shown: Shown, svgs: dict[str, str]) -> None:
@@ -198,7 +200,8 @@ def _markdown(shown: Shown, pictures: list[str]) -> str:
     parts += [f"![{name}]({name}.svg)" for name in pictures]
     if categories := shown.categories():
         rows = [[_cell(name), str(n), *(f"{b.value} ({b.around})" for b in bars)] for name, n, bars in categories]
-        parts.append(f"## {NAMES[shown.metric]} by category\n\n" + table(["category", "questions", *names], rows))
+        of_categories = table(["category", "questions", *names], rows)
+        parts.append(f"## {NAMES[shown.metric]} by category\n\n{_cell(shown.about_categories())}\n\n{of_categories}")
     if compared:
         head = ["models", "score", "difference (95 % interval)", "p, Holm-adjusted"]
         said = [*listed(results["verdicts"]), *([shown.about_differences] if shown.about_differences else [])]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from carelm.evaluation import api, check_scores, label_results, repetition, scores, scripts
+from carelm.evaluation import api, check_scores, label_results, repetition, scores, scripts, stated_numbers
 from carelm.evaluation.label_results import Labelled
 from carelm.evaluation.questions import Question
 from carelm.evaluation.verdicts import verdict
@@ -47,7 +47,7 @@ def make_results(
     has_chosen = (
         recipe.primary_metric.startswith(scores.CONSTRAINED) and lines.keys() <= labelled.log_probabilities.keys()
     )
-    deciding = "accuracy" if has_labels_only else _deciding(recipe, references, has_chosen)
+    deciding = _deciding(recipe, references, has_chosen)
     drawn = scores.draws(len(set(conversations)), recipe.num_resamples, recipe.split_seed)
     models, scored, ranked = {}, {}, {}
     for name, predicted in lines.items():
@@ -62,6 +62,7 @@ def make_results(
             **{score: scores.interval(found) for score, found in scored[name].items()},
             "empty_predictions": sum(not p["prediction"].strip() for p in predicted),
             "cut_predictions": sum(p["finish_reason"] == "length" for p in predicted),
+            "unfounded_numbers": stated_numbers.count(questions, answers.predictions),
             **measured[name],
             "categories": _by_category(recipe, questions, turns),
         }
@@ -86,7 +87,8 @@ def make_results(
         pair["worse"] = [questions[i].id for i in order[::-1][:MOST_CHANGED] if change[i] < 0]
         pair["closer"], pair["farther"] = int((change > 0).sum()), int((change < 0).sum())
         pair["same_answers"] = sum(p["prediction"] == q["prediction"] for p, q in zip(lines[a], lines[b]))
-        pair["typical"] = {questions[i].id: [float(ranked[a][i]), float(ranked[b][i])] for i in _nearest_median(change)}
+        pair["typical"] = {questions[i].id: {name: float(ranked[name][i]) for name in ranked}
+                           for i in _nearest_median(change)}  # fmt: skip
     first = scores.Answers(conversations, [p["prediction"] for p in next(iter(lines.values()))], references)
     conversation_count = len(set(conversations))
     checked, unchecked = check_scores.score(checks, questions, lines, recipe.num_resamples, recipe.split_seed)
@@ -104,7 +106,7 @@ def make_results(
         + unchecked
         + _cautions(recipe, measured, len(all_pairs)),
         "scored_by": deciding,
-        "examples": {name: _examples(questions, values) for name, values in ranked.items()},
+        "examples": {name: _examples(name, questions, values) for name, values in ranked.items()},
         "signatures": {
             "rouge": f"rouge_score {version('rouge-score')}, no stemmer, F-measure",
             **scores.signatures(first),
@@ -132,7 +134,7 @@ def _deciding(recipe: Recipe, references: list[list[str]], has_chosen: bool) -> 
     if recipe.primary_metric in scores.LABEL_SCORES:
         return f"{scores.CONSTRAINED}accuracy" if has_chosen else "accuracy"
     readable = scripts.unread_by_rouge(references) < scripts.MANY
-    if recipe.primary_metric == "exact_match" or (readable and recipe.primary_metric in scores.ROUGE_TYPES):
+    if recipe.primary_metric in ("exact_match", "chrf") or (readable and recipe.primary_metric in scores.ROUGE_TYPES):
         return recipe.primary_metric
     return "rougeL" if readable else "chrf"
 
@@ -227,7 +229,7 @@ def _about_form(recipe: Recipe, questions: int, models: dict[str, Any]) -> list[
         chosen = f"{scores.CONSTRAINED}accuracy"
         fairer = "examples in the prompt (num_shots) make the comparison fairer"
         if any(chosen in models[name] for name in mostly):
-            fairer = f"{scores.NAMES[chosen]}, of the label that a model finds likeliest, is the fairer comparison"
+            fairer = f'"{scores.NAMES[chosen]}", of the label that a model finds likeliest, is the fairer comparison'
         said.append(
             f"Most answers are cut off or hold no label ({each}). So scores of written answers say that a model does not keep "
             f"to the form, not what it knows: {fairer}."
@@ -249,11 +251,11 @@ def _answered(model: dict[str, Any]) -> dict[str, int]:
     return {label: sum(row[label] for row in table) for label in next(iter(table))}
 
 
-def _examples(questions: list[Question], values: np.ndarray) -> dict[str, Any]:
+def _examples(name: str, questions: list[Question], values: np.ndarray) -> dict[str, Any]:
     order = np.argsort(-values, kind="stable")
     return {"best": [questions[i].id for i in order[:MOST_CHANGED]],
             "worst": [questions[i].id for i in order[::-1][:MOST_CHANGED]],
-            "typical": {questions[i].id: [float(values[i])] for i in _nearest_median(values)}}  # fmt: skip
+            "typical": {questions[i].id: {name: float(values[i])} for i in _nearest_median(values)}}  # fmt: skip
 
 
 def _nearest_median(values: np.ndarray) -> np.ndarray:

@@ -19,16 +19,52 @@ def find(results: dict[str, Any], lines: dict[str, list[dict[str, Any]]]) -> dic
         for other in kept:
             alike = all(models[name].get(s) == models[other].get(s) for s in LABEL_SCORES)
             if alike and answers == [line["prediction"] for line in lines[other]]:
-                merge = read_json(Path(models[name].get("folder") or "") / "merge.json")
-                found[name] = {
-                    "as": other,
-                    "certificate": merge,
-                    "sentence": _sentence(name, other, len(answers), merge),
-                }
+                merge = certificate(models[name])
+                sentence = (
+                    f"{name} gives the same answer as {other} to all {len(answers)} questions, to the letter, and stands in "
+                    "its column."
+                )
+                if merge:
+                    sentence += f" When it was merged it was checked too: {describe(merge)}"
+                found[name] = {"as": other, "certificate": merge, "sentence": sentence}
                 break
         else:
             kept.append(name)
     return found
+
+
+def certificate(model: dict[str, Any]) -> dict[str, Any]:
+    """What merge.json in a model's folder says of how far it is from its adapter; empty where nothing was measured."""
+    merge = read_json(Path(model.get("folder") or "") / "merge.json")
+    return merge if merge.get("mean_kl") is not None else {}
+
+
+def of_merges(results: dict[str, Any], folded: dict[str, Any]) -> list[str]:
+    """A sentence on how each merged model was checked that does not answer like another one to the letter."""
+    checked = {name: certificate(model) for name, model in results["models"].items() if name not in folded}
+    return [f"{name} was checked when it was merged: {describe(merge)}" for name, merge in checked.items() if merge]
+
+
+def describe(merge: dict[str, Any]) -> str:
+    """What a merge's certificate says, in words: what was checked, what the figure means, and whether to worry.
+
+    Args:
+        merge: the content of merge.json.
+    """
+    number, agreed, passed = merge["prompts"], merge["top1_agreement"], merge["mean_kl"] <= merge["tolerance"]
+    said = (
+        f"{'passed' if passed else 'not passed'}. On {number} test questions it finds the same next token (a piece of a word) "
+        f"likeliest as its adapter {'every time' if agreed == 1 else f'in {agreed:.1%} of the places'}"
+    )
+    if (share := merge.get("same_text_share")) is not None:
+        same = round(share * number)
+        said += f", and {'all' if same == number else same} of the {number} whole answers are the same"
+        if same < number and passed:
+            said += (
+                ". Do not worry about the others: the merge rounds otherwise, and after the first other token the rest of an "
+                "answer goes another way"
+            )
+    return f"{said}{'' if passed else '. It is another model than its adapter: do not use it unseen'}."
 
 
 def without(results: dict[str, Any], folded: dict[str, Any]) -> dict[str, Any]:
@@ -49,15 +85,3 @@ def without(results: dict[str, Any], folded: dict[str, Any]) -> dict[str, Any]:
     ]
     return results | {"models": kept(results["models"]), "pairs": pairs(results["pairs"]), "verdicts": verdicts,
                       "checks": checks, "examples": kept(results["examples"])}  # fmt: skip
-
-
-def _sentence(name: str, other: str, number: int, merge: dict[str, Any]) -> str:
-    said = (
-        f"{name} gives the same answer as {other} to all {number} questions, to the letter, and stands in its column."
-    )
-    if merge.get("mean_kl") is not None:
-        said += (
-            f" The merge's certificate (merge.json): mean KL {merge['mean_kl']:.2g} nats per token over {merge['prompts']} "
-            f"prompts, allowed {merge['tolerance']:.2g}; the same likeliest token in {merge['top1_agreement']:.2%}."
-        )
-    return said

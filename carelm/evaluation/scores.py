@@ -191,7 +191,7 @@ def wilson_interval(share: float, number: int) -> dict[str, float]:
 
 
 def difference(a: Scored, b: Scored) -> dict[str, float]:
-    """Score of b less score of a on the same draws: difference, 95 % percentile interval, two-sided p-value.
+    """Score of b less score of a on the same draws: difference, standard error, 95 % percentile interval, two-sided p-value.
 
     The p-value is twice the share of resamples on the far side of zero, with one added to both counts so that it is
     never zero (Davison & Hinkley, Bootstrap Methods and their Application, 1997, sec. 4.2).
@@ -201,6 +201,7 @@ def difference(a: Scored, b: Scored) -> dict[str, float]:
     tail = min((resampled <= 0).sum(), (resampled >= 0).sum())
     return {
         "difference": b.value - a.value,
+        "standard_error": float(resampled.std(ddof=1)),
         "low": float(low),
         "high": float(high),
         "p_value": float(min(1.0, 2 * (tail + 1) / (len(resampled) + 1))),

@@ -12,6 +12,7 @@ from carelm.evaluation.verdicts import figure, main_pair
 
 UNFIT = ("old turns dropped", "prompt cut")
 MOST_CATEGORIES = 8  # that stand unfolded
+NUMBERS_SHOWN = 5  # answers of a model that state a number from nowhere
 MEANINGS = {
     "rouge1": "Words that answer and expected reply share, in any order. 1 is all of them.",
     "rouge2": "The same of pairs of neighbouring words.",
@@ -27,8 +28,12 @@ MEANINGS = {
 }
 WORDS = {
     "expected reply": "the reply in the test data, which the models have not seen",
-    "95 % interval": "the thin line on a bar: the middle 95 % of the figures over resampled test sets",
-    "p, Holm-adjusted": "how often chance makes such a difference, raised for the number of pairs; real below 0.05",
+    "95 % interval": "the thin line on a bar, and the range below it: the middle 95 % of the figures over test sets that are "
+    "drawn anew from these conversations, with replacement (percentile bootstrap)",
+    "p, Holm-adjusted": "how often chance makes such a difference, raised for the number of pairs that are compared (Holm's "
+    "correction); counted as real below 0.05",
+    "mean KL": "how far the merged model's probabilities of each next token are from the adapter's, in nats; 0 is the "
+    "same model",
     "calibration error": "how far the probability of the chosen label is from the share that is right, in the mean over 15 "
     "bins of as many questions each; 0 is perfect",
     "average precision": "precision in the mean over all thresholds, by the recall that each adds",
@@ -90,8 +95,8 @@ class Shown:
         shots = f", with {test['num_shots']} shots" if test.get("num_shots") else ""
         return (
             f"{test['questions']} questions of {test['conversations']} conversations from the {test['split']} split of "
-            f"{test['dataset']}{shots}. 95 % percentile intervals over {self.results['conditions']['num_resamples']} resamples "
-            "of conversations."
+            f"{test['dataset']}{shots}. Below a figure stands where it would mostly lie if other questions of this kind were "
+            "asked."
         )
 
     def score_rows(self, of_labels: bool | None = None) -> list[tuple[str, str, str, list[Bar]]]:
@@ -103,6 +108,16 @@ class Shown:
     def text_rows(self) -> list[tuple[str, str, str, list[Bar]]]:
         """Where labels decide, the other scores, which a report may fold away."""
         return self.score_rows(of_labels=False) if self.metric in LABEL_SCORES else []
+
+    def about_categories(self) -> str:
+        """Where the categories of the questions come from."""
+        column = self.results["test"].get("categories_from", "")
+        if " " not in column:
+            return f"The categories stand in the data, in the column {column}." if column else ""
+        return (
+            "The recipe names no category_column, so the questions are sorted by their English words: a complaint has one such "
+            "as refund or broken, a question has a question mark or begins with a word such as how; the rest is other."
+        )
 
     def categories(self) -> list[tuple[str, int, list[Bar]]]:
         """The categories with most questions first; none where all questions are of one."""
@@ -143,10 +158,13 @@ class Shown:
                 "other less. So they are neither the best nor the worst."
             )
             if by in LABEL_SCORES:  # most changes are alike
-                text = f"{len(chosen)} questions with the median {change}, drawn where more have it."
+                text = (
+                    f"Most questions change alike, so these {len(chosen)} are drawn among those with the median {change}: they "
+                    "are neither the best nor the worst."
+                )
         shown = self.models if self.runs is None else called
         return text, [
-            self.example(i, shown) | {"values": dict(zip(called, (_in_short(by, v) for v in values)))}
+            self.example(i, shown) | {"values": {name: _in_short(by, values[name]) for name in shown if name in values}}
             for i, values in chosen.items()
         ]
 
@@ -178,6 +196,10 @@ class Shown:
                 groups.append((f"{b} {word} most against {a} ({NAMES[pair['changed_by']]})", pair[how]))
         for name, ends in ends_of.items():
             groups += [(f"{name}: {end}", ends[end]) for end in ("best", "worst")]
+        for name, model in self.models.items() if not self.runs else ():
+            first = (model.get("unfounded_numbers") or {}).get("first", {})
+            groups += [(f"{name}: says {', '.join(first[i])}, which neither the question nor the expected reply has", [i])
+                       for i in [*first][:NUMBERS_SHOWN]]  # fmt: skip
         return [(title, [self.example(i) for i in ids]) for title, ids in groups if ids]
 
     def speed(self) -> str:
@@ -216,6 +238,7 @@ class Shown:
             ("prompt tokens (p50 / p95 / longest)", ["{p50} / {p95} / {max}".format(**m["prompt_tokens"]) for m in models]),
             ("prompts that did not fit", [", ".join(f"{m['prompt_tokens'][how]} {how}" for how in UNFIT if
                                                     how in m["prompt_tokens"]) or "0" for m in models]),
+            ("merge: mean KL to its adapter, nats (allowed)", [_distance(m) for m in models]),
             ("empty answers (count as 0)", [str(m["empty_predictions"]) for m in models]),
             ("answers cut at max_new_tokens", [str(m["cut_predictions"]) for m in models]),
         ]  # fmt: skip
@@ -232,9 +255,16 @@ class Shown:
 
 def _in_short(score: str, value: float) -> str:
     """One answer's score beside it; of labels whether it is right."""
+    if score.startswith(CONSTRAINED):
+        return f"chooses {'the right' if value else 'a wrong'} label"
     if score in LABEL_SCORES:
-        return ("chooses " if score.startswith(CONSTRAINED) else "") + ("the right label" if value else "a wrong label")
+        return "the right label" if value else "not the right label"
     return f"{NAMES[score]} {figure(score, value)}"
+
+
+def _distance(model: dict[str, Any]) -> str:
+    merge = same_answers.certificate(model)
+    return f"{merge['mean_kl']:.2g} ({merge['tolerance']:.2g})" if merge else "-"
 
 
 def _said(message: dict[str, Any]) -> str:

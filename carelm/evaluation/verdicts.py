@@ -3,11 +3,15 @@
 Both come from the same decision: the interval of the paired difference and its p-value after Holm's correction.
 """
 
+import math
+from statistics import NormalDist
 from typing import Any
 
 from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, TEXT_SCORES, commonest
 
 FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
+TIMES_MORE = 20  # as many questions as there are, beyond which nobody would ask them to see a difference
+NOTICEABLE = 0.05  # of the answers: below it, numbers that nobody gave them are not spoken of
 ANSWERS = {"better": "Yes", "worse": "No", "unclear": "This test set cannot tell", "few": "This test set cannot tell"}
 IN_SHORT = {"better": "better", "worse": "worse", "unclear": "this test set cannot tell", "few": "too few to tell"}
 
@@ -19,6 +23,22 @@ def decide(figure: dict[str, float], conversations: int) -> str:
     if figure["p_value_holm"] >= 0.05 or figure["low"] <= 0 <= figure["high"]:
         return "unclear"
     return "better" if figure["difference"] > 0 else "worse"
+
+
+def questions_needed(score: dict[str, float], questions: int) -> int | None:
+    """How many questions would show a difference, with a chance of 80 %, if it is what it seems: None where these are more than
+    `TIMES_MORE` as many as were asked, or it is 0.
+
+    The standard error of a mean over independent conversations shrinks with 1 / sqrt(n), so that n ((z_a + z_b) se / d)**2
+    questions are needed (power analysis; for evaluations of language models Miller 2024, Adding Error Bars to Evals,
+    https://arxiv.org/abs/2411.00640). se is that of the paired difference over resampled conversations, as in its interval; z_b
+    is that of 80 %, z_a of 5 % on two sides, shared among the comparisons, the most that Holm's correction asks for.
+    """
+    if not score["difference"]:
+        return None
+    z = NormalDist().inv_cdf(1 - 0.025 / score["comparisons"]) + NormalDist().inv_cdf(0.8)
+    times = (z * score["standard_error"] / score["difference"]) ** 2
+    return None if times > TIMES_MORE else math.ceil(max(1.0, times) * questions)
 
 
 def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
@@ -56,7 +76,8 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     pairs = {tuple(pair["models"]): pair for pair in results["pairs"]}
     main = pairs.get((first, tuned)) or turned(pairs[tuned, first])
     decided = decide(main["scores"][results["primary_metric"]], results["test"]["conversations"])
-    besides = _other_way(results, main, names)
+    besides = [*_what_would_tell(results, main), *_of_numbers(results, first, tuned, names)]
+    besides += _other_way(results, main, names)
     besides += [results["ratings"]["sentence"]] if results.get("ratings") else []
     for (a, b), pair in pairs.items():
         if {a, b} != {first, tuned} and a in models and b in models:
@@ -66,7 +87,8 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
         there = next((p for p in test["pairs"] if {*p["models"]} == {first, tuned}), None)
         if there:
             there = there if there["models"][0] == first else turned(there)
-            besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {_in_short(test, there)}")
+            said = [_in_short(test, there), *_what_would_tell(test, there), *_of_numbers(test, first, tuned, names)]
+            besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {' '.join(said)}")
             besides += [f"On {name}: {said}" for said in _other_way(test, there, names)]
     answer = "No difference" if _is_same(results, main) else ANSWERS[decided]
     return {"headline": f"{answer}. {_in_questions(results, main, names)}", "besides": besides}
@@ -92,8 +114,7 @@ def turned(pair: dict[str, Any]) -> dict[str, Any]:
     scores = {name: {**score, "difference": -score["difference"], "low": -score["high"], "high": -score["low"]}
               for name, score in pair["scores"].items()}  # fmt: skip
     return {**pair, "models": pair["models"][::-1], "scores": scores, "closer": pair["farther"], "farther": pair["closer"],
-            "better": pair["worse"], "worse": pair["better"],
-            "typical": {key: values[::-1] for key, values in pair["typical"].items()}}  # fmt: skip
+            "better": pair["worse"], "worse": pair["better"]}  # fmt: skip
 
 
 def figure(score: str, value: float) -> str:
@@ -118,15 +139,59 @@ def _is_same(results: dict[str, Any], pair: dict[str, Any]) -> bool:
 
 
 def _other_way(results: dict[str, Any], pair: dict[str, Any], names: dict[str, str]) -> list[str]:
-    """A sentence for each score by which the second model is worse where the primary one says better, or the reverse."""
+    """A sentence for each score by which the second model is worse where the primary one says better, or the reverse; of the
+    written words nothing where labels decide."""
     found, number, (a, b) = pair["scores"], results["test"]["conversations"], pair["models"]
     decided = decide(found[results["primary_metric"]], number)
     other = {"better": "worse", "worse": "better"}.get(decided)
     return [
-        f"{NAMES[s]} says the opposite: {names.get(b, b)} is {other} than {names.get(a, a)} ({_change(results, pair, s)}, "
-        f"p {found[s]['p_value_holm']:.2g} after Holm's correction)."
-        for s in (*TEXT_SCORES, *LABEL_SCORES)
+        f"{NAMES[s]} says the opposite: {names.get(b, b)} is {other} than {names.get(a, a)} ({_change(results, pair, s)})."
+        for s in (LABEL_SCORES if results["primary_metric"] in LABEL_SCORES else (*TEXT_SCORES, *LABEL_SCORES))
         if s in found and decide(found[s], number) == other
+    ]
+
+
+def _what_would_tell(results: dict[str, Any], pair: dict[str, Any]) -> list[str]:
+    """Where the test set cannot tell: how many questions would, and how to get them."""
+    score, asked = pair["scores"][results["primary_metric"]], results["test"]["questions"]
+    decided, more = decide(score, results["test"]["conversations"]), results["test"].get("more_questions", "")
+    if decided not in ("unclear", "few") or _is_same(results, pair):
+        return []
+    if decided == "few":
+        return [f"Ask at least {FEWEST_CONVERSATIONS} conversations, better 100{f': {more}' if more else ''}."]
+    needed = questions_needed(score, asked)
+    if needed is not None and needed <= asked:  # too few resamples hide it, which a caution says
+        return []
+    if needed is None:
+        return [
+            f"No reasonable number of questions would settle it: even {TIMES_MORE} times as many might not show so small a "
+            "difference. Take the two as alike."
+        ]
+    return [
+        f"About {_rounded(needed)} questions would settle it, if the difference is as large as it looks here; {asked} were "
+        f"asked{f'. To ask more, {more}' if more else ''}."
+    ]
+
+
+def _rounded(number: int) -> str:
+    """Two digits of it, as it is an estimate."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return f"{math.ceil(number / unit) * unit:,}"
+
+
+def _of_numbers(results: dict[str, Any], first: str, tuned: str, names: dict[str, str]) -> list[str]:
+    """How many answers state numbers that nobody gave them, where these are many enough to look at; no score sees them."""
+    found = {name: results["models"][name].get("unfounded_numbers") for name in (first, tuned)}
+    number = results["test"]["questions"]
+    if results["primary_metric"] in LABEL_SCORES or not all(found.values()):
+        return []
+    base, own = (found[name]["answers"] for name in (first, tuned))
+    if max(base, own) < NOTICEABLE * number:
+        return []
+    return [
+        f"Look at the numbers: {own} of {number} answers of {names[tuned]} state one that neither the question nor the "
+        f"expected reply has ({names[first]}: {base}). Such a price, date or telephone number may be invented, and no score "
+        "sees it: see some under Other examples; `checks` in the recipe count what an answer must hold."
     ]
 
 
@@ -162,8 +227,8 @@ def _both(results: dict[str, Any], pair: dict[str, Any]) -> str:
             low, high = (f"{'+' if score[end] > 0 else ''}{figure(metric, score[end])}" for end in ("low", "high"))
             said += f"; the difference may lie anywhere from {low} to {high}"
             if not score["low"] <= 0 <= score["high"]:
-                among = f" among {score['comparisons']} comparisons" if score["comparisons"] > 1 else ""
-                said += f", which is not enough{among} (p {score['p_value_holm']:.2g})"
+                among = f": among {score['comparisons']} comparisons chance" if score["comparisons"] > 1 else ": chance"
+                said += f", which is not enough{among} makes such a difference too often"
         case "few" if not _is_same(results, pair):
             said += f"; {results['test']['conversations']} conversations are too few"
     return f"{NAMES[metric]} {said}"
@@ -267,7 +332,32 @@ def _of_runs(results: dict[str, Any]) -> dict[str, Any]:
         said += f" Its answers are those of {_listed(ways['same'])}, to the letter."
     if ways.get("unclear"):
         said += f" This test set cannot tell it from {_listed(ways['unclear'])}."
+        besides[:0] = _what_would_tell_runs(results, best, ways["unclear"])
     return {"headline": said, "besides": besides}
+
+
+def _what_would_tell_runs(results: dict[str, Any], best: str, others: list[str]) -> list[str]:
+    """The same as `_what_would_tell`, in one sentence over the runs that cannot be told from the best one."""
+    asked, metric = results["test"]["questions"], results["primary_metric"]
+    if results["test"]["conversations"] < FEWEST_CONVERSATIONS:
+        return [f"Ask at least {FEWEST_CONVERSATIONS} conversations, better 100."]
+    scores = {
+        n: p["scores"][metric] for p in results["pairs"] for n in p["models"] if best in p["models"] and n in others
+    }
+    needed = {name: questions_needed(score, asked) for name, score in scores.items()}
+    said = []
+    if some := {name: number for name, number in needed.items() if number}:
+        each = ", ".join(f"{_rounded(some[n])} for {n}" for n in sorted(some, key=some.get)[:4])
+        more = results["test"].get("more_questions", "")
+        said.append(
+            f"Questions that would settle it, if the differences are as large as they look here: about {each}; {asked} were "
+            f"asked{f'. To ask more, {more}' if more else ''}."
+        )
+    if alike := [name for name, number in needed.items() if not number]:
+        said.append(
+            f"Take {_listed(alike)} as alike to {best}: no reasonable number of questions would tell them apart."
+        )
+    return said
 
 
 def _listed(names: list[str]) -> str:

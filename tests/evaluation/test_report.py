@@ -7,6 +7,7 @@ import pytest
 
 from carelm.evaluation import check_scores, report, results, verdicts
 from carelm.evaluation.questions import Question
+from carelm.evaluation.shown import Shown
 from carelm.recipe_file import load_recipe
 
 TIMES = {"p50": 9.0, "p95": 11.0, "p99": 12.0}
@@ -101,10 +102,7 @@ def test_a_score_that_decides_the_other_way_has_a_sentence_of_its_own(tmp_path):
     [said] = [
         s for s in found["besides"] if s.startswith("chrF says the opposite: the tuned model is worse than the base (")
     ]
-    assert (
-        re.search(r"\(\d\d\.\d -> \d\d\.\d, p 0\.\d+ after Holm's correction\)\.$", said)
-        and "chrF says the opposite" in page
-    )
+    assert re.search(r"\(\d\d\.\d -> \d\d\.\d\)\.$", said) and "chrF says the opposite" in page
     assert not any(s.startswith("ROUGE-L") for s in found["besides"])
     swapped, *_ = evaluate(tmp_path, {"base": ["Your parcel is on its way"] * 20, "adapter": base})
     assert swapped["headline"].startswith("No. ")
@@ -112,7 +110,15 @@ def test_a_score_that_decides_the_other_way_has_a_sentence_of_its_own(tmp_path):
 
 
 def test_what_is_not_enough_is_said_with_the_number_of_comparisons_that_the_correction_is_over():
-    score = {"difference": 0.1, "low": 0.01, "high": 0.2, "p_value": 0.02, "p_value_holm": 0.06, "comparisons": 3}
+    score = {
+        "difference": 0.1,
+        "standard_error": 0.04,
+        "low": 0.01,
+        "high": 0.2,
+        "p_value": 0.02,
+        "p_value_holm": 0.06,
+        "comparisons": 3,
+    }
     pair = {
         "models": ["base", "adapter"],
         "scores": {"rougeL": score},
@@ -124,9 +130,12 @@ def test_what_is_not_enough_is_said_with_the_number_of_comparisons_that_the_corr
     models = {name: measured(name) | {"rougeL": {"value": value}} for name, value in (("base", 0.2), ("adapter", 0.3))}
     found = {"primary_metric": "rougeL", "models": models, "pairs": [pair], "checks": {}, "tests": {},
              "test": {"questions": 20, "conversations": 20}}  # fmt: skip
-    assert "+0.200, which is not enough among 3 comparisons (p 0.06)" in verdicts.headline(found)["headline"]
+    said = verdicts.headline(found)["headline"]
+    assert "+0.200, which is not enough: among 3 comparisons chance makes such a difference too often)" in said
     score["comparisons"] = 1
-    assert "+0.200, which is not enough (p 0.06)" in verdicts.headline(found)["headline"]
+    assert (
+        "+0.200, which is not enough: chance makes such a difference too often)" in verdicts.headline(found)["headline"]
+    )
 
 
 def test_labels_are_counted_as_right_labels_beside_the_commonest(tmp_path):
@@ -139,8 +148,8 @@ def test_labels_are_counted_as_right_labels_beside_the_commonest(tmp_path):
         "right in 14 (macro F1 0.000 -> 0."
     )
     typical = page.partition("5 typical questions")[2].partition("<h2>")[0]
-    assert "5 questions with the median change in accuracy from base to adapter, drawn" in typical
-    assert typical.count("base, a wrong label") == typical.count("adapter, the right label") == 5
+    assert "these 5 are drawn among those with the median change in accuracy from base to adapter" in typical
+    assert typical.count("base, not the right label") == typical.count("adapter, the right label") == 5
     assert any("(base: 20 of 20 without a label). So scores of" in caution for caution in found["cautions"])
     assert any("does not keep to the form, not what it knows" in caution for caution in found["cautions"])
 
@@ -153,15 +162,15 @@ def test_one_model_alone_is_compared_with_nothing(tmp_path):
 
 def test_a_merge_that_answers_like_its_adapter_is_folded_into_its_column_with_the_certificate(tmp_path):
     (tmp_path / "merged").mkdir()
-    certificate = {"mean_kl": 2e-10, "prompts": 32, "tolerance": 1e-6, "top1_agreement": 1.0}
+    certificate = {"mean_kl": 2e-10, "prompts": 32, "tolerance": 1e-6, "top1_agreement": 1.0, "same_text_share": 1.0}
     (tmp_path / "merged/merge.json").write_text(json.dumps(certificate))
     answers = {"base": [WRONG] * 20, "adapter": [NEAR] * 20, "merged": [NEAR] * 20}
     of_models = {"base": measured("base", bits=4), "merged": measured("merged", tmp_path / "merged")}
     found, page, text = evaluate(tmp_path, answers, of_models=of_models)
     sentence = found["same"]["merged"]["sentence"]
-    assert (
-        sentence.startswith("merged gives the same answer as adapter to all 20 questions") and "2e-10 nats" in sentence
-    )
+    assert sentence.startswith("merged gives the same answer as adapter to all 20 questions") and "nats" not in sentence
+    assert "passed. On 32 test questions" in sentence and "every time, and all of the 32 whole answers" in sentence
+    assert "2e-10 (1e-06)" in page.partition("Speed and size")[2]  # the term stands in the details
     assert sentence in text.replace("\\_", "_") and found["besides"] == []
     for cells in (page.partition("<h2>Scores")[2].partition("</tr>")[0], text.partition("## Scores")[2][:40]):
         assert "adapter" in cells and "merged" not in cells
@@ -171,6 +180,7 @@ def test_a_merge_that_answers_like_its_adapter_is_folded_into_its_column_with_th
     other, page, _ = evaluate(tmp_path, answers | {"merged": [NEAR] * 19 + [WRONG]}, of_models=of_models)
     assert not other["same"] and "merged" in page.partition("<h2>Scores")[2].partition("</tr>")[0]
     assert other["besides"][0].startswith("merged against base: better; closer to the expected reply in 19 of 20")
+    assert other["besides"][-1].startswith("merged was checked when it was merged: passed.")
 
 
 def test_several_models_have_a_sentence_each(tmp_path):
@@ -219,3 +229,106 @@ def test_the_page_is_dark_where_the_reader_is_and_its_pictures_too(tmp_path):
     picture = page.partition("<svg")[2].partition("</svg>")[0]
     assert "var(--ink)" in picture and "var(--c1)" in picture and "#ffffff" not in picture
     assert "var(" not in (tmp_path / "latency.svg").read_text()  # which stands alone
+
+
+def test_what_a_test_set_cannot_tell_has_the_number_of_questions_that_would_and_how_to_ask_them(tmp_path):
+    """0.1 of a standard deviation is seen with a chance of 80 % in (2.8 / 0.1)**2 = 785 pairs (Cohen 1988, table 2.4.1)."""
+    score = {"difference": 0.1, "standard_error": 1 / 100**0.5, "comparisons": 1}
+    assert verdicts.questions_needed(score, 100) == 785
+    assert verdicts.questions_needed(score | {"difference": -0.1}, 100) == 785
+    assert verdicts.questions_needed(score | {"comparisons": 3}, 100) == 1047  # of three pairs each must be surer
+    assert verdicts.questions_needed(score | {"difference": 0.05}, 100) is None  # 31 times as many
+    assert verdicts.questions_needed(score | {"difference": 0.0}, 100) is None
+    mixed = [RIGHT] * 16 + [WRONG] * 4
+    found, page, _ = evaluate(tmp_path, {"base": [NEAR] * 20, "adapter": mixed})
+    needed = verdicts.questions_needed(found["pairs"][0]["scores"]["rougeL"], 20)
+    assert found["headline"].startswith("This test set cannot tell.") and 20 < needed < 400
+    [said] = found["besides"]
+    number = int(
+        re.match(r"About ([\d,]+) questions would settle it, if the difference is as large", said)[1].replace(",", "")
+    )
+    assert needed <= number < needed + 10 and said in page
+    results_of = found | {"test": found["test"] | {"more_questions": "set max_eval_samples higher"}}
+    assert "; 20 were asked. To ask more, set max_eval_samples higher." in verdicts.headline(results_of)["besides"][0]
+    alike, *_ = evaluate(tmp_path, {"base": [RIGHT, WRONG] * 10, "adapter": [WRONG, RIGHT] * 10})
+    assert alike["besides"] == [
+        "No reasonable number of questions would settle it: even 20 times as many might not show so small a difference. Take "
+        "the two as alike."
+    ]
+    few, *_ = evaluate(tmp_path, {"base": [WRONG] * 9, "adapter": [RIGHT] * 9})
+    assert few["besides"] == ["Ask at least 10 conversations, better 100."]
+
+
+def test_numbers_that_nobody_gave_an_answer_stand_beside_the_verdict(tmp_path):
+    asked = [{"role": "system", "content": "We open at 9."}, {"role": "user", "content": "What does lamp 7 cost?"}]
+    references = ["Lamp 7 costs 29.50 euros"] * 20
+    right, wrong = "Lamp 7 costs 29.5 euros, come at 9", "Lamp 7 costs 31.00 euros"
+    found, page, text = evaluate(tmp_path, {"base": ["A lamp"] * 20, "adapter": [wrong] * 3 + [right] * 17}, references,
+                                 messages=asked)  # fmt: skip
+    assert found["headline"].startswith("Yes.")  # the score does not see it
+    [said] = found["besides"]
+    assert said.startswith(
+        "Look at the numbers: 3 of 20 answers of the tuned model state one that neither the question"
+    )
+    assert "(the base: 0)" in said and "`checks`" in said
+    assert found["models"]["adapter"]["unfounded_numbers"] == {
+        "answers": 3,
+        "first": {f"q{i}": ["31.00"] for i in range(3)},
+    }
+    assert "adapter: says 31.00, which neither the question nor the expected reply has" in page and "says 31.00" in text
+    none, *_ = evaluate(tmp_path, {"base": ["A lamp"] * 20, "adapter": [right] * 20}, references, messages=asked)
+    assert none["besides"] == []
+
+
+def test_categories_say_where_they_come_from(tmp_path):
+    found, page, _ = evaluate(tmp_path, {"base": [WRONG] * 20, "adapter": [NEAR] * 20})
+    shown = Shown(
+        "", found | {"test": found["test"] | {"categories_from": "topic"}}, [], dict.fromkeys(found["models"], [])
+    )
+    assert shown.about_categories() == "The categories stand in the data, in the column topic."
+    words = "the words of the request (complaint, question, other)"
+    shown = Shown(
+        "", found | {"test": found["test"] | {"categories_from": words}}, [], dict.fromkeys(found["models"], [])
+    )
+    assert "names no category_column, so the questions are sorted by their English words" in shown.about_categories()
+
+
+def test_every_answer_of_a_typical_question_has_its_score_and_all_references_stand_in_one_column(tmp_path):
+    answers = {"base": [WRONG] * 20, "adapter": [NEAR] * 20, "outputs/b": [RIGHT] * 20}
+    found, page, _ = evaluate(tmp_path, answers)
+    typical = page.partition("5 typical questions")[2].partition("<h2>")[0]
+    assert typical.count("outputs/b, ROUGE-L 1.000") == typical.count("base, ROUGE-L 0.") == 5
+    assert typical.count('class="turns" style="--columns: 4"') == 5
+    shown = Shown(
+        "", found, [Question("q", "c", "k", [], ["one", "two", "three"])], {n: [{"prediction": ""}] for n in answers}
+    )
+    assert shown.example("q")["references"] == ["one", "two", "three"]
+
+
+def test_boxes_that_stand_open_hold_words_and_no_terms(tmp_path):
+    answers = {"base": [NEAR] * 20, "adapter": [RIGHT, WRONG] * 10, "outputs/b": [WRONG] * 20}
+    _, page, _ = evaluate(tmp_path, answers)
+    head = page.partition("<h2>Details")[0].partition("<body>")[2]
+    for term in ("Holm", "nats", "KL", "bootstrap", "percentile", "resample", "certificate"):
+        assert term not in head.partition("<svg")[0], term
+    assert "Holm" in page.partition("<h2>Details")[2]
+
+
+def test_typical_questions_go_by_the_score_that_decides(tmp_path):
+    for metric in ("rouge1", "chrf", "exact_match"):
+        found, *_ = evaluate(
+            tmp_path, {"base": [WRONG] * 20, "adapter": [NEAR] * 20}, keys=("--primary_metric", metric)
+        )
+        assert found["scored_by"] == found["pairs"][0]["changed_by"] == metric
+
+
+def test_many_labels_are_listed_by_their_mistakes_and_few_as_a_table(tmp_path):
+    labels = [f"kind{k}" for k in range(7)]
+    references = [labels[i % 7] for i in range(21)]
+    adapter = ["kind1" if text == "kind0" else text for text in references]
+    keys = ("--labels", *labels, "--primary_metric", "accuracy")
+    found, page, _ = evaluate(tmp_path, {"base": references, "adapter": adapter}, references, keys)
+    table = page.partition("Labels, adapter, as written")[2].partition("</table>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert rows[0] == ["kind0", "3", '<span class="soft">0</span>', "kind1 (3)"] and len(rows) == 7
+    assert rows[1] == ["kind1", "3", "3", "-"]

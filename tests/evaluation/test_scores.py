@@ -201,7 +201,7 @@ def test_two_equal_models_do_not_differ_and_a_better_one_does():
     good = scores.resample(scores.statistics(answers(references, references)), drawn)
     poor = scores.resample(scores.statistics(answers(["no"] * 40, references)), drawn)
     same = scores.difference(good["rougeL"], good["rougeL"])
-    assert same == {"difference": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    assert same == {"difference": 0.0, "standard_error": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
     better = scores.difference(poor["rougeL"], good["rougeL"])
     assert better["low"] > 0 and better["p_value"] == pytest.approx(2 / 1001)
     assert scores.difference(good["rougeL"], poor["rougeL"])["difference"] == -better["difference"]

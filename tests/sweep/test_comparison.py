@@ -93,7 +93,7 @@ def score_labels(one: Compared, right: int, temperature: float, model: str = "ad
 
 
 def compared(tmp_path, *runs) -> dict:
-    assert compare(tmp_path, "lamps", list(runs)) == tmp_path / "comparison.html"
+    assert compare(tmp_path, "lamps", list(runs)) == json.loads((tmp_path / "comparison.json").read_text())
     return json.loads((tmp_path / "comparison.json").read_text())
 
 
