@@ -151,18 +151,19 @@ def cautions(labelled: Labelled, models: dict[str, Any]) -> list[str]:
             how = "all or nearly all are right" if temperature < 1 else "labels are no better than a guess"
             of = model["calibration"].get("validation_questions", number)  # of runs that are compared, each one's own
             found.append(
-                f"{name}: the temperature ends at the bound of its search, {temperature:.3g}, because on the {of} "
-                f"validation questions {how}: its scaled probabilities and their calibration error say nothing."
+                f"{name}: how sure it is of a label says nothing here, as on the {of} validation questions {how} (the "
+                f"temperature ends at the bound of its search, {temperature:.3g})."
             )
         if decided.get("threshold", 0) is None:
             found.append(
-                f"{name} decides no question: at no threshold is it {PRECISION:.0%} right on the validation questions."
+                f"{name} should decide no question alone: however sure it is, it is not {PRECISION:.0%} right on the "
+                "validation questions."
             )
         elif decided.get("precision", {}).get("high", 1) < PRECISION:
             found.append(
-                f"{name} is {decided['precision']['value']:.0%} right where it decides, not the {PRECISION:.0%} of the "
-                "validation questions: the test questions are unlike those, and the threshold that was chosen on them does not "
-                "hold here. Do not let it decide such questions alone; choose it on validation rows that are like them."
+                f"Do not let {name} decide such questions alone: where it is sure, it is right in "
+                f"{decided['precision']['value']:.0%} of them, and in {PRECISION:.0%} of the validation questions, which are "
+                "unlike these. Validation rows like them give a threshold that holds (see How sure the labels are)."
             )
     return found
 

@@ -162,6 +162,8 @@ class Shown:
                     f"Most questions change alike, so these {len(chosen)} are drawn among those with the median {change}: they "
                     "are neither the best nor the worst."
                 )
+                if by.startswith(CONSTRAINED):
+                    text += " Judged is the label that a model finds likeliest when it must choose; below stands what it wrote."
         shown = self.models if self.runs is None else called
         return text, [
             self.example(i, shown) | {"values": {name: _in_short(by, values[name]) for name in shown if name in values}}

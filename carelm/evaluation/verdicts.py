@@ -350,8 +350,8 @@ def _what_would_tell_runs(results: dict[str, Any], best: str, others: list[str])
         each = ", ".join(f"{_rounded(some[n])} for {n}" for n in sorted(some, key=some.get)[:4])
         more = results["test"].get("more_questions", "")
         said.append(
-            f"Questions that would settle it, if the differences are as large as they look here: about {each}; {asked} were "
-            f"asked{f'. To ask more, {more}' if more else ''}."
+            f"Questions that would settle it, if the differences are as large as they look here: about {each} ({asked} were "
+            f"asked).{f' To ask more, {more}.' if more else ''}"
         )
     if alike := [name for name, number in needed.items() if not number]:
         said.append(

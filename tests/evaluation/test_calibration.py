@@ -91,9 +91,9 @@ def test_of_few_decided_questions_the_share_that_is_right_has_a_wide_interval():
     assert found["decided"]["precision"]["low"] == pytest.approx(0.604, abs=1e-3)
     assert found["decided"]["precision"]["high"] == pytest.approx(0.781, abs=1e-3)
     assert (
-        "model is 70% right where it decides, not the 95%" in more
-        and "does not hold here" in more
-        and "where it decides" not in cautions
+        "Do not let model decide such questions alone: where it is sure, it is right in 70% of them" in more
+        and "unlike these" in more
+        and "where it is sure" not in cautions
     )
 
 
@@ -110,11 +110,11 @@ def test_a_temperature_at_the_bound_of_its_search_is_said():
     for validation, line in (
         (
             [(3, True), (-3, False)] * 30,
-            "bound of its search, 0.01, because on the 60 validation questions all or nearly",
+            "nearly all are right (the temperature ends at the bound of its search, 0.01)",
         ),
         (
             [(3, False), (-3, True)] * 30,
-            "bound of its search, 100, because on the 60 validation questions labels are no",
+            "labels are no better than a guess (the temperature ends at the bound of its search, 100)",
         ),
     ):
         assert line in certain(validation, test)[1]
@@ -174,4 +174,4 @@ def test_the_threshold_of_overlap_is_the_best_of_all_that_there_are():
 def test_a_temperature_at_its_bound_is_said_with_the_validation_questions_of_the_run_that_fitted_it():
     model = {"calibration": {"temperature": 100.0, "validation_questions": 60}}
     (caution,) = label_results.cautions(label_results.Labelled(), {"r16": model})
-    assert "r16: the temperature ends at the bound" in caution and "on the 60 validation questions" in caution
+    assert "r16: how sure it is of a label says nothing here" in caution and "on the 60 validation questions" in caution
