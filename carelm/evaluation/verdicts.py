@@ -76,7 +76,12 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     pairs = {tuple(pair["models"]): pair for pair in results["pairs"]}
     main = pairs.get((first, tuned)) or turned(pairs[tuned, first])
     decided = decide(main["scores"][results["primary_metric"]], results["test"]["conversations"])
-    besides = [*_what_would_tell(results, main), *_of_numbers(results, first, tuned, names)]
+    besides = _what_would_tell(results, main)
+    if said := _of_numbers(results, first, tuned, names):
+        besides.append(
+            f"Look at the numbers: {said} Such a price, date or telephone number may be invented, and no score sees it: see "
+            "some under Other examples; `checks` in the recipe count what an answer must hold."
+        )
     besides += _other_way(results, main, names)
     besides += [results["ratings"]["sentence"]] if results.get("ratings") else []
     for (a, b), pair in pairs.items():
@@ -87,8 +92,9 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
         there = next((p for p in test["pairs"] if {*p["models"]} == {first, tuned}), None)
         if there:
             there = there if there["models"][0] == first else turned(there)
-            said = [_in_short(test, there), *_what_would_tell(test, there), *_of_numbers(test, first, tuned, names)]
-            besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {' '.join(said)}")
+            said = [_in_short(test, there), *_what_would_tell(test, there), _of_numbers(test, first, tuned, names)]
+            said = " ".join(filter(None, said))
+            besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {said}")
             besides += [f"On {name}: {said}" for said in _other_way(test, there, names)]
     answer = "No difference" if _is_same(results, main) else ANSWERS[decided]
     return {"headline": f"{answer}. {_in_questions(results, main, names)}", "besides": besides}
@@ -179,20 +185,19 @@ def _rounded(number: int) -> str:
     return f"{math.ceil(number / unit) * unit:,}"
 
 
-def _of_numbers(results: dict[str, Any], first: str, tuned: str, names: dict[str, str]) -> list[str]:
-    """How many answers state numbers that nobody gave them, where these are many enough to look at; no score sees them."""
+def _of_numbers(results: dict[str, Any], first: str, tuned: str, names: dict[str, str]) -> str:
+    """How many of the tuned model's answers state numbers that nobody gave them, where these are enough to look at."""
     found = {name: results["models"][name].get("unfounded_numbers") for name in (first, tuned)}
     number = results["test"]["questions"]
     if results["primary_metric"] in LABEL_SCORES or not all(found.values()):
-        return []
+        return ""
     base, own = (found[name]["answers"] for name in (first, tuned))
-    if max(base, own) < NOTICEABLE * number:
-        return []
-    return [
-        f"Look at the numbers: {own} of {number} answers of {names[tuned]} state one that neither the question nor the "
-        f"expected reply has ({names[first]}: {base}). Such a price, date or telephone number may be invented, and no score "
-        "sees it: see some under Other examples; `checks` in the recipe count what an answer must hold."
-    ]
+    if own < NOTICEABLE * number:
+        return ""
+    return (
+        f"{own} of {number} answers of {names[tuned]} state a number that neither the question nor the expected reply has "
+        f"({names[first]}: {base})."
+    )
 
 
 def _change(results: dict[str, Any], pair: dict[str, Any], score: str) -> str:

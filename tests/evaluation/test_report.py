@@ -268,7 +268,7 @@ def test_numbers_that_nobody_gave_an_answer_stand_beside_the_verdict(tmp_path):
     assert found["headline"].startswith("Yes.")  # the score does not see it
     [said] = found["besides"]
     assert said.startswith(
-        "Look at the numbers: 3 of 20 answers of the tuned model state one that neither the question"
+        "Look at the numbers: 3 of 20 answers of the tuned model state a number that neither the question"
     )
     assert "(the base: 0)" in said and "`checks`" in said
     assert found["models"]["adapter"]["unfounded_numbers"] == {
@@ -276,8 +276,8 @@ def test_numbers_that_nobody_gave_an_answer_stand_beside_the_verdict(tmp_path):
         "first": {f"q{i}": ["31.00"] for i in range(3)},
     }
     assert "adapter: says 31.00, which neither the question nor the expected reply has" in page and "says 31.00" in text
-    none, *_ = evaluate(tmp_path, {"base": ["A lamp"] * 20, "adapter": [right] * 20}, references, messages=asked)
-    assert none["besides"] == []
+    none, *_ = evaluate(tmp_path, {"base": [wrong] * 20, "adapter": [right] * 20}, references, messages=asked)
+    assert not any("number" in said for said in none["besides"])  # of the base alone it is no warning
 
 
 def test_categories_say_where_they_come_from(tmp_path):
