@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -245,6 +246,14 @@ def default_of(key: str) -> Any:
         return ast.literal_eval(known_keys()[key].default)
     except ValueError:
         return None
+
+
+def in_effect(keys: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """These of a run's keys, defaults included, less those of another method and the budget that the other one overrules."""
+    method, steps = keys.get("method", "lora"), keys.get("max_steps")
+    idle = {key for other, own in COMPARED_OF.items() if other != method for key in own}
+    idle.add("num_train_epochs" if isinstance(steps, int) and steps > 0 else "max_steps")
+    return {name: keys.get(name, default_of(name)) for name in names if name not in idle}
 
 
 @cache

@@ -11,10 +11,10 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from carelm.evaluation import label_report, plots, run_report, same_answers, verdicts
+from carelm.evaluation import label_report, plots, run_report, same_answers, tables, verdicts
 from carelm.evaluation.plots import COLOURS, DARK_COLOURS, STYLE
 from carelm.evaluation.questions import Question
-from carelm.evaluation.scores import LABEL_SCORES, NAMES, TEXT_SCORES
+from carelm.evaluation.scores import NAMES
 from carelm.evaluation.shown import WORDS, Shown
 from carelm.files import read_json, write_whole
 from carelm.recipe import Recipe
@@ -127,24 +127,24 @@ def loss_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def _write_tensorboard(folder: Path, results: dict[str, Any], figures: dict[str, Figure]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
+    models = results["models"]
     tensorboard.remove_events(folder)  # of the same comparison, made anew below
     with SummaryWriter(str(folder)) as writer:
-        for name, model in results["models"].items():
-            for score in (s for s in (*TEXT_SCORES, *LABEL_SCORES) if s in model):
-                writer.add_scalar(f"verdict/{score}/{name}", model[score]["value"])
-            if model["latency"]["e2e_ms"]:
-                writer.add_scalar(f"verdict/e2e_ms_p50/{name}", model["latency"]["e2e_ms"]["p50"])
         for name, figure in figures.items():
             writer.add_figure(f"verdict/{name}", figure)
         said = [results["headline"], *results["besides"], *results["verdicts"]]
         writer.add_text("verdict/answer", "\n\n".join(map(html.escape, said)))
+        writer.add_text("verdict/scores", table(["score", *map(_cell, models)], [
+            [NAMES[s], *("{} ({})".format(*tables.ranged(s, model[s])) for model in models.values())]
+            for s in tables.shared_scores(models)
+        ]))  # fmt: skip
 
 
 def _write_final(run: Path, results: dict[str, Any]) -> None:
     """The deciding score beside the run's keys in TensorBoard, where it is that of the run's own result."""
     metrics, (name, figure) = read_json(run / finished.METRICS), verdicts.deciding(results)
     is_own = Path(results["models"][name]["folder"]).resolve() in (run.resolve(), (run / "merged").resolve())
-    if metrics and is_own and (run / "runs").is_dir():
+    if metrics and is_own and (run / "runs").is_dir() and (run / "recipe.yaml").exists():
         keys = read_yaml(run / "recipe.yaml")
         tensorboard.write_final(run, keys, metrics, **{results["primary_metric"]: figure["value"]})
 
@@ -153,10 +153,6 @@ def _markdown(shown: Shown, pictures: list[str]) -> str:
     """report.md: the same tables; text from data and models is escaped and stands in <pre>."""
     results = shown.results
     names = [_cell(name) for name in shown.models]
-
-    def table(head: list[str], rows: list[list[str]]) -> str:
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
     def listed(sentences: list[str]) -> list[str]:
         return ["\n".join(f"- {_cell(sentence)}" for sentence in sentences)] if sentences else []
@@ -218,6 +214,12 @@ def _markdown(shown: Shown, pictures: list[str]) -> str:
     under = json.dumps(shown.conditions(), indent=1)
     parts.append(f"## Conditions\n\n{_pre(under)}")
     return "\n\n".join(parts) + "\n"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Cells of Markdown as a table of it."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def _pre(text: str) -> str:

@@ -19,7 +19,7 @@ from carelm.evaluation import verdicts
 from carelm.evaluation.scores import NAMES
 from carelm.evaluation.tables import ranged
 from carelm.files import read_json
-from carelm.keys import COMPARED, COMPARED_OF, FREE_KEYS, FREE_PREFIXES, default_of, identity_of, known_keys
+from carelm.keys import COMPARED, COMPARED_OF, FREE_KEYS, FREE_PREFIXES, identity_of, in_effect, known_keys
 from carelm.ranks import say
 from carelm.recipe_file import read_yaml
 from carelm.training import finished, runs
@@ -127,8 +127,7 @@ def _row(folder: Path, root: Path) -> Row:
 def _keys(folder: Path) -> dict[str, Any]:
     places = (folder / "recipe.yaml", folder / "eval/recipe.yaml", folder.with_name(f"{folder.name}.yaml"))
     found = read_yaml(next((place for place in places if place.exists()), places[0]))
-    of_others = {key for method, keys in COMPARED_OF.items() for key in keys if method != found.get("method", "lora")}
-    return {key: found.get(key, default_of(key)) for key in SHOWN if key not in of_others}
+    return in_effect(found, SHOWN)
 
 
 def _read(row: Row, path: Path) -> dict[str, Any]:

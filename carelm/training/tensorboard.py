@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from carelm.keys import COMPARED, COMPARED_OF, default_of
+from carelm.keys import COMPARED, COMPARED_OF, in_effect
 from carelm.models.generation import Answer, Decoding, generate
 from carelm.recipe import Recipe
 
@@ -49,7 +49,7 @@ class TensorBoard(TrainerCallback):
 
     def __init__(self, folder: Path, speed: "Speed"):
         self.folder, self.speed, self.writer = folder, speed, None
-        self.last_steps = dict[str, int]()  # of each tag that an earlier part of the run has written
+        self.last_steps = dict[str, int]()  # of each tag, by an earlier part of the run too
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -62,7 +62,7 @@ class TensorBoard(TrainerCallback):
             remove_events(self.folder)  # of a run that was killed before its first checkpoint
         # A TensorBoard that is open meanwhile has read them: it purges.
         self.writer = SummaryWriter(str(self.folder), purge_step=state.global_step + 1 if state.global_step else 0)
-        if not state.global_step:
+        if "custom_scalars__config__" not in self.last_steps:
             self.writer.add_custom_scalars(LAYOUT)
         self.writer.flush()
 
@@ -75,6 +75,7 @@ class TensorBoard(TrainerCallback):
         for name, value in figures.items():
             if state.global_step > self.last_steps.get(name, -1):
                 self.writer.add_scalar(name, value, state.global_step)
+                self.last_steps[name] = state.global_step
         self.writer.flush()
 
     def add_text(self, tag: str, text: str, step: int) -> None:
@@ -129,8 +130,7 @@ def write_final(folder: Path, keys: dict[str, Any], metrics: dict[str, Any], **s
 
     final = folder / "runs/final"
     remove_events(final)
-    names = COMPARED + COMPARED_OF[keys["method"]]
-    chosen = {name: keys.get(name, default_of(name)) for name in names} | {"precision": metrics["precision"]}
+    chosen = in_effect(keys, [*COMPARED, *sum(COMPARED_OF.values(), ())]) | {"precision": metrics.get("precision")}
     told = {
         key: str(value).lower() if isinstance(value, bool) else value for key, value in chosen.items()
     }  # else 1.000

@@ -82,6 +82,16 @@ def test_a_default_that_is_written_out_and_where_a_run_lies_are_no_difference(tm
     assert {*rows(tmp_path).values()} == {"finished 1.2500 90 s -"}
 
 
+def test_of_two_budgets_the_one_that_counts_is_shown(tmp_path):
+    finish(make_run(tmp_path / "steps", num_train_epochs=5.0))
+    finish(make_run(tmp_path / "more-steps", max_steps=80))
+    finish(make_run(tmp_path / "epochs", max_steps=-1, num_train_epochs=2.0))
+    finish(make_run(tmp_path / "default", max_steps=None))
+    found = {name: line.partition(" - ")[2] for name, line in rows(tmp_path).items()}
+    assert found == {"steps": "max_steps=40", "more-steps": "max_steps=80", "epochs": "num_train_epochs=2.0",
+                     "default": "num_train_epochs=3.0"}  # fmt: skip
+
+
 def test_each_state_is_named_and_figures_come_from_the_newest_whole_checkpoint(tmp_path):
     stopped = make_run(tmp_path / "stopped")
     save(stopped, 10, 2.5)

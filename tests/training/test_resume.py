@@ -69,6 +69,7 @@ def check_tensorboard(run):
         "train/loss",
         "train/learning_rate",
         "train/grad_norm",
+        "train/epoch",
         "usage/tokens_per_second",
         "usage/mfu",
         "usage/host_memory_gib",

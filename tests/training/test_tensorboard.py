@@ -1,7 +1,6 @@
 """What TensorBoard shows: curves that hold no step twice, answers as they were written, keys beside final scores."""
 
 import html
-import json
 import re
 import types
 
@@ -51,7 +50,7 @@ def begin(folder, at_step=0, is_first_rank=True) -> types.SimpleNamespace:
 
     def log(step, **logs):
         state.global_step = step
-        callback.on_log(None, state, None, logs=logs)
+        callback.on_log(None, state, None, logs=logs | {"epoch": step / 10})
 
     return types.SimpleNamespace(callback=callback, log=log)
 
@@ -79,7 +78,8 @@ def test_a_killed_run_that_goes_on_holds_no_step_twice_nor_the_evaluation_it_has
     second.callback.add_text("answers/0", "said at 6", 6)
     second.callback.on_train_end(None, None, None)
     events = read(tmp_path)
-    assert steps(events, "train/loss") == steps(events, "usage/tokens_per_second") == [1, 2, 3, 4, 5, 6]
+    for tag in ("train/loss", "train/epoch", "usage/tokens_per_second"):
+        assert steps(events, tag) == [1, 2, 3, 4, 5, 6], tag
     assert steps(events, "eval/loss") == [3, 6] and texts(events, "answers/0") == {3: "said at 3", 6: "said at 6"}
     assert len(events.Tensors("custom_scalars__config__")) == 1
 
@@ -93,6 +93,13 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_anew_without_wh
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0)]
     assert len(events.Tensors("custom_scalars__config__")) == 1
+
+
+def test_a_run_that_gets_tensorboard_when_it_goes_on_gets_the_charts_too(tmp_path):
+    for step in (4, 8):
+        begin(tmp_path / "runs", at_step=step).log(step + 1, loss=1.0)
+    events = read(tmp_path / "runs")
+    assert steps(events, "train/loss") == [5, 9] and len(events.Tensors("custom_scalars__config__")) == 1
 
 
 def test_only_the_first_rank_writes(tmp_path):
@@ -156,7 +163,7 @@ def test_a_finished_run_has_its_keys_and_defaults_beside_its_eval_loss(recipe):
     wanted = {"method": "lora", "lora_r": 8, "learning_rate": 0.002, "global_batch_size": 8, "max_steps": 12,
               "model_name_or_path": "demo/base", "load_in_4bit": "true", "load_in_8bit": "false", "precision": "bf16",
               "lora_dropout": 0, "seed": 42}  # fmt: skip
-    assert {key: keys[key] for key in wanted} == wanted and "num_virtual_tokens" not in keys
+    assert {key: keys[key] for key in wanted} == wanted and not {"num_virtual_tokens", "num_train_epochs"} & keys.keys()
     assert figures == {"verdict/eval_loss": [(12, 1.25)]}
 
 
@@ -194,13 +201,12 @@ def test_the_score_of_another_run_s_model_or_of_the_base_alone_is_not_this_run_s
 
 
 def test_scores_of_the_evaluation_stand_in_a_group_of_their_own(tmp_path):
-    results = of_models(("adapter", tmp_path)) | {"headline": "No. <b> is not bold.", "besides": [], "verdicts": []}
-    for model in results["models"].values():
-        model["latency"] = {"e2e_ms": {"p50": 12.0}}
-    report._write_tensorboard(tmp_path, results, {})
-    report._write_tensorboard(tmp_path, json.loads(json.dumps(results)), {})
+    results = of_models(("adapter|x", tmp_path)) | {"headline": "No. <b> is not bold.", "besides": [], "verdicts": []}
+    for _ in range(2):
+        report._write_tensorboard(tmp_path, results, {})
     events = read(tmp_path)
-    tags = events.Tags()
-    assert {tag.partition("/")[0] for tag in tags["scalars"] + tags["tensors"]} == {"verdict"}
-    assert [e.value for e in events.Scalars("verdict/e2e_ms_p50/adapter")] == [12.0]
-    assert "&lt;b&gt;" in texts(events, "verdict/answer")[0]
+    assert events.Tags()["tensors"] == ["verdict/answer/text_summary", "verdict/scores/text_summary"]
+    assert not events.Tags()["scalars"] and "&lt;b&gt;" in texts(events, "verdict/answer")[0]
+    table = markdown_to_safe_html(texts(events, "verdict/scores")[0])
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", table)
+    assert cells == ["score", "base", "adapter|x", "ROUGE-L", "0.100 (0.000 to 1.000)", "0.200 (0.000 to 1.000)"]
