@@ -11,6 +11,7 @@ exit status: 0 the table is printed, 2 there is no run.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -30,5 +31,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads the table may have enough of it
+    print(overview(parse().folder))
+
+
 if __name__ == "__main__":
-    ranks.run_main(lambda: print(overview(parse().folder)))
+    ranks.run_main(main)

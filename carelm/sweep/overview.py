@@ -31,6 +31,7 @@ DEEPEST = 4  # folders below the one that is named
 SHORTENED = 40  # characters of a key's value
 SHOWN = [key for key in known_keys() if key in COMPARED or not (key in FREE_KEYS or key.startswith(FREE_PREFIXES))]
 UNTRAINED = ("base", "api")
+PARTS = ("eval", "merged", "runs")  # folders in a run's; beside them there may be another run's
 
 
 @dataclass
@@ -63,12 +64,15 @@ def overview(root: Path) -> str:
     Raises:
         UserError: where there is none.
     """
+    root, named = root.absolute(), root
     if not root.is_dir():
-        raise UserError(f"runs: there is no folder {root}; train first, or name the folder that holds the runs")
-    folders = {folder.resolve(): folder for folder in _find(root, DEEPEST)}  # each once, however many links lead there
+        raise UserError(f"runs: there is no folder {named}; train first, or name the folder that holds the runs")
+    folders = dict[Path, Path]()
+    for folder in _find(root, DEEPEST):
+        folders.setdefault(folder.resolve(), folder)  # each once, however many links lead there
     rows = [_row(folder, root) for folder in folders.values()]
     if not rows:
-        raise UserError(f"runs: {root} holds no run; train first, or name the folder that holds the runs")
+        raise UserError(f"runs: {named} holds no run; train first, or name the folder that holds the runs")
     rows.sort(key=_order)
     differing = _differing(rows)
     names = min(NAME_WIDTH, max(len(row.name) for row in rows))
@@ -83,17 +87,17 @@ def _find(folder: Path, depth: int) -> Iterator[Path]:
     """The runs' folders at most so deep; of a sweep's run that has failed before it had one, where it would be."""
     if _is_run(folder):
         yield folder
-        return
     try:
         there = sorted(folder.iterdir())
     except OSError as error:
         return say(f"{folder} is left out ({error.strerror})")
-    folders = {p for p in there if p.is_dir() and not p.name.startswith(".") and p.suffix != ".partial"}
+    folders = {
+        p for p in there if p.is_dir() and not p.name.startswith((".", "checkpoint-")) and p.suffix != ".partial"
+    }
     failed = {p.with_suffix("") for p in there if p.suffix == ".json" and _record(p.with_suffix(""))}
-    for path in sorted(folders | failed, key=lambda path: (not path.is_symlink(), path)):
-        if path in failed - folders:
-            yield path
-        elif depth:
+    yield from failed - folders
+    for path in sorted(folders, key=lambda path: (path.is_symlink(), path)):
+        if depth and path.name not in PARTS:
             yield from _find(path, depth - 1)
 
 
@@ -107,16 +111,18 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _is_run(folder: Path) -> bool:
+    if (folder / "merge.json").exists():
+        return False
     files = ("recipe.yaml", finished.METRICS, "eval/recipe.yaml", "eval/results.json")
     return any((folder / file).exists() for file in files) or bool(find_checkpoints(folder))
 
 
 def _row(folder: Path, root: Path) -> Row:
-    row = Row(folder, root.resolve().name if folder == root else str(folder.relative_to(root)))
+    row = Row(folder, root.name if folder == root else str(folder.relative_to(root)))
     try:
         row.keys = _keys(folder)
     except UserError as error:
-        row.problems.append(str(error))
+        row.problems.append(str(error).replace(f"{folder}/", ""))
     metrics, results = _read(row, folder / finished.METRICS), _read(row, folder / "eval/results.json")
     _trained(row, metrics, has_answered=bool(results))
     if results:

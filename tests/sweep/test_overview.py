@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -189,6 +190,17 @@ def test_links_files_hidden_and_half_written_folders_are_no_further_runs(tmp_pat
     (tmp_path / "notes.txt").write_text("no run")
     (tmp_path / "data.json").write_text("[1, 2]")
     assert [*rows(tmp_path)] == ["run"] and [*rows(run)] == ["run"]
+
+
+def test_a_run_in_the_folder_of_others_hides_none_of_them(tmp_path, monkeypatch):
+    evaluate(finish(make_run(tmp_path / "all")), 0.5)
+    finish(make_run(tmp_path / "all/shop"))
+    (tmp_path / "all/shop-bf16").mkdir()
+    for file in ("merge.json", "recipe.yaml"):
+        (tmp_path / "all/shop-bf16" / file).write_text("{}")
+    assert [*rows(tmp_path)] == ["all", "all/shop"]
+    monkeypatch.chdir(tmp_path / "all")
+    assert [*rows(Path("."))] == [*rows(Path(""))] == ["all", "shop"]
 
 
 def test_long_names_and_values_stay_within_the_width(tmp_path):
