@@ -126,11 +126,13 @@ async function write(answer) {
   if (answer.box.isConnected) at("finished").append(paragraph(`${answer.model}: ${answer.text} ${note}`));
 }
 
-/** Shows an answer as it comes; returns what is to be said of its end. */
+/** Shows an answer as it comes; returns what is to be said of it. */
 async function read(response, answer) {
-  let note = "";
+  const notes = [];
+  if (response.headers.has("x-dropped-messages")) notes.push("the oldest messages are left out: the model's window is full");
+  if (response.headers.has("x-message-cut")) notes.push("the model has not seen all of it: the longest message is cut to fit the window");
   for await (const data of events(response.body)) {
-    if (data === "[DONE]") return note;
+    if (data === "[DONE]") return notes.join("; ");
     const { error, choices } = JSON.parse(data);
     if (error) throw new Refusal(error.message);
     const [choice] = choices;
@@ -138,7 +140,7 @@ async function read(response, answer) {
     const piece = choice.delta.content ?? "";
     answer.text += piece;
     keepingPlace(() => answer.parts.text.append(piece));
-    if (choice.finish_reason === "length") note = "cut off at the length limit";
+    if (choice.finish_reason === "length") notes.push("cut off at the length limit");
   }
   throw new Refusal("The server has ended the connection.");
 }
