@@ -169,8 +169,8 @@ def make() -> None:
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    ranks.say(f"merged: {options.output_dir}")
     print(json.dumps(result), flush=True)
+    ranks.say(f"merged: {options.output_dir}")
     models = (
         []
         if options.output_dir == options.adapter / "merged"
