@@ -14,6 +14,8 @@ from carelm.data import sources
 from carelm.recipe_file import load_recipe
 
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+MESSAGES = ("--messages_column", "messages")
+ROWS = ("--dataset_name", "shop/rows", *MESSAGES)
 
 
 @pytest.fixture
@@ -23,13 +25,17 @@ def asked(monkeypatch, capsys):
     def ask(endpoint, *keys):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
-        sources.stay_offline(load_recipe(list(keys), usage=""))
+        recipe = load_recipe(list(keys), usage="")
+        capsys.readouterr()
+        sources.stay_offline(recipe)
         return os.environ.get("HF_HUB_OFFLINE"), capsys.readouterr().err
 
     return ask
 
 
-@pytest.mark.parametrize("keys", [("--model_name_or_path", "nobody/nothing"), ("--dataset_name", "nobody/rows")])
+@pytest.mark.parametrize(
+    "keys", [("--model_name_or_path", "nobody/nothing"), ("--dataset_name", "nobody/rows", *MESSAGES)]
+)
 def test_a_hub_that_cannot_be_reached_is_said_and_not_asked(asked, keys):
     offline, said = asked(NOWHERE, *keys)
     assert offline == "1" and f"{NOWHERE} cannot be reached (" in said and len(said.splitlines()) == 1
@@ -47,7 +53,7 @@ def test_a_hub_that_answers_is_asked_whatever_it_says(asked, base):
         assert asked(hub, "--model_name_or_path", "shop/base") == (None, "")
 
 
-@pytest.mark.parametrize("keys", [("--model_name_or_path", "shop/base"), ("--dataset_name", "shop/rows")])
+@pytest.mark.parametrize("keys", [("--model_name_or_path", "shop/base"), ROWS])
 def test_a_hub_that_answers_with_an_error_of_its_own_is_not_asked_again_and_again(asked, keys):
     with serve({}, (503, "")) as hub:
         offline, said = asked(hub, *keys)
@@ -68,9 +74,9 @@ def test_what_is_told_to_stay_offline_asks_nothing(asked, monkeypatch):
     "refusal, keys, said",
     [
         ((403, "GatedRepo"), ("--model_name_or_path", "shop/base"), "shop/base is gated; accept its licence on HUB/shop/base"),
-        ((401, "RepoNotFound"), ("--dataset_name", "shop/rows"), "the Hub knows none or does not show it; mend the name, or "
+        ((401, "RepoNotFound"), ROWS, "the Hub knows none or does not show it; mend the name, or "
          "accept its licence on HUB/datasets/shop/rows"),
-        ((503, ""), ("--dataset_name", "shop/rows"), "no earlier run has fetched it, and the Hub is not asked (offline)"),
+        ((503, ""), ROWS, "no earlier run has fetched it, and the Hub is not asked (offline)"),
         (None, ("--model_name_or_path", "shop/base"), "no earlier run has fetched it, and the Hub is not asked (offline)"),
     ],
 )  # fmt: skip
