@@ -13,8 +13,7 @@ exit status: 0 it was stopped, or the certificate is written; 2 something in the
 
 import dataclasses
 import importlib.util
-import signal
-import socket
+import json
 import sys
 from pathlib import Path
 
@@ -33,10 +32,9 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # of the extra `serve`
 
 def main() -> None:
     recipe = for_serving(load_recipe(sys.argv[1:], usage=__doc__, first=KEYS))
-    from carelm.serving.security import read_key
+    from carelm.serving import security
 
-    key = read_key(recipe)
-    listening = bind(recipe)
+    key = security.read_key(recipe)
     stay_offline(recipe)
     from carelm.evaluation.candidates import find_candidates
 
@@ -44,20 +42,28 @@ def main() -> None:
     ranks.say(f"loading {', '.join(candidate.name for candidate in candidates)}")
 
     import torch
-    import uvicorn
 
     from carelm import quiet
 
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     ranks.use_cpu(None)
+    from carelm.serving import certificate, server
     from carelm.serving.engine import BatcherEngine
     from carelm.serving.gateway import Gateway
     from carelm.talk.speaker import Speaker
 
+    listening = server.bind(recipe)
     speakers = [Speaker(recipe, candidate) for candidate in candidates]
     gateway = Gateway(recipe, speakers, BatcherEngine(recipe, speakers))
-    say_address(recipe, listening, gateway.engine.models, key)
-    serve(uvicorn, gateway, key, listening)
+    if recipe.certify:
+        found = certificate.certify(recipe, speakers, gateway, key, listening)
+        for sentence in certificate.sentences(found):
+            ranks.say(sentence)
+        print(json.dumps(found["models"]), flush=True)
+        return
+    say_address(server.address_of(listening), gateway.engine.models, key)
+    server.serve(gateway, key, listening)
+    ranks.say("stopped")
 
 
 def for_serving(recipe: Recipe) -> Recipe:
@@ -73,46 +79,11 @@ def for_serving(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, num_shots=0)
 
 
-def bind(recipe: Recipe) -> socket.socket:
-    """The address, before any weights load; raises UserError where it is taken, or none of this machine's."""
-    family = socket.AF_INET6 if ":" in recipe.host else socket.AF_INET
-    listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((recipe.host.strip("[]"), recipe.port))
-    except OSError as error:
-        raise UserError(
-            f"port: {recipe.host} port {recipe.port} cannot be had ({error.strerror}); stop what listens there, or name "
-            "another one, as --port 8001 (0 takes a free one)"
-        ) from None
-    return listening
-
-
-def say_address(recipe: Recipe, listening: socket.socket, models: list[str], key: str | None) -> None:
-    host = f"[{recipe.host}]" if ":" in recipe.host else recipe.host
-    address = f"http://{host}:{listening.getsockname()[1]}"
+def say_address(address: str, models: list[str], key: str | None) -> None:
     header = " -H 'Authorization: Bearer KEY'" if key else ""
     asked = f'{{"model": "{models[-1]}", "messages": [{{"role": "user", "content": "Where is my order?"}}]}}'
-    ranks.say(f"serving {', '.join(models)} at {address} (the API at {address}/v1); Ctrl-C stops it")
+    ranks.say(f"serving {', '.join(models)}: the page is {address}, the API {address}/v1; Ctrl-C stops it")
     ranks.say(f"try: curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{asked}'")
-
-
-def serve(uvicorn, gateway, key: str | None, listening: socket.socket) -> None:
-    """Serves until it is stopped; answers that have begun are finished."""
-    import asyncio
-
-    async def run() -> None:
-        config = uvicorn.Config(
-            gateway.app(key), log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
-            proxy_headers=False,
-        )  # fmt: skip
-        await uvicorn.Server(config).serve(sockets=[listening])
-        await gateway.engine.close()
-
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, lambda *_: None)  # uvicorn sends itself the signal again once it has stopped
-    asyncio.run(run())
-    ranks.say("stopped")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def as_trained(
     Raises:
         UserError: where a user's message is empty, or not what the template is filled in with.
     """
+    turns = [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
     texts = [parse(recipe, turn["content"]) if turn["role"] == "user" else None for turn in turns]
     asked = [
         {**turn, "content": compose(recipe, own)} if own else mask_turns(recipe, [turn])[0]

@@ -32,8 +32,12 @@ class Answer:
     by Ctrl-C)."""
 
     text: str
-    new_tokens: int
+    ids: tuple[int, ...]
     finish_reason: str
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.ids)
 
 
 @torch.no_grad()
@@ -124,7 +128,7 @@ def _with_virtual_tokens(
 def _to_answer(chat: Chat, stops: set[int], ids: list[int]) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     ids = ids if end is None else ids[: end + 1]
-    return Answer(chat.spoken(ids), len(ids), "length" if end is None else "stop")
+    return Answer(chat.spoken(ids), tuple(ids), "length" if end is None else "stop")
 
 
 def generate_all(

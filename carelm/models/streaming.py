@@ -81,4 +81,4 @@ def stream(
         text = text.rstrip("\ufffd").rstrip()
     if text != shown:
         show(text)
-    return Answer(text, len(tokens), reason)
+    return Answer(text, tuple(tokens), reason)

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from carelm.talk.speaker import Speaker
 PAGE = Path(__file__).parent / "page"
 BODY_SECONDS = 20  # for a body to come
 MOST_DRAINED = 2**26  # bytes of a body too large that are read and let go, so that its sender gets to the reply
+GONE = 499  # in the counts: a request whose client has gone
 AGAIN_SECONDS = 2  # after which one who was told to come again may
 ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/feedback", "/health", "/metrics")
 
@@ -83,12 +85,12 @@ class Gateway:
             lambda request, error: reply(Problem(500, "the server failed at this request"))
         )
         origins = self.recipe.cors_origins
-        guarded = Guard(app, key=key, is_local=is_loopback(self.recipe.host), origins=origins, noted=self._note_reply)
+        guarded = Guard(app, key=key, is_local=is_loopback(self.recipe.host), origins=origins, noted=self.note_reply)
         if not origins:
             return guarded
         return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
 
-    def _note_reply(self, path: str, status: int) -> None:
+    def note_reply(self, path: str, status: int) -> None:
         self.metrics.requests.labels(path if path in ROUTES else "other", status).inc()
 
     # Small routes
@@ -190,42 +192,45 @@ class Chat:
         began = time.monotonic()
         with gateway.place():
             asked = parse(ChatRequest, await read_body(request, gateway.recipe.max_body_bytes))
-            speaker = gateway.speaker(asked.model)
-            loop = asyncio.get_running_loop()
-            prompt, dropped = await loop.run_in_executor(gateway.rendering, gateway.render, asked, speaker)
-            turn = Turn(gateway, asked, speaker, prompt, dropped, began)
+            turn = Turn(gateway, asked, gateway.speaker(asked.model), began)
             try:
                 async with asyncio.timeout(gateway.recipe.answer_timeout), unless_gone(receive):
+                    await turn.render()
                     await (turn.stream(send) if asked.stream else turn.answer_whole(scope, receive, send))
-                turn.note("answered")
+                turn.note("answered", 200)
             except ClientGone:
-                turn.note("the client has gone")
+                turn.note("the client has gone", GONE)
             except TimeoutError:
-                turn.note("out of time")
+                turn.note("out of time", 503)
                 await turn.fail(
                     send, Problem(503, f"no whole answer in {gateway.recipe.answer_timeout} s", code="timeout")
                 )
             except EngineError as error:
-                turn.note("the engine broke")
+                turn.note("the engine broke", 503)
                 await turn.fail(send, Problem(503, str(error), code="engine_error"))
 
 
 class Turn:
     """One answer on its way to a client."""
 
-    def __init__(
-        self, gateway: Gateway, asked: ChatRequest, speaker: Speaker, prompt: Prompt, dropped: int, began: float
-    ):
-        self.gateway, self.asked, self.speaker, self.prompt, self.began = gateway, asked, speaker, prompt, began
+    def __init__(self, gateway: Gateway, asked: ChatRequest, speaker: Speaker, began: float):
+        self.gateway, self.asked, self.speaker, self.began = gateway, asked, speaker, began
+        self.prompt = Prompt([], [], None)
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self.answer = Answer(speaker.chat, speaker.stops, asked.stop)
         self.headers = {"x-request-id": self.id}
-        if dropped:
-            self.headers["x-dropped-messages"] = str(dropped)
-        if prompt.change == "prompt cut":
-            self.headers["x-message-cut"] = "the longest message, at its end"
         self.first_token: float | None = None
         self.has_begun = False
+
+    async def render(self) -> None:
+        """Makes the prompt; what did not fit is said in the headers."""
+        gateway = self.gateway
+        render = partial(gateway.render, self.asked, self.speaker)
+        self.prompt, dropped = await asyncio.get_running_loop().run_in_executor(gateway.rendering, render)
+        if dropped:
+            self.headers["x-dropped-messages"] = str(dropped)
+        if self.prompt.change == "prompt cut":
+            self.headers["x-message-cut"] = "the longest message, at its end"
 
     async def texts(self) -> AsyncIterator[str]:
         """The answer's text, piece by piece."""
@@ -293,8 +298,10 @@ class Turn:
         asked, answered = len(self.prompt.ids), len(self.answer.tokens)
         return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
 
-    def note(self, how: str) -> None:
+    def note(self, how: str, status: int) -> None:
         """Counts the answer, and says how it ended: an id, counts and times."""
+        if self.has_begun != (status == 200):  # a reply that nobody has had, or that was broken off
+            self.gateway.note_reply(ROUTES[0], status)
         metrics, name, total = self.gateway.metrics, self.speaker.name, time.monotonic() - self.began
         metrics.prompt_tokens.labels(name).inc(len(self.prompt.ids))
         metrics.answer_tokens.labels(name).inc(len(self.answer.tokens))

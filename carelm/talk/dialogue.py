@@ -102,7 +102,7 @@ class Dialogue:
                 try:
                     answer = speaker.answer(messages, screen.show, again=self.session.undone)
                 except KeyboardInterrupt:  # before there was a token
-                    answer = Answer("", 0, "cancelled")
+                    answer = Answer("", (), "cancelled")
                 screen.end(answer.text)
                 reasons.add(answer.finish_reason)
                 if answer.finish_reason == "length":

@@ -126,7 +126,7 @@ def test_the_first_charts_are_loss_beside_eval_loss_learning_rate_and_speed(tmp_
 def test_an_answer_stands_in_tensorboard_as_it_was_written(text, tmp_path, monkeypatch):
     run = begin(tmp_path)
     chat = types.SimpleNamespace(prompt_ids=lambda *_, **__: [1], answer_text=lambda *_, **__: "As expected.")
-    monkeypatch.setattr(tensorboard, "answer_in_training", lambda *_, **__: [Answer(text, 3, "stop")])
+    monkeypatch.setattr(tensorboard, "answer_in_training", lambda *_, **__: [Answer(text, (1, 2, 3), "stop")])
     called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look_up"}}]}
     sample = {"prompt": [{"role": "user", "content": text}, called], "completion": [{}], "tools": None}
     state = types.SimpleNamespace(global_step=4)
