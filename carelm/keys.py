@@ -139,7 +139,9 @@ OF_COMMANDS = {
     "dry_run": "--dry_run of train/sweep.py, or --preview 2 of train/sft.py",
     **{name: f"--{name} of train/merge.py" for name in ("onto", "num_prompts", "tolerance")},
 }
-MEANT_ONCE = {"restart": "train/sft.py", "preview": "train/sft.py", "rate": "eval/run.py"}  # and the file that takes it
+MEANT_ONCE = {  # and the file that takes it
+    "restart": "train/sft.py", "preview": "train/sft.py", "rate": "eval/run.py", "certify": "serve/run.py",
+}  # fmt: skip
 LAUNCHER_KEYS = (
     "config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port",
 )  # fmt: skip

@@ -151,7 +151,7 @@ def check_file(file: str, words: list[str]) -> None:
     elif file in ("train/sft.py", "eval/run.py", "train/chat.py", "serve/run.py"):
         if file == "train/chat.py" and "--message" in words:
             words = words[: words.index("--message")] + words[words.index("--message") + 2 :]
-        load_recipe(words, usage="", first=() if file == "train/sft.py" else ("models",))
+        load_recipe(words, usage="", first=() if file == "train/sft.py" else ("models", "rate", "certify"))
     else:
         own = itertools.takewhile(lambda word: not word.endswith(".py"), words)  # what follows is another's
         code = (PROJECT / file).read_text(encoding="utf-8")

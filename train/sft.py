@@ -41,8 +41,8 @@ from carelm.training.preview import preview  # noqa: E402
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__)
-    if recipe.rate:
-        raise UserError(f"--rate is not for this command but for {MEANT_ONCE['rate']}; leave it out")
+    if once := [name for name in ("rate", "certify") if getattr(recipe, name)]:
+        raise UserError(f"--{once[0]} is not for this command but for {MEANT_ONCE[once[0]]}; leave it out")
     stay_offline(recipe)
     launch = ranks.check_launch()
     micro_batch_size(recipe, ranks.world_size())  # is refused here where it does not divide
