@@ -53,8 +53,8 @@ def describe(merge: dict[str, Any]) -> str:
     """
     number, agreed, passed = merge["prompts"], merge["top1_agreement"], merge["mean_kl"] <= merge["tolerance"]
     said = (
-        f"{'passed' if passed else 'not passed'}. On {number} test questions it finds the same next token (a piece of a word) "
-        f"likeliest as its adapter {'every time' if agreed == 1 else f'in {agreed:.1%} of the places'}"
+        f"{'passed' if passed else 'not passed'}. On {number} test questions it picks the same next token (a piece of a word) "
+        f"as its adapter {'every time' if agreed == 1 else f'in {agreed:.1%} of the places'}"
     )
     if (share := merge.get("same_text_share")) is not None:
         same = round(share * number)

@@ -80,7 +80,7 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     if said := _of_numbers(results, first, tuned, names):
         besides.append(
             f"Look at the numbers: {said} Such a price, date or telephone number may be invented, and no score sees it: see "
-            "some under Other examples; `checks` in the recipe count what an answer must hold."
+            "some under Other examples; the recipe's checks count what an answer must hold."
         )
     besides += _other_way(results, main, names)
     besides += [results["ratings"]["sentence"]] if results.get("ratings") else []

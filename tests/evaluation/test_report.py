@@ -270,7 +270,7 @@ def test_numbers_that_nobody_gave_an_answer_stand_beside_the_verdict(tmp_path):
     assert said.startswith(
         "Look at the numbers: 3 of 20 answers of the tuned model state a number that neither the question"
     )
-    assert "(the base: 0)" in said and "`checks`" in said
+    assert "(the base: 0)" in said and "the recipe's checks count" in said
     assert found["models"]["adapter"]["unfounded_numbers"] == {
         "answers": 3,
         "first": {f"q{i}": ["31.00"] for i in range(3)},

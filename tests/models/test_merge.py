@@ -42,8 +42,8 @@ def merged(tmp_path_factory):
     make_adapter(folder)
     done = run_merge("--adapter", folder, "--output_dir", folder / "merged", "--num_prompts", 8)
     assert done.stderr.splitlines()[-4:-3] == [
-        "carelm: check against the adapter: passed. On 8 test questions it finds the same next token (a piece of a word) "
-        "likeliest as its adapter every time, and all of the 8 whole answers are the same. (What decides: mean KL "
+        "carelm: check against the adapter: passed. On 8 test questions it picks the same next token (a piece of a word) "
+        "as its adapter every time, and all of the 8 whole answers are the same. (What decides: mean KL "
         f"{json.loads(done.stdout.splitlines()[-1])['mean_kl']:.2g} nats, 1e-06 are allowed.)"
     ]
     saved = f"--config {folder}/recipe.yaml"  # two commands to paste
