@@ -98,7 +98,7 @@ def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], 
 def _how_to_ask_more(recipe: Recipe, report: SplitReport) -> str:
     """What limits the number of test questions, as the end of a sentence that says what to do."""
     if left := report.dropped.get("beyond max_eval_samples"):
-        return f"set max_eval_samples higher than {recipe.max_eval_samples} ({left} more test rows are there)"
+        return f"set max_eval_samples higher than {recipe.max_eval_samples} ({left} more rows are there; for more, add some)"
     if "held out of train" in report.notes:
         return (
             f"add rows, or set test_fraction higher than {recipe.test_fraction:g}, and train again in a new output_dir"

@@ -72,3 +72,27 @@ def test_only_turns_that_carry_loss_are_asked_and_references_are_those_of_the_la
         ("test.jsonl:1/1", "One?", ["Yes."]),
         ("test.jsonl:1/3", "Sent.", ["Sent.", "It was sent."]),
     ]
+
+
+def test_what_limits_the_number_of_test_questions_is_known(tmp_path):
+    """Rows of a file of its own, a share of the training rows, or `max_eval_samples`."""
+    rows = "".join(
+        json.dumps({"q": f"Where is lamp {i}, which I ordered {i} days ago?", "a": "On its way."}) + "\n"
+        for i in range(40)
+    )
+    (tmp_path / "train.jsonl").write_text(rows)
+    keys = f"model_name_or_path: demo/base\ndataset_name: {tmp_path}\nprompt_template: '{{q}}'\ncompletion_template: '{{a}}'\n"
+    (tmp_path / "recipe.yaml").write_text(keys)
+
+    def more(*others):
+        recipe = load_recipe(["--config", str(tmp_path / "recipe.yaml"), *others], usage="")
+        return make_questions(recipe, make_chat(recipe))[1]["more_questions"]
+
+    assert more("--test_fraction", "0.25") == (
+        "add rows, or set test_fraction higher than 0.25, and train again in a new output_dir"
+    )
+    (tmp_path / "test.jsonl").write_text(rows.replace("lamp", "mug"))
+    assert more() == "add rows to the test split"
+    assert more("--max_eval_samples", "15") == (
+        "set max_eval_samples higher than 15 (25 more rows are there; for more, add some)"
+    )
