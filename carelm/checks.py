@@ -49,6 +49,10 @@ def check(recipe: Recipe) -> None:
                 "port", "certify"):  # fmt: skip
         if given.get(key) is not None and given[key] < 0:
             raise UserError(f"{key}: {given[key]} is below 0")
+    if recipe.engine not in ("batcher", "vllm"):
+        raise UserError(f"engine: '{recipe.engine}' is neither batcher nor vllm")
+    if recipe.engine_url and recipe.engine != "vllm":
+        raise UserError("engine_url: it is for engine: vllm; set that too")
     if recipe.port > 65535:
         raise UserError(f"port: {recipe.port} is above 65535")
     if (given.get("lora_dropout") or 0) >= 1:

@@ -31,6 +31,7 @@ EVALUATION_KEYS = (
 # Keys that serve/run.py alone reads.
 SERVING_KEYS = (
     "host", "port", "api_key_file", "cors_origins", "max_queue", "answer_timeout", "max_body_bytes", "certify",
+    "engine", "engine_command", "engine_url",
 )  # fmt: skip
 CARD_KEYS = ("card_notes", "card_questions")
 # Keys that may change when a run goes on: where it runs, how much, what it shows.

@@ -233,6 +233,18 @@ class Recipe:
     certify: int = _key(
         0, "Ask so many test questions through the API and by the evaluation's way, compare the answers, and exit."
     )
+    engine: str = _key(
+        "batcher",
+        "What answers: batcher, in serve/run.py's own process, or vllm, which is started, watched and stopped.",
+    )
+    engine_command: str = _key(
+        "vllm",
+        "For engine: vllm, the program and what is added to its `vllm serve`: /opt/vllm/bin/vllm --enforce-eager",
+    )
+    engine_url: str | None = _key(
+        None,
+        "For engine: vllm, one that runs already, as http://gpu-box:8000; its key is VLLM_API_KEY of the environment.",
+    )
     # the model card
     card_notes: str | None = _key(
         None, "Text that stands on top of the model card, as Markdown: what it is for, its data, its limits."

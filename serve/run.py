@@ -3,6 +3,7 @@
     python serve/run.py
     python serve/run.py --config recipes/shop.yaml --port 8080 --models base adapter merged
     python serve/run.py --config recipes/shop.yaml --host 0.0.0.0 --api_key_file key.txt
+    python serve/run.py --config recipes/shop.yaml --engine vllm --engine_command /opt/vllm/bin/vllm
     python serve/run.py --config recipes/shop.yaml --certify 50        # served and evaluated answers compared, and no server
 
 What is asked is rendered as in training and answered as in the evaluation. Without --models it is the base, the run's result,
@@ -27,7 +28,7 @@ from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
 
 KEYS = ("models", "max_new_tokens", "temperature", "top_p", "max_batch_tokens", *SERVING_KEYS)  # for --help
-NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # of the extra `serve`
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "httpx")  # of the extra `serve`
 
 
 def main() -> None:
@@ -39,6 +40,10 @@ def main() -> None:
     from carelm.evaluation.candidates import find_candidates
 
     candidates = find_candidates(recipe)
+    if recipe.engine == "vllm":
+        from carelm.serving.vllm_command import servable
+
+        candidates = servable(recipe, candidates)
     ranks.say(f"loading {', '.join(candidate.name for candidate in candidates)}")
 
     import torch
@@ -48,13 +53,17 @@ def main() -> None:
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     ranks.use_cpu(None)
     from carelm.serving import certificate, server
-    from carelm.serving.engine import BatcherEngine
     from carelm.serving.gateway import Gateway
+
+    if recipe.engine == "vllm":
+        from carelm.serving.vllm import VllmEngine as Engine
+    else:
+        from carelm.serving.engine import BatcherEngine as Engine
     from carelm.talk.speaker import Speaker
 
     listening = server.bind(recipe)
     speakers = [Speaker(recipe, candidate) for candidate in candidates]
-    gateway = Gateway(recipe, speakers, BatcherEngine(recipe, speakers))
+    gateway = Gateway(recipe, speakers, Engine(recipe, speakers))
     if recipe.certify:
         found = certificate.certify(recipe, speakers, gateway, key, listening)
         for sentence in certificate.sentences(found):
