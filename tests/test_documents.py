@@ -144,8 +144,9 @@ def check_file(file: str, words: list[str]) -> None:
         return
     if file == "train/sweep.py":
         read_sweep([word for word in words if word != "--dry_run"])
-    elif file == "train/merge.py":
-        load_recipe(["--config", EXAMPLES[0], *module(file, words).parse()[1]], usage="")
+    elif file in ("train/merge.py", "train/export.py"):
+        _, keys = module(file, words).parse()
+        load_recipe(keys if "--config" in keys else ["--config", EXAMPLES[0], *keys], usage="")
     elif file == "train/runs.py":
         module(file, words).parse()
     elif file in ("train/sft.py", "eval/run.py", "train/chat.py", "serve/run.py"):

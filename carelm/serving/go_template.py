@@ -5,7 +5,7 @@ by role. Where a conversation then comes out as other token ids, it cannot be to
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from carelm.chat.chat import Chat
@@ -38,22 +38,28 @@ class Pieces:
     ask: str
 
 
-def tell(chat: Chat) -> tuple[str, bool]:
-    """The template in Go's language, and whether it has a place for a system message.
+def tell(chat: Chat, *, adds_bos: bool) -> str:
+    """The template in Go's language.
+
+    Args:
+        adds_bos: whether who renders it puts the tokenizer's first token in front.
 
     Raises:
         Untold: where a conversation would come out otherwise than the chat template writes it.
     """
     pieces = _find(chat)
+    bos = chat.tokenizer.bos_token if adds_bos else ""
+    if bos:
+        pieces = _without(bos, pieces)
     template = _write(pieces)
     for turns in (1, 2, 5):
         for system in (None, "Be kind.\nBe brief.") if pieces.system else (None,):
             messages = conversation(turns, system)
-            ids = chat.tokenizer(render(template, messages), add_special_tokens=False)["input_ids"]
+            ids = chat.tokenizer(bos + render(template, messages), add_special_tokens=False)["input_ids"]
             if ids != chat.prompt_ids(messages):
                 what = f"a conversation of {turns} turns {'with' if system else 'without'} a system message"
                 raise Untold(f"{what} comes out as other token ids")
-    return template, pieces.system is not None
+    return template
 
 
 def conversation(turns: int, system: str | None) -> list[dict[str, Any]]:
@@ -103,6 +109,17 @@ def _find(chat: Chat) -> Pieces:
         after_system = before_user if to_first.endswith(before_user) else ""
         system = before_system, to_first.removesuffix(after_system)
     return Pieces(head, system, after_system, (before_user, behind_user), (before_answer, behind_answer), ask)
+
+
+def _without(bos: str, pieces: Pieces) -> Pieces:
+    """What is left to write where `bos` stands in front of every prompt."""
+    beginnings = [pieces.head + pieces.user[0], *([pieces.system[0]] if pieces.system else [])]
+    if not all(text.startswith(bos) for text in beginnings):
+        raise Untold(f"Ollama puts {bos} in front of every prompt, which it does not write")
+    if not pieces.head.startswith(bos):
+        raise Untold(f"{bos} begins every question")
+    system = pieces.system and (pieces.system[0].removeprefix(bos), pieces.system[1])
+    return replace(pieces, head=pieces.head.removeprefix(bos), system=system)
 
 
 def _write(pieces: Pieces) -> str:

@@ -105,6 +105,19 @@ def options(candidates: list[Candidate], *, model: str, max_model_len: int, adap
     return words
 
 
-def greedy(recipe: Recipe) -> dict[str, Any]:
-    """How the evaluation drew its answers, as vLLM's defaults of a request: `temperature` is 1 there otherwise."""
-    return {"temperature": recipe.temperature, "top_p": recipe.top_p if recipe.temperature > 0 else 1.0}
+def drawing(recipe: Recipe) -> dict[str, Any]:
+    """How the evaluation drew its answers, as a generation_config.json that vLLM takes its defaults from: there `temperature`
+    is 1 otherwise."""
+    if recipe.temperature == 0:
+        return {"do_sample": False, "temperature": 0.0}
+    return {"do_sample": True, "temperature": recipe.temperature, "top_p": recipe.top_p, "top_k": 0}
+
+
+def script(words: list[str]) -> str:
+    """A script in the exported folder that starts vLLM with it."""
+    return (
+        "#!/usr/bin/env bash\n"
+        "# vLLM at http://127.0.0.1:8000/v1, for this machine alone. VLLM_API_KEY=... in front: clients must send that key.\n"
+        'cd "$(dirname "$0")" || exit 1\n'
+        f'exec vllm serve {shlex.join(words)} --host 127.0.0.1 "$@"\n'
+    )

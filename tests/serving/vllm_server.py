@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--served-model-name", nargs="+", required=True)
     parser.add_argument("--lora-modules", nargs="+", default=[])
-    for option in ("--dtype", "--max-model-len", "--max-lora-rank", "--max-loras", "--generation-config", "--revision"):
+    for option in ("--dtype", "--max-model-len", "--max-lora-rank", "--max-loras", "--generation-config", "--revision",
+                   "--tokenizer"):  # fmt: skip
         parser.add_argument(option)
     parser.add_argument("--enable-lora", action="store_true")
     parser.add_argument("--host", required=True)

@@ -1,0 +1,173 @@
+"""Writes a folder that vLLM serves and Ollama imports as the model was evaluated: weights, tokenizer, template, how it draws.
+
+    python train/export.py --config recipes/shop.yaml --output_dir exported
+    python train/export.py --model outputs/shop/merged --output_dir exported
+    python train/export.py --model outputs/shop --output_dir exported
+
+Without --model it is the run's merge, or what the run has trained where there is none. A merged model or a full fine-tune is
+linked, or copied where it cannot be; an adapter is copied, and vLLM computes it on its base. What vLLM does not compute as it
+was trained is to be merged first (python train/merge.py).
+
+    bash exported/vllm.sh                                    # vLLM at http://127.0.0.1:8000/v1
+    ollama create shop -f exported/Modelfile                 # of whole models
+
+Other keys of a recipe may follow, where the base has moved since: --key value.
+
+exit status: 0 the folder is there, 2 something is to be mended.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, ranks  # noqa: F401
+from carelm.data.sources import stay_offline
+from carelm.data.templates import template_columns
+from carelm.errors import UserError
+from carelm.files import write_whole
+from carelm.recipe import Recipe
+from carelm.recipe_file import load_recipe
+from carelm.training.runs import find_recipe
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.model")
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", type=Path, help="folder of a merged model or a finished run")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to make")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    options, keys = parse()
+    if not any(key.partition("=")[0] == "--config" for key in keys):
+        if options.model is None:
+            raise UserError("--model: name a merged model or a finished run, or its recipe with --config")
+        saved = find_recipe(options.model)
+        if saved is None:
+            raise UserError(f"--model: {options.model} belongs to no recipe.yaml; name its recipe with --config")
+        keys = ["--config", str(saved), *keys]
+    recipe = load_recipe(keys, usage=__doc__)
+    if options.output_dir.exists():
+        raise UserError(f"--output_dir: {options.output_dir} is there already; name another folder")
+    stay_offline(recipe)
+    from carelm.evaluation import candidates
+
+    candidate = candidates.find(recipe, name_of(recipe, options.model))
+    candidate.check_base()
+    candidate.check_finite()
+    from carelm.chat.question import system_message
+    from carelm.serving import vllm_command
+    from carelm.serving.go_template import Untold
+    from carelm.serving.modelfile import modelfile, why_not_imported
+
+    (candidate,) = vllm_command.servable(recipe, [candidate])
+    chat = candidate.make_chat()
+    stops, positions = candidate.stops(chat), candidate.positions(recipe, chat)
+    window = min(positions, recipe.max_length + recipe.max_new_tokens)
+    system, tagged = system_message(recipe)
+    aside = options.output_dir.with_name(options.output_dir.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    untold = None
+    try:
+        aside.mkdir(parents=True)
+        chat.tokenizer.save_pretrained(aside)
+        draws = vllm_command.drawing(recipe) | {
+            "eos_token_id": sorted(stops),
+            "pad_token_id": chat.tokenizer.pad_token_id,
+        }
+        if candidate.adapter:
+            take(candidate.adapter, aside / "adapter", ADAPTER, may_link=False)
+            words = vllm_command.options([candidate], model=base_of(candidate), max_model_len=window,
+                                         adapters={candidate.name: Path("adapter")})  # fmt: skip
+            words += ["--tokenizer", ".", "--generation-config", "."]
+            untold = "of adapters there is none: merge it first (python train/merge.py)"
+        else:
+            take(Path(candidate.recipe.base), aside, WEIGHTS, may_link=True)
+            draws["max_new_tokens"] = recipe.max_new_tokens  # where a request names no max_tokens
+            words = vllm_command.options([candidate], model=".", max_model_len=window, adapters={})
+            try:
+                text = modelfile(recipe, chat, stops, folder=aside, system=system, num_ctx=window)
+                write_whole(aside / "Modelfile", text)
+            except Untold as error:
+                untold = f"the chat template cannot be told in Go's language: {error}"
+        write_whole(aside / "generation_config.json", json.dumps(draws, indent=2) + "\n")
+        write_whole(aside / "vllm.sh", vllm_command.script(words))
+        aside.rename(options.output_dir)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir: {options.output_dir} is not made, nothing of it is left ({error}); see that the disk has room and "
+            "the folder can be written to"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    say_what_clients_do(recipe, system, tagged)
+    ranks.say(f"vLLM: bash {shlex.quote(str(options.output_dir / 'vllm.sh'))}")
+    if untold:
+        ranks.say(f"Ollama: no Modelfile is written: {untold}")
+    else:
+        ranks.say(f"Ollama: ollama create {candidate.name} -f {shlex.quote(str(options.output_dir / 'Modelfile'))}")
+        if 'eq .Role "system"' not in text:
+            ranks.say("Ollama: a system message is left out there: the chat template takes none")
+        if reason := why_not_imported(options.output_dir):
+            ranks.say(f"Ollama: this folder is not imported as it is meant: {reason}; convert it to GGUF with llama.cpp's "
+                      "convert_hf_to_gguf.py, which names what it does not know, and set FROM to that file")  # fmt: skip
+    print(json.dumps({"folder": str(options.output_dir), "model": candidate.name, "modelfile": not untold}), flush=True)
+
+
+def name_of(recipe: Recipe, folder: Path | None) -> str:
+    """The model as the comparison names it."""
+    if folder is not None and folder.resolve() == recipe.output_dir.resolve() and recipe.method != "full":
+        return "adapter"
+    if folder is not None and folder.resolve() == (recipe.output_dir / "merged").resolve():
+        return "merged"
+    if folder is not None:
+        return str(folder)
+    if (recipe.output_dir / "merged" / "merge.json").exists():
+        return "merged"
+    return str(recipe.output_dir) if recipe.method == "full" else "adapter"
+
+
+def base_of(candidate) -> str:
+    base = candidate.recipe.base
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
+def take(source: Path, target: Path, patterns: tuple[str, ...], *, may_link: bool) -> None:
+    """Puts these files there; whole models as links, which take no room twice."""
+    target.mkdir(exist_ok=True)
+    for file in [file for pattern in patterns for file in sorted(source.glob(pattern))]:
+        if may_link and file.suffix == ".safetensors":
+            try:
+                os.link(file.resolve(), target / file.name)
+                continue
+            except OSError:  # another disk
+                ranks.say(f"{file.name} is copied: it cannot be linked from here")
+        shutil.copyfile(file, target / file.name)
+
+
+def say_what_clients_do(recipe: Recipe, system: str | None, tagged: str | None) -> None:
+    """What serve/run.py does to a conversation, and neither vLLM nor Ollama."""
+    if system or tagged:
+        ranks.say("system_prompt: clients of vLLM send it themselves, as the first message")
+    columns = template_columns(recipe.prompt_template or "", "prompt_template")
+    if recipe.prompt_template and recipe.prompt_template.strip() != f"{{{columns[0]}}}":
+        ranks.say(
+            "prompt_template: clients put what a user says into it themselves; python serve/run.py does it for them"
+        )
+    if recipe.mask_personal_data:
+        ranks.say("mask_personal_data: clients mask it themselves; python serve/run.py does it for them")
+
+
+if __name__ == "__main__":
+    ranks.run_main(main)
