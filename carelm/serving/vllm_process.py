@@ -107,8 +107,9 @@ class VllmProcess:
 
     def _last_line(self) -> str:
         with self.log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 16384))
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in lines if "rror" in line] or lines  # others may come after it
         return f"{lines[-1][-200:]}; all of it is in {self.log}" if lines else f"it said nothing in {self.log}"
 
     def _end(self) -> None:
