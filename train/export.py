@@ -33,7 +33,7 @@ from carelm.errors import UserError
 from carelm.files import write_whole
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
-from carelm.training.runs import find_recipe
+from carelm.training.checkpoint_folders import find_recipe
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.model")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
