@@ -454,12 +454,14 @@ def test_help_lists_a_commands_own_keys_first_and_each_key_once():
         names = [name for name, _ in listed(first) if name]
         own = {name for name, key in known_keys().items() if key.owner == "own"}
         assert len(names) == len({*names}) and own <= {*names}
-    assert [name or title for name, title in listed(("models", "top_p"))][:4] == ["keys of this command", "models", "top_p",
-                                                                                   "output_dir"]  # fmt: skip
+    assert [name or title for name, title in listed(("models", "top_p"))][:5] == [
+        "keys of this command", "config", "models", "top_p", "output_dir"
+    ]  # fmt: skip
     titles = [title for _, title in listed() if title]
-    assert titles[0] == "keys of a training" and titles[-1] == "keys that the evaluation reads (eval/run.py)"
+    assert titles[0] == "keys that most recipes set" and titles[-1] == "keys that the evaluation reads (eval/run.py)"
     places = {name: i for i, (name, _) in enumerate(listed())}
-    assert places["method"] < places["learning_rate"] < places["num_shots"]
+    assert places["preview"] < places["dataset_name"] < places["learning_rate"] < places["lora_r"] < places["num_shots"]
+    assert "initialization" not in format_help("")  # TRL's word for the base
 
 
 def test_a_runs_own_recipe_is_called_as_its_folder(load, tmp_path):

@@ -40,7 +40,10 @@ from carelm.training.runs import free_name
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--adapter", type=Path, help="folder of a finished run, or a checkpoint in it")
     parser.add_argument("--output_dir", type=Path, help="folder to make")

@@ -1,9 +1,9 @@
 """Fine-tunes a chat model as one recipe says, from a laptop CPU to many GPUs under DeepSpeed.
 
-    python train/sft.py
-    python train/sft.py --config recipes/datasets/bitext_support.yaml --learning_rate 1e-4
-    accelerate launch --config_file accelerate_configs/zero2.yaml train/sft.py --config recipes/datasets/bitext_support.yaml
-    python train/sft.py --config recipes/datasets/bitext_support.yaml --config recipes/overlays/demo_base.yaml --preview 2
+    python train/sft.py                                             # the demo: offline, without a GPU
+    python train/sft.py --config recipes/shop.yaml --preview 2      # two rows as they will be trained, and the data's report
+    python train/sft.py --config recipes/shop.yaml                  # trains it; the same command again goes on
+    accelerate launch --config_file accelerate_configs/zero2.yaml train/sft.py --config recipes/shop.yaml      # on several GPUs
 
 Without --config the recipe is recipes/demo.yaml: offline, on whatever the machine has. Of several files a later one wins, key
 by key, and --key value over all. The same command again goes on from the newest whole checkpoint; a finished run says so and
