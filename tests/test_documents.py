@@ -54,9 +54,10 @@ def reader(tmp_path, monkeypatch):
 
 
 def blocks(text: str) -> Iterator[str]:
-    """Indented and fenced blocks of a page, without their indentation, each command on one line."""
+    """Indented and fenced blocks of a page, without their indentation, each command on one line; output is left out."""
+    text = re.sub(r"^```text\n.*?^```\n", "", text, flags=re.M | re.S)
     text = re.sub(
-        r"^```(?!text)\w*\n(.*?)^```", lambda m: "\n" + textwrap.indent(m[1], "    ") + "\n-\n", text, flags=re.M | re.S
+        r"^```\w*\n(.*?)^```", lambda m: "\n" + textwrap.indent(m[1], "    ") + "\n-\n", text, flags=re.M | re.S
     )
     for block in re.findall(r"(?<=\n\n)((?: {4}.*\n|\s*\n)+)", text + "\n"):
         yield textwrap.dedent(block).replace("\\\n", " ")
