@@ -89,6 +89,8 @@ class VllmEngine:
                     if not line.startswith("data: {"):
                         continue
                     (choice,) = _read(line.removeprefix("data: "))["choices"]
+                    if choice.get("prompt_token_ids") not in (None, prompt_ids):  # they come with the first tokens
+                        raise EngineError("vLLM has read another prompt than it was sent")
                     for token in choice["token_ids"]:
                         yield token
                     is_over = choice["finish_reason"] in ("stop", "length")
@@ -175,8 +177,8 @@ class VllmEngine:
             raise UserError(f"engine: vLLM at {at} answers what no vLLM does; look at the address") from None
         if not answered:
             raise UserError(
-                f"engine: vLLM at {at} tells no token ids (return_token_ids came with 0.10.2), so that its answers could be "
-                "counted and not compared; update it"
+                f"engine: vLLM at {at} tells no token ids (return_token_ids came with 0.10.2): with counts only nothing can "
+                "be read or certified; update it"
             )
         if told != prompt:
             raise UserError(

@@ -46,30 +46,29 @@ def why_not(candidate: Candidate) -> str | None:
 
 
 def servable(recipe: Recipe, candidates: list[Candidate]) -> list[Candidate]:
-    """The models that one vLLM serves together. Where the recipe names none, what does not fit is left out aloud: the merge
-    stands for an adapter that vLLM does not compute, and goes where base and adapter are served.
+    """The models that one vLLM serves together. Where the recipe names none, what does not fit is left out aloud: a merge goes
+    where an adapter is served, and stands for one that vLLM does not compute.
 
     Raises:
         UserError: where one that is named cannot be served, or none is left.
     """
-    fit: list[Candidate] = []
+    reasons = {candidate.name: why_not(candidate) for candidate in candidates}
+    able = [candidate for candidate in candidates if reasons[candidate.name] is None]
+    first = min(able, key=lambda candidate: ("adapter", "checkpoint", "base").index(candidate.kind), default=None)
+    for candidate in able:
+        if not first.shares_base(candidate):
+            reasons[candidate.name] = f"it stands on another base than {first.name}, and one vLLM holds one"
     for candidate in candidates:
-        if (reason := why_not(candidate)) is None and fit and not fit[0].shares_base(candidate):
-            reason = f"it stands on another base than {fit[0].name}, and one vLLM holds one"
-        if reason is None:
-            fit.append(candidate)
-        elif recipe.models:
-            raise UserError(
-                f"models: {candidate.name} cannot be served by vLLM: {reason}; {_way_out(recipe, candidate)}"
-            )
-        else:
+        if (reason := reasons[candidate.name]) and recipe.models:
+            raise UserError(f"models: {candidate.name} cannot be served by vLLM: {reason}; {_way_out(candidate)}")
+        if reason:
             ranks.say(f"{candidate.name} is left out: {reason}")
-    if not fit:
-        raise UserError(f"models: vLLM can serve none of them; {_way_out(recipe, candidates[-1])}")
-    return fit
+    if first is None:
+        raise UserError(f"models: vLLM can serve none of them; {_way_out(candidates[-1])}")
+    return [candidate for candidate in candidates if reasons[candidate.name] is None]
 
 
-def _way_out(recipe: Recipe, candidate: Candidate) -> str:
+def _way_out(candidate: Candidate) -> str:
     if candidate.adapter and read_json(candidate.adapter / "adapter_config.json").get("peft_type") != "LORA":
         return "set engine: batcher"
     if candidate.adapter and why_not(candidate):

@@ -1,6 +1,7 @@
 """vLLM as the engine answers as the engine in this process does, and no process of it is left behind."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 import uvicorn
 from conftest import PROJECT
 from drawn import make_adapter
+from starlette.testclient import TestClient
 from vllm_server import make_app
 
 from carelm.errors import UserError
@@ -26,6 +28,7 @@ from carelm.models.decoding import Decoding
 from carelm.recipe_file import load_recipe
 from carelm.serving import vllm_process
 from carelm.serving.engine import BatcherEngine, EngineError
+from carelm.serving.gateway import Gateway
 from carelm.serving.vllm import VllmEngine
 from carelm.serving.vllm_command import servable, why_not
 from carelm.talk.speaker import Speaker
@@ -131,11 +134,25 @@ def test_answers_have_the_ids_of_the_engine_in_this_process_and_requests_say_all
     assert body["ignore_eos"] and body["stop_token_ids"] == sorted(speakers[1].stops) and body["return_token_ids"]
 
 
+def test_the_api_gives_the_same_answers_with_either_engine(run):
+    recipe, speakers, own = run
+    bodies = []
+    with served(make_app({name: by_batcher(own, name) for name in own.models}, key=None)) as url:
+        for engine in (own, elsewhere(run, url)):
+            with TestClient(Gateway(recipe, speakers, engine).app(None), base_url="http://127.0.0.1") as client:
+                asked = {"model": "adapter", "messages": ASKED, "return_token_ids": True}
+                bodies.append(client.post("/v1/chat/completions", json=asked).json())
+    for body in bodies:
+        body.pop("id"), body.pop("created")
+    assert bodies[0] == bodies[1] and bodies[0]["choices"][0]["message"]["content"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"key": "other"}, "refuses the key of VLLM_API_KEY"),
         ({"key": None, "tells_ids": False}, "0.10.2"),
+        ({"key": None, "reads": lambda prompt: [0, *prompt]}, "reads other token ids"),
         ({"key": None, "models": {"shop": None}}, "no model called base but shop; python train/export.py"),
     ],
 )
@@ -151,6 +168,17 @@ def test_an_address_that_is_none_or_where_nothing_answers_is_one_line(run, url):
     with pytest.raises(UserError, match="^(engine: vLLM at|engine_url: )") as raised:
         elsewhere(run, url)
     assert "secret" not in str(raised.value)
+
+
+def test_an_answer_to_another_prompt_than_was_sent_is_none(run):
+    models, read = {"base": by_batcher(run[2], "base")}, []
+    with served(make_app(models, key=None, reads=lambda prompt: prompt + read)) as url:
+        engine = elsewhere(run, url, "base")
+        read.append(7)
+        with pytest.raises(EngineError, match="another prompt"):
+            ask(engine, "base", [1, 2, 3], Decoding(4))
+        engine._client = None
+        closed(engine)
 
 
 def test_a_key_of_the_environment_is_sent(run, monkeypatch):
@@ -284,6 +312,11 @@ def test_what_vllm_computes_otherwise_is_left_out_aloud_or_refused_where_it_is_n
         assert what in why_not(changed)
         assert servable(recipe, [base, changed]) == [base]
         assert f"{key} is left out: it has {what}" in capsys.readouterr().err
+        whole = dataclasses.replace(candidates.find(recipe, str(PROJECT / "demo/base")), name="merged")
+        assert servable(recipe, [base, changed, whole]) == [whole] and servable(recipe, [base, adapter, whole]) == [
+            base,
+            adapter,
+        ]
         named = load_recipe([*KEYS, "--models", str(other)], usage="")
         with pytest.raises(UserError, match=f"^models: {key} cannot .*merge it first: python train/merge.py --adapter"):
             servable(named, [changed])

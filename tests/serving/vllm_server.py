@@ -23,9 +23,10 @@ Answers = Callable[[list[int], dict], AsyncIterator[int]]
 
 
 def make_app(
-    models: dict[str, Answers], *, key: str | None, tells_ids: bool = True, asked: list | None = None
+    models: dict[str, Answers], *, key: str | None, tells_ids: bool = True, asked: list | None = None, reads=list
 ) -> Starlette:
-    """Each model is asked with a prompt's ids and the whole body; every body goes to `asked`."""
+    """Each model is asked with a prompt's ids and the whole body; every body goes to `asked`, and `reads` makes of
+    a prompt what the server says that it has read."""
 
     def refusal(request: Request) -> Response | None:
         sent = request.headers.get("authorization", "")
@@ -49,13 +50,16 @@ def make_app(
             got = [choice async for choice in chunks]
             whole = {"index": 0, "text": "", "finish_reason": got[-1]["finish_reason"]}
             if tells_ids:
-                whole |= {"prompt_token_ids": body["prompt"], "token_ids": [t for c in got for t in c["token_ids"]]}
+                whole |= {
+                    "prompt_token_ids": reads(body["prompt"]),
+                    "token_ids": [t for c in got for t in c["token_ids"]],
+                }
             return JSONResponse({"object": "text_completion", "model": body["model"], "choices": [whole]})
 
         async def events() -> AsyncIterator[str]:
             async for choice in chunks:
                 if not tells_ids:
-                    choice.pop("token_ids")
+                    choice = choice | {"token_ids": None, "prompt_token_ids": None}
                 yield f"data: {json.dumps({'object': 'text_completion', 'choices': [choice]})}\n\n"
             yield "data: [DONE]\n\n"
 
@@ -69,7 +73,8 @@ def make_app(
                 reason = "stop"
             elif count == body["max_tokens"]:
                 reason = "length"
-            yield {"index": 0, "text": "", "finish_reason": reason, "token_ids": [token]}
+            read = reads(body["prompt"]) if count == 1 else None
+            yield {"index": 0, "text": "", "finish_reason": reason, "prompt_token_ids": read, "token_ids": [token]}
             if reason:
                 return
 
