@@ -191,7 +191,7 @@ def _command(recipe: Recipe, speakers: list[Speaker]) -> list[str]:
     program, *own = shlex.split(recipe.engine_command)
     if ours := {"--host", "--port", "--api-key", "--served-model-name"}.intersection(w.partition("=")[0] for w in own):
         raise UserError(f"engine_command: {min(ours)} is set here; take it out")
-    if (found := shutil.which(program)) is None:
+    if (found := shutil.which(os.path.expanduser(program))) is None:
         raise UserError(
             f"engine: vllm needs vLLM, and there is no program {program}; install it in an environment of its own and set "
             "engine_command: FOLDER/bin/vllm, or engine_url of one that runs"
