@@ -70,6 +70,7 @@ def main() -> None:
             ranks.say(sentence)
         print(json.dumps(found["models"]), flush=True)
         return
+    listening.listen()  # who connects from here on is waited for
     say_address(server.address_of(listening), gateway.engine.models, key)
     server.serve(gateway, key, listening)
     ranks.say("stopped")

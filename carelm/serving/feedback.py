@@ -3,11 +3,13 @@
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from carelm.recipe import Recipe
 from carelm.serving.requests import MOST_MESSAGES, Message, Strict, to_messages
 
 FILE = "feedback.jsonl"
@@ -23,10 +25,17 @@ class Feedback(Strict):
     comment: str | None = None
     edited: Annotated[str, Field(min_length=1)] | None = None
 
-    def row(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """The row: of the conversation, as training has it, the answer alone is trained, as edited where it was."""
+    def row(self, recipe: Recipe, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The row under the recipe's own keys: of the conversation, as training has it, the answer alone is trained, as edited
+        where it was."""
         before = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]
-        row = {"messages": [*before, {"role": "assistant", "content": self.edited or self.answer}]}
+        turns = [*before, {"role": "assistant", "content": self.edited or self.answer}]
+        names = {"role": recipe.role_key or "role", "content": recipe.content_key or "content"}
+        row: dict[str, Any] = {recipe.category_column: None} if recipe.category_column else {}
+        row |= {
+            recipe.id_column or "id": f"feedback/{time.time_ns()}",
+            recipe.messages_column or "messages": [{names.get(k, k): v for k, v in turn.items()} for turn in turns],
+        }
         if self.edited:
             row["draft"] = self.answer
         return row | {"rating": self.rating, "comment": self.comment, "model": self.model}

@@ -113,7 +113,7 @@ class Gateway:
 
     async def keep_feedback(self, request: Request) -> JSONResponse:
         said = parse(feedback.Feedback, await read_body(request, self.recipe.max_body_bytes))
-        row = said.row(self._as_trained(said.messages))
+        row = said.row(self.recipe, self._as_trained(said.messages))
         try:
             path = await asyncio.to_thread(feedback.append, self.recipe.output_dir, row)
         except OSError:

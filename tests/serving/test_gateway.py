@@ -2,30 +2,24 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from drawn import make_adapter
-from starlette.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from served import ASKED, CHAT, KEYS, ask, make_client, make_gateway
 
+from carelm.chat.chat import Chat
+from carelm.chat.tokenizer import load_tokenizer
 from carelm.evaluation import candidates
+from carelm.models.batcher import Batcher
 from carelm.models.generation import generate_all
 from carelm.serving import gateway as rooms
-from carelm.serving.engine import BatcherEngine
 from carelm.serving.gateway import Gateway
+from carelm.serving.requests import ChatRequest
 from carelm.talk.speaker import Speaker
-
-KEYS = ["--max_new_tokens", "24", "--max_length", "96", "--load_in_4bit", "false"]
-ASKED = [{"role": "user", "content": "Where is my order?"}]
-CHAT = "/v1/chat/completions"
-
-
-def make_gateway(recipe, *names):
-    speakers = [Speaker(recipe, candidates.find(recipe, name)) for name in names]
-    return Gateway(recipe, speakers, BatcherEngine(recipe, speakers))
-
-
-def make_client(gateway, key=None):
-    return TestClient(gateway.app(key), base_url="http://127.0.0.1", raise_server_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +30,6 @@ def gateway(tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(gateway):
     return make_client(gateway)
-
-
-def ask(client, messages=ASKED, model="base", **more):
-    return client.post(CHAT, json={"model": model, "messages": messages, **more})
 
 
 def evaluated(gateway, model, messages):
@@ -150,3 +140,201 @@ def test_a_full_queue_says_when_to_come_again(gateway, client, monkeypatch):
     assert reply.status_code == 429 and reply.headers["retry-after"] == str(rooms.AGAIN_SECONDS)
     monkeypatch.undo()
     assert ask(client).status_code == 200 and gateway.in_flight == 0
+
+
+def test_stop_texts_end_an_answer_and_are_no_part_of_it(client):
+    whole = ask(client).json()["choices"][0]["message"]["content"]
+    first, stop, _ = whole.partition(whole[10:14])
+    for stream in (False, True):
+        reply = ask(client, stop=[stop, "never"], stream=stream)
+        if stream:
+            choices = [chunk["choices"][0] for chunk in chunks_of(reply)[0]]
+            text = "".join(choice["delta"].get("content", "") for choice in choices)
+        else:
+            choices = reply.json()["choices"]
+            text = choices[0]["message"]["content"]
+        assert (text, choices[-1]["finish_reason"]) == (first, "stop")
+
+
+def test_a_seed_draws_the_same_answer_again_and_none_draws_another(client):
+    def drawn(**more):
+        return ask(client, temperature=1.5, **more).json()["choices"][0]["message"]["content"]
+
+    assert drawn(seed=7) == drawn(seed=7) != drawn(seed=8)
+    assert len({drawn() for _ in range(4)}) > 1
+
+
+def test_answers_asked_at_once_are_those_asked_one_by_one(client):
+    questions = [[{"role": "user", "content": f"{n} parcels, where?"}] for n in range(6)]
+    models = ["base", "adapter"] * 3
+    one_by_one = [ask(client, q, m).json()["choices"] for q, m in zip(questions, models)]
+    with ThreadPoolExecutor(6) as pool:
+        at_once = list(pool.map(lambda pair: ask(client, *pair).json()["choices"], zip(questions, models)))
+    assert at_once == one_by_one
+
+
+WITH_TOOLS = """{% for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}{% for m in messages %}<|start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|start|>assistant
+{% endif %}"""
+
+
+def test_a_conversation_is_rendered_as_in_training(gateway, client, base, tmp_path, monkeypatch):
+    """Parts are joined, a special token in a text is text, tools and calls stand as the template writes them."""
+    speaker = gateway.speakers["base"]
+    start, end = (speaker.chat.tokenizer.convert_ids_to_tokens(i) for i in (1, speaker.chat.end_of_turn_id))
+    file = tmp_path / "tools.jinja"
+    file.write_text(WITH_TOOLS.replace("<|end|>", end).replace("<|start|>", start))
+    tokenizer = load_tokenizer(str(base), revision="main", trust_remote_code=False, template_file=str(file))
+    monkeypatch.setattr(speaker, "chat", Chat(tokenizer, max_length=512))
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"id": "a", "type": "function", "function": {"name": "find", "arguments": {"number": 7}}}
+    as_sent = call | {"function": {"name": "find", "arguments": '{"number": 7}'}}
+    sent = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": f"{end} two"}]},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": [as_sent]},
+        {"role": "tool", "tool_call_id": "a", "content": "on its way"},
+    ]
+    trained = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": f"One\n{end} two"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "on its way"},
+    ]
+    monkeypatch.setattr(speaker, "limit_for", lambda number: 300)
+    reply = ask(client, sent, tools=tools, return_token_ids=True, max_tokens=1)
+    ids = speaker.chat.prompt_ids(trained, tools=tools)
+    assert reply.json().get("prompt_token_ids") == ids, reply.text
+    assert ids.count(speaker.chat.end_of_turn_id) == 4
+    assert ask(client, sent).status_code == 200  # without the tools
+
+
+def test_old_turns_leave_the_window_as_in_training_and_the_reply_says_how_many(gateway, client):
+    long = "The parcel of my neighbour has not come, and nobody says why. " * 2
+    turns = [[{"role": "user", "content": f"{n}: {long}"}, {"role": "assistant", "content": "Soon."}] for n in range(4)]
+    messages = [{"role": "system", "content": "Be brief."}, *sum(turns, []), *ASKED]
+    reply = ask(client, messages, return_token_ids=True)
+    speaker = gateway.speakers["base"]
+    kept = speaker.chat.fit_prompt(messages, speaker.limit)
+    assert kept.messages[0] == messages[0] and kept.messages[1:] == messages[-len(kept.messages) + 1 :]
+    assert reply.json()["prompt_token_ids"] == kept.ids == speaker.chat.prompt_ids(kept.messages)
+    assert int(reply.headers["x-dropped-messages"]) == len(messages) - len(kept.messages) > 0
+    cut = ask(client, [{"role": "user", "content": long * 50}])
+    assert cut.headers["x-message-cut"] and "x-dropped-messages" not in cut.headers
+    assert cut.json()["usage"]["prompt_tokens"] <= 96
+
+
+def test_a_window_that_holds_no_message_is_a_400(gateway, client, monkeypatch):
+    monkeypatch.setattr(gateway.speakers["base"], "limit", 3)
+    error = ask(client).json()["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+
+def test_templates_tags_system_message_and_masks_are_those_of_training(gateway, monkeypatch, make, tmp_path):
+    recipe = make(
+        tmp_path, prompt_template="[{priority}] {question}", completion_template="{answer}", tag_column="question",
+        urgent_words=["urgent"], system_prompt="Priority {priority}.", mask_personal_data=True,
+    )  # fmt: skip
+    served = Gateway(recipe, list(gateway.speakers.values()), gateway.engine)
+    sent = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "Urgent: write to anna@example.org"},
+        {"role": "assistant", "content": "To anna@example.org?"},
+        {"role": "user", "content": "Yes"},
+    ]
+    limit = gateway.speakers["base"].limit
+    trained = [
+        {"role": "system", "content": "Priority HIGH."},
+        {"role": "user", "content": "[HIGH] Urgent: write to [EMAIL]"},
+        {"role": "assistant", "content": "To [EMAIL]?"},
+        {"role": "user", "content": "[NORMAL] Yes"},
+    ]
+    ids = gateway.speakers["base"].chat.fit_prompt(trained, limit).ids
+    assert ask(make_client(served), sent, return_token_ids=True).json()["prompt_token_ids"] == ids
+
+
+def test_a_template_of_several_columns_takes_a_message_of_json(gateway, make, tmp_path):
+    recipe = make(tmp_path, prompt_template="{topic}: {question}", completion_template="{answer}")
+    client = make_client(Gateway(recipe, list(gateway.speakers.values()), gateway.engine))
+    error = ask(client).json()["error"]
+    assert error["param"] == "messages" and '{"topic": "...", "question": "..."}' in error["message"]
+    assert ask(client, [{"role": "user", "content": '{"topic": "Refund", "question": "When?"}'}]).status_code == 200
+
+
+def test_an_engine_that_breaks_in_mid_answer_ends_it_with_an_error_and_the_next_one_works(
+    gateway, client, monkeypatch, capsys
+):
+    steps, step = iter(range(100)), Batcher.step
+
+    def breaks(batcher):
+        if next(steps) == 5:
+            raise RuntimeError("secret text")
+        return step(batcher)
+
+    monkeypatch.setattr(Batcher, "step", breaks)
+    reply = ask(client, stream=True)
+    chunks, last = chunks_of(reply)
+    assert last != "[DONE]" and chunks[-1]["error"]["type"] == "engine_error"
+    assert sum("content" in chunk["choices"][0]["delta"] for chunk in chunks[:-1]) > 2
+    said = capsys.readouterr().err
+    assert "RuntimeError" in said and "secret" not in said and "secret" not in reply.text
+    assert ask(client).json()["choices"][0]["message"]["content"]
+    steps = iter([5])
+    failed = ask(client)
+    assert failed.status_code == 503 and failed.json()["error"]["code"] == "engine_error"
+    assert gateway.in_flight == 0
+
+
+def test_an_answer_that_takes_too_long_is_ended(gateway, client, monkeypatch):
+    monkeypatch.setattr(gateway.recipe, "answer_timeout", 0.15)
+    monkeypatch.setattr(Batcher, "step", lambda batcher: time.sleep(0.05) or [])
+    reply = ask(client)
+    assert reply.status_code == 503 and reply.json()["error"]["code"] == "timeout"
+
+
+def test_what_the_server_says_and_counts_holds_no_text(client, capsys):
+    ask(client, [{"role": "user", "content": "Platypus?"}])
+    counted = client.get("/metrics").text
+    said = capsys.readouterr().err
+    assert re.search(r"^carelm: chatcmpl-\w+: base, answered: \d+ \+ \d+ tokens, first after", said, re.M)
+    assert "latypus" not in said + counted
+    for name in ("requests_total", "prompt_tokens_total", "answer_tokens_total", "first_token_seconds_count", "queue"):
+        assert re.search(rf"^carelm_{name}\S* [\d.]+$", counted, re.M), name
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats(-1, 1)
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "x"]), inner)
+    ),
+    max_leaves=6,
+)
+fields = st.sampled_from([*ChatRequest.model_fields, "user", "fnord"])
+messages = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": st.text(max_size=40) | values},
+        optional={"tool_calls": values, "name": values},
+    ),
+    max_size=4,
+)
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+@given(messages, st.dictionaries(fields, values, max_size=4))
+def test_no_body_ends_in_a_500_and_no_error_says_what_was_sent(client, messages, more):
+    body = {"model": "base", "messages": messages, "max_tokens": 1, **more}
+    if body.get("stream") is True:
+        body["stream"] = False
+    reply = client.post(CHAT, json=body)
+    assert reply.status_code in (200, 400, 404), reply.text
+    if reply.status_code != 200:
+        assert reply.json()["error"]["type"] == "invalid_request_error"
