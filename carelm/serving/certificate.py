@@ -51,7 +51,6 @@ def certify(
         )
     ranks.say(f"certifying {', '.join(gateway.engine.models)} on {len(bodies)} of {len(questions)} test questions")
     served = serve(gateway, key, listening, lambda: _ask_all(address_of(listening), key, speakers, bodies))
-    engine = type(gateway.engine).__name__
     gateway.engine = None
     for speaker in speakers:
         speaker.__dict__.pop("model", None)
@@ -59,7 +58,13 @@ def certify(
     torch.cuda.empty_cache()
     models = {s.name: _compare(recipe, s, [q for q, _ in bodies], served[s.name]) for s in speakers}
     decoding = dataclasses.asdict(speakers[0].decoding)
-    found = {"engine": engine, "questions": len(bodies), "decoding": decoding, "models": models, "versions": versions()}
+    found = {
+        "engine": recipe.engine,
+        "questions": len(bodies),
+        "decoding": decoding,
+        "models": models,
+        "versions": versions(),
+    }
     write_whole(recipe.output_dir / FILE, json.dumps(found, indent=1))
     return found
 
