@@ -27,14 +27,18 @@ class Feedback(Strict):
 
     def row(self, recipe: Recipe, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """The row under the recipe's own keys: of the conversation, as training has it, the answer alone is trained, as edited
-        where it was."""
+        where it was; one that was bad, and not edited, is not trained."""
         before = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]
-        turns = [*before, {"role": "assistant", "content": self.edited or self.answer}]
+        answer: dict[str, Any] = {"role": "assistant", "content": self.edited or self.answer}
+        if self.rating == "down" and not self.edited:
+            answer["train"] = False
         names = {"role": recipe.role_key or "role", "content": recipe.content_key or "content"}
         row: dict[str, Any] = {recipe.category_column: None} if recipe.category_column else {}
         row |= {
             recipe.id_column or "id": f"feedback/{time.time_ns()}",
-            recipe.messages_column or "messages": [{names.get(k, k): v for k, v in turn.items()} for turn in turns],
+            recipe.messages_column or "messages": [
+                {names.get(k, k): v for k, v in turn.items()} for turn in [*before, answer]
+            ],
         }
         if self.edited:
             row["draft"] = self.answer

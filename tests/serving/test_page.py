@@ -260,13 +260,21 @@ def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on
         MARKUP, "up", "say it plainly", "adapter",
     )  # fmt: skip
     assert "draft" not in rated and (rated["rating"], rated["comment"]) == ("down", None)
-    keys = {"dataset_name": saved, "messages_column": "messages", "validation_fraction": 0, "test_fraction": 0}
+    keys = {
+        "dataset_name": saved,
+        "messages_column": "messages",
+        "max_empty_share": 0.5,
+        "validation_fraction": 0,
+        "test_fraction": 0,
+    }
     recipe = load_recipe([str(word) for key, value in keys.items() for word in (f"--{key}", value)], usage="")
-    first, second = splits.make_examples(recipe)[0]["train"]
-    assert [(m["role"], m["content"]) for m in first.prompt + first.completion] == [
+    examples, reports = splits.make_examples(recipe)
+    (example,) = examples["train"]
+    assert [(m["role"], m["content"]) for m in example.prompt + example.completion] == [
         ("user", PICTURE), ("assistant", "We show no pictures. 📦"),
     ]  # fmt: skip
-    assert [m["content"] for m in second.prompt] == [PICTURE, "We show no pictures. 📦", ORDER]
+    assert [m["content"] for m in rated["messages"]] == [PICTURE, "We show no pictures. 📦", ORDER, answers(page)[1]]
+    assert reports["train"].dropped == {"no trained turn": 1}  # the bad answer
 
 
 def test_nothing_and_an_empty_edit_are_not_sent(server, gateway, open_page):
