@@ -5,22 +5,16 @@ import itertools
 import json
 import re
 import shutil
-import socket
-import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import uvicorn
 from drawn import make_taught_adapter
 from playwright.sync_api import Page, expect, sync_playwright
+from served import listening, make_gateway
 
 from carelm.data import splits
-from carelm.evaluation.candidates import find_candidates
 from carelm.models.batcher import Batcher
-from carelm.recipe_file import load_recipe
-from carelm.serving.engine import BatcherEngine
-from carelm.serving.gateway import Gateway
-from carelm.talk.speaker import Speaker
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which shows the page")
@@ -31,39 +25,20 @@ ORDER = "Where is my order?"
 KEY = "a-key-of-the-tests"
 
 
-class Server:
-    """A gateway in a thread of this process, as serve/run.py runs it."""
-
-    def __init__(self, gateway: Gateway, key: str | None = None):
-        listening = socket.socket()
-        listening.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        config = uvicorn.Config(gateway.app(key), log_config=None, access_log=False, lifespan="off")
-        self.uvicorn = uvicorn.Server(config)
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.uvicorn.serve(sockets=[listening])), daemon=True)
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.uvicorn.should_exit = self.uvicorn.force_exit = True
-        self.thread.join()
-
-
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory):
     """Base and adapter, loaded once; the adapter has learnt to answer with HTML."""
-    folder = tmp_path_factory.mktemp("served") / "run"
-    recipe = make_taught_adapter(folder, PICTURE, MARKUP)
-    speakers = [Speaker(recipe, candidate) for candidate in find_candidates(recipe)]
-    gateway = Gateway(recipe, speakers, BatcherEngine(recipe, speakers))
+    gateway = make_gateway(
+        make_taught_adapter(tmp_path_factory.mktemp("served") / "run", PICTURE, MARKUP), "base", "adapter"
+    )
     yield gateway
     asyncio.run(gateway.engine.close())
 
 
 @pytest.fixture(scope="module")
-def server(gateway):
-    server = Server(gateway)
-    yield server
-    server.stop()
+def url(gateway):
+    with listening(gateway) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +111,8 @@ def when_text_comes(page: Page, action: str) -> None:
     )
 
 
-def test_an_answer_grows_while_it_is_written_and_is_read_out_when_it_is_whole(server, open_page):
-    page = open_page(server.url)
+def test_an_answer_grows_while_it_is_written_and_is_read_out_when_it_is_whole(url, open_page):
+    page = open_page(url)
     page.select_option("#model", "base")
     when_text_comes(page, "window.readOut = document.getElementById('finished').textContent")
     ask(page, ORDER)
@@ -149,8 +124,8 @@ def test_an_answer_grows_while_it_is_written_and_is_read_out_when_it_is_whole(se
     assert page.evaluate("readOut") == "" and page.inner_text("#finished").strip() == f"base: {text}"
 
 
-def test_stop_keeps_what_has_come_and_the_next_question_is_answered(server, open_page):
-    page = open_page(server.url)
+def test_stop_keeps_what_has_come_and_the_next_question_is_answered(url, open_page):
+    page = open_page(url)
     page.select_option("#model", "base")
     whole = api_answer(page, "base", ORDER)
     when_text_comes(page, "document.getElementById('stop').click()")
@@ -163,8 +138,8 @@ def test_stop_keeps_what_has_come_and_the_next_question_is_answered(server, open
     assert answers(page) == [part, api_answer(page, "base", ORDER, part, "And now?")]
 
 
-def test_escape_stops_too_and_a_new_chat_begins_with_nothing(server, open_page):
-    page = open_page(server.url)
+def test_escape_stops_too_and_a_new_chat_begins_with_nothing(url, open_page):
+    page = open_page(url)
     page.select_option("#model", "base")
     when_text_comes(page, """document.getElementById("question")
       .dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}))""")  # fmt: skip
@@ -177,7 +152,7 @@ def test_escape_stops_too_and_a_new_chat_begins_with_nothing(server, open_page):
     assert answers(page) == [api_answer(page, "base", ORDER)]
 
 
-def test_an_engine_that_breaks_in_mid_answer_leaves_the_part_that_came_and_another_try(server, open_page, monkeypatch):
+def test_an_engine_that_breaks_in_mid_answer_leaves_the_part_that_came_and_another_try(url, open_page, monkeypatch):
     step, left = Batcher.step, itertools.count(8, -1)
 
     def breaking_step(self):
@@ -185,7 +160,7 @@ def test_an_engine_that_breaks_in_mid_answer_leaves_the_part_that_came_and_anoth
             raise RuntimeError("out of memory, say")
         return step(self)
 
-    page = open_page(server.url)
+    page = open_page(url)
     page.select_option("#model", "base")
     whole = api_answer(page, "base", ORDER)
     monkeypatch.setattr(Batcher, "step", breaking_step)
@@ -199,8 +174,8 @@ def test_an_engine_that_breaks_in_mid_answer_leaves_the_part_that_came_and_anoth
     assert answers(page) == [whole] and page.locator(".note").is_hidden()
 
 
-def test_what_looks_like_html_is_text_whoever_wrote_it(server, open_page):
-    page = open_page(server.url)
+def test_what_looks_like_html_is_text_whoever_wrote_it(url, open_page):
+    page = open_page(url)
     ask(page, PICTURE)
     finish(page)
     assert answers(page) == [MARKUP]
@@ -215,8 +190,8 @@ def test_what_looks_like_html_is_text_whoever_wrote_it(server, open_page):
     assert page.locator("main img, main b, main script").count() == 0
 
 
-def test_two_models_answer_side_by_side_and_each_goes_on_with_what_it_said(server, open_page):
-    page = open_page(server.url, viewport={"width": 1280, "height": 800})
+def test_two_models_answer_side_by_side_and_each_goes_on_with_what_it_said(url, open_page):
+    page = open_page(url, viewport={"width": 1280, "height": 800})
     assert page.input_value("#model") == "adapter"
     assert page.locator("#other option:disabled").all_text_contents() == ["adapter"]
     page.select_option("#other", "base")
@@ -234,10 +209,10 @@ def test_two_models_answer_side_by_side_and_each_goes_on_with_what_it_said(serve
     ]
 
 
-def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on_with(server, gateway, open_page):
+def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on_with(url, gateway, open_page):
     saved = Path(gateway.recipe.output_dir) / "feedback.jsonl"
     saved.unlink(missing_ok=True)
-    page = open_page(server.url)
+    page = open_page(url)
     ask(page, PICTURE)
     finish(page)
     page.click(".edit")
@@ -260,14 +235,9 @@ def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on
         MARKUP, "up", "say it plainly", "adapter",
     )  # fmt: skip
     assert "draft" not in rated and (rated["rating"], rated["comment"]) == ("down", None)
-    keys = {
-        "dataset_name": saved,
-        "messages_column": "messages",
-        "max_empty_share": 0.5,
-        "validation_fraction": 0,
-        "test_fraction": 0,
-    }
-    recipe = load_recipe([str(word) for key, value in keys.items() for word in (f"--{key}", value)], usage="")
+    recipe = replace(
+        gateway.recipe, dataset_name=str(saved), max_empty_share=0.5, validation_fraction=0, test_fraction=0
+    )
     examples, reports = splits.make_examples(recipe)
     (example,) = examples["train"]
     assert [(m["role"], m["content"]) for m in example.prompt + example.completion] == [
@@ -277,8 +247,8 @@ def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on
     assert reports["train"].dropped == {"no trained turn": 1}  # the bad answer
 
 
-def test_nothing_and_an_empty_edit_are_not_sent(server, gateway, open_page):
-    page = open_page(server.url)
+def test_nothing_and_an_empty_edit_are_not_sent(url, gateway, open_page):
+    page = open_page(url)
     ask(page, PICTURE)
     finish(page)
     page.click(".edit")
@@ -291,8 +261,8 @@ def test_nothing_and_an_empty_edit_are_not_sent(server, gateway, open_page):
     assert page.locator(".feedback").is_hidden() and answers(page) == [MARKUP]
 
 
-def test_feedback_that_cannot_be_written_says_so_and_can_be_sent_again(server, gateway, open_page, monkeypatch):
-    page = open_page(server.url)
+def test_feedback_that_cannot_be_written_says_so_and_can_be_sent_again(url, gateway, open_page, monkeypatch):
+    page = open_page(url)
     ask(page, PICTURE)
     finish(page)
     page.click(".up")
@@ -305,16 +275,15 @@ def test_feedback_that_cannot_be_written_says_so_and_can_be_sent_again(server, g
 
 
 def test_a_server_that_is_gone_is_said_and_found_again(gateway, open_page):
-    server = Server(gateway)
-    page = open_page(server.url)
-    server.stop()
+    with listening(gateway) as port:
+        page = open_page(f"http://127.0.0.1:{port}")
     ask(page, PICTURE)
     expect(page.locator(".note")).to_contain_text("The server cannot be reached.")
     assert page.locator(".retry").is_enabled() and answers(page) == [""]
 
 
-def test_a_busy_server_is_asked_again_only_when_the_user_says_so(server, gateway, open_page, monkeypatch):
-    page = open_page(server.url)
+def test_a_busy_server_is_asked_again_only_when_the_user_says_so(url, gateway, open_page, monkeypatch):
+    page = open_page(url)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     monkeypatch.setattr(gateway, "in_flight", gateway.recipe.max_queue)
@@ -330,28 +299,27 @@ def test_a_busy_server_is_asked_again_only_when_the_user_says_so(server, gateway
 
 
 def test_the_key_is_asked_for_once_and_kept_for_this_tab(gateway, open_page):
-    server = Server(gateway, KEY)
-    page = open_page(server.url, wait=False)
-    for key, words in (("wrong", "asks for its key"), (KEY, "does not accept that key")):
-        expect(page.locator("#keywords")).to_contain_text(words)
-        page.fill("#key", key)
-        page.press("#key", "Enter")
-    expect(page.locator("#send")).to_be_enabled()
-    page.reload()
-    page.select_option("#other", "base")
-    ask(page, PICTURE)
-    finish(page)
-    assert answers(page)[0] == MARKUP and page.locator("#keydialog").is_hidden()
-    assert page.evaluate("Object.keys(localStorage).length") == 0
-    page.evaluate("sessionStorage.clear()")
-    ask(page, PICTURE)
-    page.click("#keydialog button[value='']")
-    expect(page.locator(".note").last).to_contain_text("only with its key")
-    server.stop()
+    with listening(gateway, KEY) as port:
+        page = open_page(f"http://127.0.0.1:{port}", wait=False)
+        for key, words in (("wrong", "asks for its key"), (KEY, "does not accept that key")):
+            expect(page.locator("#keywords")).to_contain_text(words)
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        expect(page.locator("#send")).to_be_enabled()
+        page.reload()
+        page.select_option("#other", "base")
+        ask(page, PICTURE)
+        finish(page)
+        assert answers(page)[0] == MARKUP and page.locator("#keydialog").is_hidden()
+        assert page.evaluate("Object.keys(localStorage).length") == 0
+        page.evaluate("sessionStorage.clear()")
+        ask(page, PICTURE)
+        page.click("#keydialog button[value='']")
+        expect(page.locator(".note").last).to_contain_text("only with its key")
 
 
-def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(server, open_page):
-    page = open_page(server.url)
+def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(url, open_page):
+    page = open_page(url)
     page.fill("#question", "とうきょう")
     for how in ({"isComposing": True}, {"keyCode": 229}):
         page.evaluate("""how => document.getElementById("question").dispatchEvent(
@@ -360,8 +328,8 @@ def test_enter_that_ends_a_word_of_an_input_method_sends_nothing(server, open_pa
     assert page.input_value("#question") == "とうきょう\n" and answers(page) == []
 
 
-def test_the_keyboard_alone_is_enough_and_where_it_is_can_be_seen(server, open_page):
-    page = open_page(server.url)
+def test_the_keyboard_alone_is_enough_and_where_it_is_can_be_seen(url, open_page):
+    page = open_page(url)
     focus = lambda: page.evaluate("""() => {
       const style = getComputedStyle(document.activeElement);
       const name = document.activeElement.id || document.activeElement.className.split(" ")[0];
@@ -392,8 +360,8 @@ def test_the_keyboard_alone_is_enough_and_where_it_is_can_be_seen(server, open_p
 
 
 @pytest.mark.parametrize("width", [390, 320])
-def test_a_phone_never_scrolls_sideways(server, open_page, width):
-    page = open_page(server.url, viewport={"width": width, "height": 844})
+def test_a_phone_never_scrolls_sideways(url, open_page, width):
+    page = open_page(url, viewport={"width": width, "height": 844})
     page.select_option("#other", "base")
     ask(page, "W" * 300)
     finish(page)
@@ -406,8 +374,8 @@ def test_a_phone_never_scrolls_sideways(server, open_page, width):
         assert place["x"] >= 0 and place["x"] + place["width"] <= width
 
 
-def test_the_log_follows_the_answer_only_while_the_reader_is_at_its_end(server, open_page):
-    page = open_page(server.url, viewport={"width": 390, "height": 500})
+def test_the_log_follows_the_answer_only_while_the_reader_is_at_its_end(url, open_page):
+    page = open_page(url, viewport={"width": 390, "height": 500})
     page.select_option("#model", "base")
     at_end = """() => {
       const log = document.getElementById("log");
@@ -423,8 +391,8 @@ def test_the_log_follows_the_answer_only_while_the_reader_is_at_its_end(server, 
     assert page.evaluate("document.getElementById('log').scrollTop") == 0
 
 
-def test_what_the_window_cannot_hold_is_said(server, open_page):
-    page = open_page(server.url)
+def test_what_the_window_cannot_hold_is_said(url, open_page):
+    page = open_page(url)
     for question, note in (
         (PICTURE, ""),
         ("Where is it? " * 70, "the oldest messages are left out"),
@@ -435,8 +403,8 @@ def test_what_the_window_cannot_hold_is_said(server, open_page):
         expect(page.locator(".note").last).to_contain_text(note)
 
 
-def test_events_are_the_same_however_the_bytes_are_cut(server, open_page):
-    page = open_page(server.url)
+def test_events_are_the_same_however_the_bytes_are_cut(url, open_page):
+    page = open_page(url)
     found = page.evaluate(
         """async text => {
           const { events } = await import("/page.js");
@@ -466,8 +434,8 @@ def luminance(color: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_edges_have_the_contrast_of_wcag_aa(server, open_page, scheme):
-    page = open_page(server.url, color_scheme=scheme)
+def test_text_and_edges_have_the_contrast_of_wcag_aa(url, open_page, scheme):
+    page = open_page(url, color_scheme=scheme)
     names = ("ink", "soft", "edge", "paper", "page", "mark", "on-mark", "tint", "bad", "line")
     colors = page.evaluate(
         """names => {
@@ -488,8 +456,8 @@ def test_text_and_edges_have_the_contrast_of_wcag_aa(server, open_page, scheme):
         assert (light + 0.05) / (dark + 0.05) >= least, (scheme, text, under)
 
 
-def test_labels_name_everything_that_can_be_used(server, open_page):
-    page = open_page(server.url)
+def test_labels_name_everything_that_can_be_used(url, open_page):
+    page = open_page(url)
     ask(page, PICTURE)
     finish(page)
     page.click(".edit")
