@@ -1,7 +1,7 @@
 """A Modelfile for Ollama: a folder's weights, its chat template in Go's language, and how answers are drawn.
 
-Names are those of Ollama's Modelfile reference (docs.ollama.com/modelfile), what its converter knows is read from its
-convert/convert.go and convert/tokenizer.go.
+Names are those of Ollama's Modelfile reference (docs.ollama.com/modelfile). What its converter knows is read from its
+convert/convert.go and convert/tokenizer.go of early 2026: a newer one may know more.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def why_not_imported(folder: Path) -> str | None:
     """Why `ollama create` would not read these files as they are meant, or None where nothing is known against it."""
     architecture = (read_json(folder / "config.json").get("architectures") or ["none"])[0]
     if architecture not in CONVERTED:
-        return f"its converter does not know {architecture}"
+        return f"{architecture} is none of those that its converter is known to take"
     if (folder / "tokenizer.model").exists():
         return None
     tokenizer = read_json(folder / "tokenizer.json")

@@ -210,7 +210,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(export, tmp_path
     ("architecture", "steps", "reason"),
     [
         ("LlamaForCausalLM", [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}], None),
-        ("Qwen3ForCausalLM", [{"type": "ByteLevel"}], "does not know Qwen3ForCausalLM"),
+        ("Qwen3ForCausalLM", [{"type": "ByteLevel"}], "Qwen3ForCausalLM is none"),
         ("LlamaForCausalLM", [{"type": "Metaspace"}], "tokenizer.model"),
         ("LlamaForCausalLM", [{"type": "Digits"}, {"type": "ByteLevel"}], "parts text into words"),
         (
