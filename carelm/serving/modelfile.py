@@ -1,7 +1,7 @@
 """A Modelfile for Ollama: a folder's weights, its chat template in Go's language, and how answers are drawn.
 
 Names are those of Ollama's Modelfile reference (docs.ollama.com/modelfile). What its converter knows is read from its
-convert/convert.go and convert/tokenizer.go of early 2026: a newer one may know more.
+convert/convert.go and convert/tokenizer.go: a newer one may know more.
 """
 
 import hashlib
