@@ -109,6 +109,8 @@ def main() -> None:
             of_set["cautions"][:0] = of_set["data_cautions"]
         found = of_sets.pop("") | {"tests": of_sets}
         found["ratings"] = ratings.count(rated, found["models"], own.questions, lines[""])
+        for name, served in candidates.as_served(recipe, models).items():
+            found["models"][name]["served"] = served
         found |= {"conditions": answers.conditions(recipe)}
         found = report.write(folder, recipe, found, own.questions, lines[""])
         print(json.dumps(report.summary(folder, found)), flush=True)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from carelm.models.precision import Precision
 
 HELD = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}, "bf16": {}, "fp16": {}, "fp32": {}}
+CERTIFIED = "serving_certificate.json"  # in the run's folder: how serve/run.py --certify has found its answers
 QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 
@@ -260,6 +261,16 @@ def find_candidates(recipe: Recipe) -> list[Candidate | ApiModel]:
         if [c.name for c in found].count(candidate.name) > 1:
             raise UserError(f"models: two are called '{candidate.name}'; rename one of the folders, or name it once")
     return found
+
+
+def as_served(recipe: Recipe, candidates: list[Candidate | ApiModel]) -> dict[str, str]:
+    """What the run's certificate says of these models, in short; of one with other weights than it was made with, nothing."""
+    told = read_json(recipe.output_dir / CERTIFIED).get("models", {})
+    return {
+        c.name: told[c.name]["in_short"]
+        for c in candidates
+        if isinstance(c, Candidate) and c.name in told and told[c.name]["fingerprint"] == c.fingerprint()
+    }
 
 
 def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:

@@ -241,6 +241,7 @@ class Shown:
             ("prompts that did not fit", [", ".join(f"{m['prompt_tokens'][how]} {how}" for how in UNFIT if
                                                     how in m["prompt_tokens"]) or "0" for m in models]),
             ("merge: mean KL to its adapter, nats (allowed)", [_distance(m) for m in models]),
+            ("answers served as evaluated", [m.get("served", "-") for m in models]),
             ("empty answers (count as 0)", [str(m["empty_predictions"]) for m in models]),
             ("answers cut at max_new_tokens", [str(m["cut_predictions"]) for m in models]),
         ]  # fmt: skip

@@ -8,7 +8,6 @@ import socket
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from carelm.chat.question import as_trained, asked_columns, compose, parse
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill
 from carelm.errors import UserError
+from carelm.evaluation.candidates import CERTIFIED
 from carelm.evaluation.questions import Question, make_questions
 from carelm.files import write_whole
 from carelm.models.generation import generate_all
@@ -28,7 +28,6 @@ from carelm.serving.gateway import Gateway
 from carelm.serving.server import address_of, serve
 from carelm.talk.speaker import Speaker
 
-FILE = "serving_certificate.json"
 AT_ONCE = 8  # requests, so that answers are made beside others, as they are served
 
 
@@ -65,7 +64,7 @@ def certify(
         "models": models,
         "versions": versions(),
     }
-    write_whole(recipe.output_dir / FILE, json.dumps(found, indent=1))
+    write_whole(recipe.output_dir / CERTIFIED, json.dumps(found, indent=1))
     return found
 
 
@@ -163,6 +162,8 @@ def _compare(
             at = at if at >= 0 else min(len(served), len(evaluated))
             first = {"question": question.id, "token": at, "served": served[at:][:1], "evaluated": evaluated[at:][:1]}
     return {
+        "in_short": f"{equal_answers} of {len(questions)} ({recipe.engine})",
+        "fingerprint": speaker.candidate.fingerprint(),
         "precision": speaker.candidate.precision().name,
         "equal_prompts": equal_prompts,
         "equal_answers": equal_answers,
@@ -186,8 +187,3 @@ def sentences(found: dict[str, Any]) -> list[str]:
             sentence += f"; the first other token is number {first['token'] + 1} of question {first['question']}"
         said.append(sentence)
     return said
-
-
-def read(folder: Path) -> list[str]:
-    """What the certificate in a run's folder says; nothing without one."""
-    return sentences(json.loads((folder / FILE).read_text())) if (folder / FILE).exists() else []
