@@ -156,7 +156,7 @@ class BatcherEngine:
     """
 
     def __init__(self, recipe: Recipe, speakers: list[Speaker]):
-        # Each thread that computes has a pool of its own in OpenMP, and where the pools together have more threads than there are
+        # Each thread that computes has a pool of its own in OpenMP. Where the pools together have more threads than there are
         # cores, theirs sleep between two operations: with a second pool the demo gave a third of the tokens on two cores.
         self._threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -195,6 +195,7 @@ class BatcherEngine:
         """Ends the thread; what is not over ends with an error."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
+        torch.set_num_threads(self._threads)
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
