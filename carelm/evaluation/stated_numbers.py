@@ -51,8 +51,8 @@ def unfounded(answer: str, given: Sequence[str]) -> list[str]:
         has_dates |= DATE.search(text) is not None
         text = DATE.sub(r"\1; \3; \4", text)
         values.update(_values(text))
-        runs += [_digits(match[0]) for match in RUN.finditer(text)] + _values(text)
-    text, found = _without_bullets(_plain(answer)), dict[str, None]()
+        runs += [_digits(match[0]) for pattern in (RUN, NUMBER) for match in pattern.finditer(text)]
+    text, found = _without_bullets(_plain(answer, LINE)), dict[str, None]()
     for match in [*DATE.finditer(text)]:
         unknown = {str(int(match[k])) for k in (1, 3, 4)} - values
         is_month = len(unknown) == 1 and int(*unknown) <= 12 and not has_dates  # "March 5, 2024" names it
@@ -60,17 +60,22 @@ def unfounded(answer: str, given: Sequence[str]) -> list[str]:
             found[match[0]] = None
         text = _blank(text, match)
     for match in [*RUN.finditer(text)]:
-        if len(digits := _digits(match[0])) >= (AFTER_ZERO if match[0][0] in "0+(" else PHONE_DIGITS):
-            if not any(digits in run for run in runs) and not values.issuperset(_values(match[0])):
+        if len(digits := _digits(match[0])) < AFTER_ZERO:
+            continue
+        is_given = any(digits in run for run in runs)
+        if is_given or match[0][0] in "0+(" or len(digits) >= PHONE_DIGITS:
+            if not is_given and not values.issuperset(_values(match[0])):
                 found[match[0]] = None
             text = _blank(text, match)
     return [*found, *dict.fromkeys(m[0] for m in NUMBER.finditer(text) if _value(m[0]) not in values)]
 
 
-def _plain(text: str) -> str:
-    """The text with ASCII digits, and without what states nothing."""
+def _plain(text: str, *more: regex.Pattern) -> str:
+    """The text with ASCII digits, and without what states nothing; `more` of it may be taken out."""
     text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in unicodedata.normalize("NFC", text))
-    return regex.sub(r"(?<=\d):00\b", "", LINE.sub(" ", NO_NUMBER.sub(" ", text)))
+    for pattern in (NO_NUMBER, *more):
+        text = pattern.sub(" ", text)
+    return regex.sub(r"(?<=\d):00\b", "", text)
 
 
 def _without_bullets(text: str) -> str:
@@ -100,4 +105,5 @@ def _value(number: str) -> str:
     parts, marks = regex.split(r"\D", number), {*regex.findall(r"\D", number)}
     is_grouped = len(marks) == 1 and parts[0] != "0" and all(len(part) == 3 for part in parts[1:])
     whole, decimals = ("".join(parts), "") if is_grouped or not marks else ("".join(parts[:-1]), parts[-1].rstrip("0"))
-    return f"{int(whole)}.{decimals}" if decimals else str(int(whole))
+    whole = whole.lstrip("0") or "0"  # no int(): Python reads no more than 4,300 digits
+    return f"{whole}.{decimals}" if decimals else whole

@@ -168,14 +168,17 @@ def _what_would_tell(results: dict[str, Any], pair: dict[str, Any]) -> list[str]
     needed = questions_needed(score, asked)
     if needed is not None and needed <= asked:  # too few resamples hide it, which a caution says
         return []
-    if needed is None:
+    to_ask_more = f" To ask more, {more}." if more else ""
+    if needed is not None:
         return [
-            f"No reasonable number of questions would settle it: even {TIMES_MORE} times as many might not show so small a "
-            "difference. Take the two as alike."
+            f"About {_rounded(needed)} questions would settle it, if the difference is as large as it looks here; {asked} were "
+            f"asked.{to_ask_more}"
         ]
+    if score["low"] == score["high"]:  # no question tells them apart, which the headline says
+        return []
     return [
-        f"About {_rounded(needed)} questions would settle it, if the difference is as large as it looks here; {asked} were "
-        f"asked{f'. To ask more, {more}' if more else ''}."
+        f"{TIMES_MORE} times as many questions might not show a difference as small as it looks here. That does not make the "
+        f"two alike: how large it may be is said above, and four times as many questions would halve that range.{to_ask_more}"
     ]
 
 
@@ -358,9 +361,10 @@ def _what_would_tell_runs(results: dict[str, Any], best: str, others: list[str])
             f"Questions that would settle it, if the differences are as large as they look here: about {each} ({asked} were "
             f"asked).{f' To ask more, {more}.' if more else ''}"
         )
-    if alike := [name for name, number in needed.items() if not number]:
+    if small := [name for name, number in needed.items() if not number]:
         said.append(
-            f"Take {_listed(alike)} as alike to {best}: no reasonable number of questions would tell them apart."
+            f"The difference to {_listed(small)} looks so small that {TIMES_MORE} times as many questions might not show it. "
+            "How large it may be all the same, its interval says; four times as many questions halve that."
         )
     return said
 

@@ -250,13 +250,22 @@ def test_what_a_test_set_cannot_tell_has_the_number_of_questions_that_would_and_
     assert needed <= number < needed + 10 and said in page
     results_of = found | {"test": found["test"] | {"more_questions": "set max_eval_samples higher"}}
     assert "; 20 were asked. To ask more, set max_eval_samples higher." in verdicts.headline(results_of)["besides"][0]
-    alike, *_ = evaluate(tmp_path, {"base": [RIGHT, WRONG] * 10, "adapter": [WRONG, RIGHT] * 10})
-    assert alike["besides"] == [
-        "No reasonable number of questions would settle it: even 20 times as many might not show so small a difference. Take "
-        "the two as alike."
-    ]
     few, *_ = evaluate(tmp_path, {"base": [WRONG] * 9, "adapter": [RIGHT] * 9})
     assert few["besides"] == ["Ask at least 10 conversations, better 100."]
+
+
+def test_a_difference_that_is_not_seen_is_not_called_none_however_wide_its_interval_is(tmp_path):
+    found, *_ = evaluate(tmp_path, {"base": [RIGHT, WRONG] * 10, "adapter": [WRONG, RIGHT] * 10})
+    assert "the difference may lie anywhere from -0." in found["headline"]
+    score = found["pairs"][0]["scores"]["rougeL"]
+    assert score["high"] - score["low"] > 0.5
+    [said] = found["besides"]
+    assert said.startswith(
+        "20 times as many questions might not show a difference as small as it looks here. That does not"
+    )
+    assert "four times as many questions would halve that range" in said
+    equal, *_ = evaluate(tmp_path, {"base": [WRONG] * 20, "adapter": ["They buy mugs"] * 20})
+    assert equal["besides"] == []  # "as close in all 20 questions" is all there is to say
 
 
 def test_numbers_that_nobody_gave_an_answer_stand_beside_the_verdict(tmp_path):

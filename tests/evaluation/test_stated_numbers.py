@@ -10,7 +10,8 @@ from carelm.evaluation.stated_numbers import count, unfounded
     ("It costs 1,299.00 euros", "1299"), ("Es kostet 1.299,00 Euro", "1,299"), ("29.5", "29.50"), ("12,50", "12.5 euros"),
     ("Call +1-800-555-0199", "Call 18005550199"), ("Call 0555 0142", "(0555) 0142"), ("on 05.03.2024", "March 5, 2024"),
     ("2024-03-05", "5/3/2024"), ("open from 9:00", "open from 9"), ("order HP19606", "HP-19606"), ("7 days", "07 days"),
-    ("३ दिन", "3 दिन"), ("2-4 days", "4 days, or 2"), ("10 000 Ft", "10000"),
+    ("३ दिन", "3 दिन"), ("2-4 days", "4 days, or 2"), ("10 000 Ft", "10000"), ("14 days", "14"),
+    ("It is $45", "It costs\n$45."), ("Call 0800 123 4567", "08001234567"), ("ID 12-345-678", "12345678"),
 ])  # fmt: skip
 def test_numbers_are_compared_by_what_they_are_worth(answer, given):
     assert unfounded(answer, [given]) == []
@@ -33,6 +34,10 @@ def test_what_counts_steps_or_stands_in_for_text_states_nothing(answer):
 ])  # fmt: skip
 def test_other_numbers_are_found_as_they_are_written(answer, found):
     assert unfounded(answer, ["29.50 euros, order HP-19606", "call 0800 555 0142, on 5.3.2024"]) == found
+
+
+def test_digits_without_an_end_are_a_number_too():
+    assert unfounded("1" * 5000, ["2" * 5000]) == ["1" * 5000] and unfounded("1" * 5000, ["01" + "1" * 4999]) == []
 
 
 def test_the_whole_prompt_and_every_reference_count_as_given():
