@@ -159,6 +159,8 @@ def _check_one_message_a_row(recipe: Recipe) -> None:
             "text_column: set conversation_column, the column that is the same in all messages of a conversation, or "
             "reply_to_column"
         )
+    if recipe.date_order and not recipe.order_column:
+        raise UserError("date_order: set order_column too, the column with the dates")
     if recipe.reply_to_column and not recipe.id_column:
         raise UserError("reply_to_column: set id_column, the column with the message's own id that replies name")
 

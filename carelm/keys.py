@@ -152,9 +152,9 @@ ALTERNATIVES = (
     (
         ("prompt_template", "completion_template"),
         ("messages_column",),
-        ("text_column", "role_column", "conversation_column", "order_column", "reply_to_column"),
+        ("text_column", "role_column", "conversation_column", "order_column", "date_order", "reply_to_column"),
     ),
-    (("order_column",), ("reply_to_column",)),
+    (("order_column", "date_order"), ("reply_to_column",)),
     (("load_in_4bit",), ("load_in_8bit",)),
     (("keep_test_questions",), ("drop_near_duplicates",)),
 )

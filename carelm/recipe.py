@@ -124,6 +124,12 @@ class Recipe:
     order_column: str | None = _key(
         None, "Column with the number or date that orders a conversation's messages (default: as they stand)."
     )
+    date_order: str | None = _key(
+        None,
+        "What stands first in dates of order_column such as 03/04/2026 (default: what its other dates show; dots have the day "
+        "first).",
+        ("day_first", "month_first"),
+    )
     reply_to_column: str | None = _key(
         None, "Column with the id (id_column) of the message that this one replies to, instead of order_column."
     )

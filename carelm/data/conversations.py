@@ -1,27 +1,17 @@
 """Rows that hold one message each (ticket exports, threads of replies) -> rows that hold a conversation."""
 
-import calendar
 import dataclasses
-import datetime
-import email.utils
-import math
 import re
 from collections import Counter, defaultdict
 from typing import Any
 
 from carelm.data.messages import to_turns
+from carelm.data.order import backwards, places
 from carelm.data.readers import Rows, series
 from carelm.data.report import SplitReport, list_counts, shortened
-from carelm.data.values import cell_text, is_empty, is_missing
+from carelm.data.values import cell_text, is_empty
 from carelm.errors import UserError
 from carelm.recipe import Recipe
-
-_MERIDIEM = re.compile(
-    r"\b(?P<hour>0?[1-9]|1[0-2])(?P<minutes>:\d\d(?::\d\d)?)\s*(?P<half>[aApP])\.?[mM]\b\.?"
-)  # 1:30 PM
-
-_IN_DATES = {*"utc gmt".split(), *(name.lower() for names in (
-    calendar.month_name, calendar.month_abbr, calendar.day_name, calendar.day_abbr) for name in names)}  # fmt: skip
 
 
 def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
@@ -63,11 +53,26 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
     report.notes.append(
         f"{len(rows)} messages are {len(conversations)} conversations" + (f"; {list_counts(found)}" if found else "")
     )
-    report.notes.append(
-        "; ".join(f"{shortened(list(names))} counts as {role}" for role, names in sorted(roles.items()))
-    )
+    counted = [
+        f"{shortened(list(names))} count{'s' * (len(names) == 1)} as {role}" for role, names in sorted(roles.items())
+    ]
+    report.notes.append("; ".join(counted))
+    if not recipe.order_column and not recipe.reply_to_column:
+        report.notes.append(_order_of_file(recipe, rows, paths, [row[recipe.text_column] for _, row in conversations]))
     report.rows = len(conversations)
     return conversations
+
+
+def _order_of_file(recipe: Recipe, rows: Rows, groups: list[list[int]], conversations: list[list[dict]]) -> str:
+    """That the file's order counts, and what speaks against it: help desks often export the newest message first."""
+    said = "order_column is not set: the messages of a conversation are taken in the order of the file"
+    if column := backwards(recipe, rows, groups):
+        return f"{said}, and column '{column}' runs backwards in it: set order_column: {column}"
+    spoken = [[turn["role"] for turn in turns if turn["role"] in ("user", "assistant")] for turns in conversations]
+    both = [roles for roles in spoken if len({*roles}) == 2]
+    if 2 * (number := sum(roles[0] == "assistant" for roles in both)) > len(both):
+        return f"{said}, and {number} of {len(both)} begin with the assistant: is the newest message first?"
+    return said
 
 
 def _join_sides(turns: list[dict], counts: Counter[str]) -> list[dict]:
@@ -100,84 +105,21 @@ def _groups(recipe: Recipe, rows: Rows, turns: list[dict], counts: Counter[str])
     counts["conversations of one name in several files, kept apart"] = sum(n for n in times.values() if n > 1)
     if not recipe.order_column:
         return list(groups.values())
-    places = _places(recipe.order_column, rows)
+    place = places(recipe, rows)
+    steps = [place[i] - place[k] for group in groups.values() for i, k in zip(group, group[1:])]
+    falls = sum(step > 0 for step in steps) > sum(step < 0 for step in steps)  # newest first, also those of one minute
     ordered = []
     for group in groups.values():
-        first = {(places[i], repr(turns[i])): i for i in reversed(group)}
+        first = {(place[i], repr(turns[i])): i for i in reversed(group)}
         counts["messages that are there twice, left out"] += len(group) - len(first)
-        ordered.append(sorted(first.values(), key=lambda i: (places[i], i)))
-    firsts = Counter(places[group[0]] for group in ordered)
-    starts = [place for place in (0, 1) if 2 * firsts[place] > len(ordered)]
+        ordered.append(sorted(first.values(), key=lambda i: (place[i], -i if falls else i)))
+    firsts = Counter(place[group[0]] for group in ordered)
+    starts = [start for start in (0, 1) if 2 * firsts[start] > len(ordered)]
     if starts:  # the column numbers each conversation's messages, so that a number may be missing
         counts["conversations where a number of the order is missing or twice"] = sum(
-            [places[i] for i in group] != [starts[0] + n for n in range(len(group))] for group in ordered
+            [place[i] for i in group] != [starts[0] + n for n in range(len(group))] for group in ordered
         )
     return ordered
-
-
-def _places(column: str, rows: Rows) -> list[float]:
-    """The column as numbers to sort by: numbers as they are, dates as seconds since 1970 (UTC where they name no zone)."""
-    places, kinds = [], {}
-    for source, row in rows:
-        value = row.get(column)
-        place = _number(value)
-        kind = "numbers" if place is not None else "dates"
-        place = _seconds(value) if place is None else place
-        if place is None:
-            what = (
-                "is empty"
-                if is_empty(value)
-                else f"holds {value!r:.60}, neither a number nor a date (2024-05-01 12:30)"
-            )
-            raise UserError(
-                f"order_column: {source}: column '{column}' {what}; sort the rows and leave order_column out"
-            )
-        places.append(place)
-        kinds.setdefault(kind, source)
-    if len(kinds) > 1:
-        raise UserError(
-            f"order_column: column '{column}' holds a number in {kinds['numbers']} and a date in {kinds['dates']}"
-        )
-    return places
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = math.nan if isinstance(value, (bool, datetime.date)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _seconds(value: Any) -> float | None:
-    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
-        value = datetime.datetime(value.year, value.month, value.day)
-    if isinstance(value, str):
-        value = re.sub(r"\bUTC$", "+00:00", _MERIDIEM.sub(_hours_of_a_day, value.strip()))
-    for read in (
-        datetime.datetime.fromisoformat,
-        _read_email_date,
-        lambda text: datetime.datetime.strptime(text, "%a %b %d %H:%M:%S %z %Y"),  # Twitter's
-    ):
-        try:
-            value = read(value) if isinstance(value, str) else value
-        except (ValueError, TypeError, IndexError, OverflowError):
-            continue
-    if not isinstance(value, datetime.datetime) or is_missing(value):
-        return None
-    return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
-
-
-def _hours_of_a_day(match: re.Match) -> str:
-    return f"{int(match['hour']) % 12 + 12 * (match['half'] in 'pP'):02}{match['minutes']}"
-
-
-def _read_email_date(text: str) -> datetime.datetime:
-    """As mails write it; a zone that is known by its name alone (CEST) is refused and not taken for UTC."""
-    found = email.utils.parsedate_to_datetime(re.sub(r"\b(GMT|UTC)(?=[+-]\d{4}\b)", "", text))
-    if found.tzinfo is None and {*re.findall(r"[^\W\d]{2,}", text.lower())} - _IN_DATES:
-        raise ValueError(f"{text!r} names a zone that is not known")
-    return found
 
 
 def _threads(recipe: Recipe, rows: Rows, counts: Counter[str]) -> list[list[int]]:

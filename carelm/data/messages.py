@@ -1,8 +1,13 @@
 """A row's list of messages -> turns with the roles and keys that chat templates know."""
 
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from carelm.data.example import NoAnswer
+from carelm.data.report import shortened
 from carelm.data.tools import parse_json, to_rows, to_tool_calls
 from carelm.data.values import as_text, as_word, is_empty, is_missing
 from carelm.errors import UserError
@@ -12,6 +17,7 @@ ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "utterance", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_KEYS = ("weight", "train", "loss")  # of OpenAI, Axolotl and ms-swift: 0 or false is a turn without loss
+MOST_ROLES = 12  # that are named in one line
 TEXT_PARTS = ("text", "input_text", "output_text")
 ROLES = {
     **dict.fromkeys(("user", "human", "customer", "client", "patient", "prompter"), "user"),
@@ -20,6 +26,52 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),  # ShareGPT's: an assistant's turn that is the call as JSON
 }
+
+
+class UnknownRole(UserError):
+    """A role that means nobody known, `name`; `unknown_roles` says all that rows hold in one line."""
+
+    def __init__(self, source: str, name: str):
+        super().__init__(f"{source}: a message has the role {name!r}; put it in user_roles or assistant_roles")
+        self.name = name
+
+
+def unknown_roles(recipe: Recipe, rows: Iterable[tuple[str, dict[str, Any]]]) -> UserError:
+    """The error that names every role of these rows that is not known, with its messages, and what to write into the recipe."""
+    counts, sides, first = Counter[str](), set[str](), ()
+    for source, row in rows:
+        for value in _roles(recipe, source, row):
+            try:
+                sides.add(role_of(recipe, source, value))
+            except UnknownRole as error:
+                counts[error.name] += 1
+                first = first or (source, error.name)
+    told = shortened([f"{name!r} ({number})" for name, number in counts.most_common()], MOST_ROLES)
+    names = f"[{', '.join(json.dumps(name, ensure_ascii=False) for name, _ in counts.most_common())}]"
+    missing = {"user", "assistant"} - sides
+    if len(counts) > MOST_ROLES:
+        way = "set role_column or role_key to what holds the side and not the name, or list them in the recipe"
+    elif len(missing) == 1:
+        way = f"add {missing.pop()}_roles: {names} to the recipe"
+    else:
+        way = f"add assistant_roles: {names} to the recipe, and move those who ask into a user_roles of the same form"
+    where, name = first
+    return UserError(f"{where}: a message has the role {name!r}; not known, with their messages, are {told}: {way}")
+
+
+def _roles(recipe: Recipe, source: str, row: dict[str, Any]) -> list[Any]:
+    """The values of the roles of a row that is a message or holds them; none of what has another shape, which is said later."""
+    if recipe.text_column:
+        values = [row.get(recipe.role_column)]
+    else:
+        keys = (recipe.role_key,) if recipe.role_key else ROLE_KEYS
+        messages = row.get(recipe.messages_column)
+        with contextlib.suppress(UserError):
+            messages = parse_json(messages, source) if isinstance(messages, str) and messages.strip() else messages
+        messages = to_rows(messages)
+        found = [m for m in messages if isinstance(m, dict)] if isinstance(messages, (list, tuple)) else []
+        values = [next((m[key] for key in keys if not is_empty(m.get(key))), None) for m in found]
+    return [value for value in values if isinstance(value, (str, int, float)) and not is_empty(value)]
 
 
 def to_turns(recipe: Recipe, source: str, messages: Any) -> tuple[list[dict], set[str]]:
@@ -87,7 +139,7 @@ def role_of(recipe: Recipe, source: str, value: Any) -> str:
     if name in map(as_word, recipe.assistant_roles):
         return "assistant"
     if name.lower() not in ROLES:
-        raise UserError(f"{source}: a message has the role {name!r}; put it in user_roles or assistant_roles")
+        raise UnknownRole(source, name)
     return ROLES[name.lower()]
 
 

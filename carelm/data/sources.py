@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 from http.client import HTTPException
+from itertools import chain
 from pathlib import Path
 from ssl import SSLError
 from typing import Any
@@ -16,6 +17,8 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from carelm.data.conversations import join_messages
+from carelm.data.messages import UnknownRole, unknown_roles
+from carelm.data.order import with_date_order
 from carelm.data.readers import Rows, data_suffix, read_file
 from carelm.data.report import SplitReport, shortened
 from carelm.data.split_files import find_files
@@ -179,6 +182,9 @@ def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]
         if split not in splits and name != split:
             there = shortened([file for report in reports.values() for file in report.files])
             raise UserError(f"dataset_{split}_split: {recipe.dataset_name} has no '{name}' (used are {there})")
+    if recipe.order_column:
+        recipe, note = with_date_order(recipe, [pair for rows in splits.values() for pair in rows])
+        reports["train"].notes += [note] if note else []
     for split, rows in splits.items():
         if not rows:
             raise UserError(f"dataset_name: the {split} split of {recipe.dataset_name} has no rows")
@@ -190,7 +196,10 @@ def load_splits(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]
             reports[split].notes.append(f"row_filter keeps {len(rows)} of {len(splits[split])} rows")
         splits[split], reports[split].rows = rows, len(rows)
         if recipe.text_column:
-            splits[split] = join_messages(recipe, rows, reports[split])
+            try:
+                splits[split] = join_messages(recipe, rows, reports[split])
+            except UnknownRole:
+                raise unknown_roles(recipe, chain(*splits.values())) from None
         splits[split] = add_tags(recipe, splits[split], reports[split])
     if not splits["train"]:
         raise UserError(f"row_filter: {recipe.row_filter} leaves no training row of {recipe.dataset_name}")

@@ -4,11 +4,13 @@ import hashlib
 import json
 import random
 from collections import Counter
+from itertools import chain
 
 from carelm.data.comparison import Comparison, last_words
 from carelm.data.example import Example, NoAnswer
 from carelm.data.groups import draw_groups, largest_group
 from carelm.data.masking import PersonalCount
+from carelm.data.messages import UnknownRole, unknown_roles
 from carelm.data.near_duplicates import NearQuestions
 from carelm.data.readers import Rows
 from carelm.data.report import SplitReport, list_counts
@@ -29,7 +31,10 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
     examples: dict[str, list[Example]] = {}
     for split in splits:
         columns = reference_columns(recipe, split, splits)
-        examples[split] = _clean(recipe, split, splits[split], columns, reports[split])
+        try:
+            examples[split] = _clean(recipe, split, splits[split], columns, reports[split])
+        except UnknownRole:
+            raise unknown_roles(recipe, chain(*splits.values())) from None
         splits[split] = []  # rows need more room than examples
     compare = Comparison(e for of_split in examples.values() for e in of_split)
     loose = _cut_splits(recipe, examples, reports, compare)

@@ -2,8 +2,10 @@
 
 import csv
 import datetime
+import json
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_rows import error_of, turns_of, write_jsonl, write_parquet
@@ -75,7 +77,7 @@ def test_which_names_count_as_which_role_is_said(tmp_path, make):
     rows = [*TWO_TICKETS, *tickets((9, 1, "Kunde", "Open?"), (9, 2, "Bot", "Until nine."), (9, 3, "System", "Closed."))]
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS, user_roles=["Kunde"])
     notes = splits.make_examples(recipe)[1]["train"].notes
-    assert "agent, Bot counts as assistant; System counts as system; customer, Kunde counts as user" in notes
+    assert "agent, Bot count as assistant; System counts as system; customer, Kunde count as user" in notes
 
 
 def test_without_an_order_messages_stay_as_they_stand_and_shards_are_one_split(tmp_path, make):
@@ -139,6 +141,95 @@ def test_an_order_that_cannot_be_told_is_refused(tmp_path, make, order, named):
     ]
     message = error_of(make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS))
     assert message.startswith("order_column: ") and "rows.jsonl:3" in message and named in message
+
+
+def in_order(*places):
+    """A ticket of three messages, whose places stand in the file as b, a, c."""
+    return tickets(*((1, place, by, text) for place, by, text in zip(places, ("agent", "customer", "agent"), "bac")))
+
+
+@pytest.mark.parametrize(
+    ("order", "said_of_it"),
+    [
+        (["01.03.2026 08:25", "01.03.2026 08:20", "13.03.2026 7:00 Uhr"], "day first, such as '13.03.2026 7:00 Uhr'"),
+        (["01.03.2026", "02.02.2026", "02.03.2026"], "day first, such as '01.03.2026' (rows.jsonl:1)"),
+        (["13/02/2026", "31/01/2026", "01/03/2026"], "day first, such as '13/02/2026'"),
+        (["02/13/2026 1:30 PM", "02/13/2026 11:30 a.m.", "03/01/2026 1:00 AM"], "month first, such as '02/13/2026"),
+        (["13-02-2026 08:20", "31-01-2026, 09:00:05", "01-03-2026 07:00"], "day first, such as '13-02-2026"),
+        (["2026/02/13 08:20", "2026/01/31 23:00", "2026/10/01 00:10"], None),
+    ],
+)
+def test_dates_in_numbers_are_read_as_their_column_shows_and_that_is_said(tmp_path, make, order, said_of_it):
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", in_order(*order)), **TICKETS)
+    assert said(recipe) == ["u: a | a: b\n\nc"]
+    notes = [n for n in splits.make_examples(recipe)[1]["train"].notes if "are read" in n]
+    assert len(notes) == (said_of_it is not None) and all(said_of_it in n for n in notes)
+
+
+def test_a_date_of_the_test_split_tells_how_those_of_train_are_read(tmp_path, make):
+    write_jsonl(tmp_path / "rows/train.jsonl", in_order("02/03/2026", "01/03/2026", "03/03/2026"))
+    rows = in_order("14/03/2026", "13/03/2026", "15/03/2026")
+    write_jsonl(tmp_path / "rows/test.jsonl", [row | {"text": f"Test {row['text']}"} for row in rows])
+    assert "read day first" in splits.make_examples(make(tmp_path / "rows", **TICKETS))[1]["train"].notes[0]
+
+
+def test_dates_of_two_readings_are_those_that_date_order_says(tmp_path, make):
+    path = write_jsonl(tmp_path / "rows.jsonl", in_order("02/03/2026", "03/02/2026", "03/03/2026"))
+    message = error_of(make(path, **TICKETS))
+    assert message.startswith("order_column: column 'n' holds '02/03/2026' (rows.jsonl:1), and no row tells")
+    assert message.endswith("set date_order: day_first, or month_first")
+    assert said(make(path, **TICKETS, date_order="day_first")) == ["u: a | a: b\n\nc"]
+    notes = splits.make_examples(make(path, **TICKETS, date_order="month_first"))[1]["train"].notes
+    assert "dates of column 'n' are read month first as date_order says, such as '02/03/2026' (rows.jsonl:1)" in notes
+    short = write_jsonl(tmp_path / "short.jsonl", in_order("02.03.26, 08:20", "31.12.69", "03.03.26"))
+    assert "a year of two digits; set date_order" in error_of(make(short, **TICKETS))
+    assert said(make(short, **TICKETS, date_order="day_first")) == ["u: a | a: b\n\nc"]
+
+
+@pytest.mark.parametrize(
+    ("order", "keys", "named"),
+    [
+        (["13/02/2026", "02/13/2026", "01/01/2026"], {}, "two orders, '13/02/2026' (rows.jsonl:1): day_first and '02/13/"),
+        (["13/02/2026", "2026-03-01", "01/01/2026"], {}, "two forms, '13/02/2026' (rows.jsonl:1) and '2026-03-01' (rows"),
+        (["13/02/2026", "14/02/2026", "15/02/2026"], {"date_order": "month_first"}, "(rows.jsonl:1); set day_first"),
+        (["31.02.2026", "01.02.2026", "02.02.2026"], {}, "rows.jsonl:1: column 'n' holds '31.02.2026', neither"),
+        (["13.02.2026 13:30 PM", "01.02.2026", "02.02.2026"], {}, "rows.jsonl:1: column 'n' holds '13.02.2026 13:30 PM'"),
+    ],
+)  # fmt: skip
+def test_dates_that_contradict_one_another_are_refused_in_one_line(tmp_path, make, order, keys, named):
+    assert named in error_of(make(write_jsonl(tmp_path / "rows.jsonl", in_order(*order)), **TICKETS, **keys))
+
+
+NEWEST_FIRST = tickets(
+    (7, "01.03.2026 08:25", "agent", "Sent."), (7, "01.03.2026 08:20", "customer", "Where is it?"),
+    (8, "01.03.2026 08:20", "agent", "Until nine."), (8, "01.03.2026 08:20", "customer", "Open?"),
+    (9, "01.03.2026 08:20", "customer", "So?"), (9, "01.03.2026 08:19", "agent", "We call."),
+    (9, "01.03.2026 08:18", "customer", "c"),
+)  # fmt: skip
+
+
+def test_without_an_order_a_file_with_the_newest_message_first_is_warned_of(tmp_path, make):
+    path = write_jsonl(tmp_path / "rows.jsonl", NEWEST_FIRST)
+    keys = {**TICKETS, "order_column": None, "max_empty_share": 1}
+
+    def order_of(path):
+        recipe = make(path, **keys)
+        reports = [SplitReport()]
+        join_messages(
+            recipe, [(f"rows.jsonl:{i}", json.loads(line)) for i, line in enumerate(open(path), 1)], reports[0]
+        )
+        return reports[0].notes[-1]
+
+    assert order_of(path).endswith("column 'n' runs backwards in it: set order_column: n")
+    untimed = [{key: value for key, value in row.items() if key != "n"} for row in NEWEST_FIRST]
+    assert "2 of 3 begin with the assistant" in order_of(write_jsonl(tmp_path / "untimed.jsonl", untimed))
+    forwards = order_of(write_jsonl(tmp_path / "forwards.jsonl", NEWEST_FIRST[::-1]))
+    assert forwards.startswith("order_column is not set") and forwards.endswith("in the order of the file")
+
+
+def test_messages_of_one_minute_in_a_file_with_the_newest_first_are_turned_round_too(tmp_path, make):
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", NEWEST_FIRST), **TICKETS)
+    assert said(recipe) == ["u: Where is it? | a: Sent.", "u: Open? | a: Until nine.", "u: c | a: We call."]
 
 
 def test_gaps_two_in_a_row_empty_messages_and_tickets_without_a_reply_are_counted(tmp_path, make):
@@ -274,6 +365,19 @@ def test_a_role_that_is_not_there_or_not_known_is_named_with_its_row(tmp_path, m
         path = write_jsonl(tmp_path / "rows.jsonl", tickets((1, 1, "customer", "a"), (1, 2, by, "b")))
         assert error_of(make(path, **TICKETS)).startswith(named)
     assert said(make(path, **TICKETS, assistant_roles=["robot"])) == ["u: a | a: b"]
+    lines = [
+        (1, 1, "Kunde", "a"),
+        (1, 2, "Lena", "b"),
+        (2, 1, "customer", "a"),
+        (2, 2, "Lena", "b"),
+        (2, 3, 'Jo "X"', "c"),
+    ]
+    write_jsonl(tmp_path / "teams/train.jsonl", tickets(*lines))
+    write_jsonl(tmp_path / "teams/test.jsonl", tickets((3, 1, "Kunde", "a"), (3, 2, "Mona", "b")))
+    of_all = "not known, with their messages, are 'Lena' (2), 'Jo \"X\"' (1), 'Mona' (1): add assistant_roles: "
+    names = '["Lena", "Jo \\"X\\"", "Mona"]'
+    assert of_all + names in error_of(make(tmp_path / "teams", **TICKETS, user_roles=["Kunde"]))
+    assert yaml.safe_load(names) == ["Lena", 'Jo "X"', "Mona"]
     assert "conversation_column: rows.jsonl has no column 'case'" in error_of(
         make(path, **TICKETS | {"conversation_column": "case"})
     )
@@ -289,6 +393,7 @@ def test_a_role_that_is_not_there_or_not_known_is_named_with_its_row(tmp_path, m
         (TICKETS | {"messages_column": "messages"}, "messages_column"),
         (TICKETS | {"prompt_template": "{text}"}, "text_column"),
         ({"order_column": "n"}, "prompt_template and order_column"),
+        (TICKETS | {"order_column": None, "date_order": "day_first"}, "date_order: set order_column too"),
         ({"order_column": "n", "prompt_template": None, "completion_template": None}, "text_column"),
     ],
 )
