@@ -39,6 +39,7 @@ def evaluate(folder, answers, references=None, keys=(), of_models=None, messages
     found = results.make_results(recipe, questions, lines, about, check_scores.ask(recipe, questions))
     found |= {"test": {"questions": number, "conversations": number, "split": "test", "dataset": "rows", "num_shots": 0},
               "conditions": {"num_resamples": 300}}  # fmt: skip
+    folder.mkdir(exist_ok=True)
     found = report.write(folder, recipe, found, questions, lines)
     assert json.loads((folder / "results.json").read_text())["headline"] == found["headline"]
     assert report.summary(folder, found)["headline"] == found["headline"]
@@ -341,3 +342,12 @@ def test_many_labels_are_listed_by_their_mistakes_and_few_as_a_table(tmp_path):
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
     assert rows[0] == ["kind0", "3", '<span class="soft">0</span>', "kind1 (3)"] and len(rows) == 7
     assert rows[1] == ["kind1", "3", "3", "-"]
+
+
+def test_what_the_server_was_certified_for_stands_beside_the_model_that_it_is_of(tmp_path):
+    answers = {"base": [NEAR] * 4, "adapter": [RIGHT] * 4}
+    served = {"adapter": measured("adapter") | {"served": "49 of 50 (batcher)"}}
+    _, page, text = evaluate(tmp_path / "a", answers, of_models=served)
+    assert "| answers served as evaluated | - | 49 of 50 (batcher) |" in text and "49 of 50 (batcher)" in page
+    _, page, text = evaluate(tmp_path / "b", answers)
+    assert "served as evaluated" not in page + text

@@ -204,6 +204,7 @@ def test_a_server_finishes_what_runs_once_it_is_told_to_stop(run):
         ),
         (["--models", "api:gpt"], "error: models: api:gpt is for the evaluation alone"),
         (["--port", "70000"], "error: port: 70000 is above 65535"),
+        (["--cors_origins", "*"], "error: cors_origins: '*' is no page's address"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_before_any_weights(keys, line):

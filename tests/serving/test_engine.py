@@ -5,10 +5,12 @@ import time
 from contextlib import aclosing
 
 import pytest
+import torch
 from drawn import make_adapter
 from served import KEYS
 
 from carelm.evaluation import candidates
+from carelm.models.batcher import Batcher
 from carelm.models.decoding import Decoding
 from carelm.models.generation import generate_all
 from carelm.models.key_values import causal_model
@@ -111,3 +113,21 @@ def test_leaving_a_model_that_answers_one_at_a_time_ends_its_answer_too(engine, 
 
     tokens, seconds = asyncio.run(leave())
     assert tokens == alone(prompt, ids) and seconds < 2  # 800 tokens would take longer
+
+
+def test_the_thread_that_steps_alone_has_a_pool_of_threads(recipes, speakers, monkeypatch):
+    """A second pool makes the first one's threads sleep between operations."""
+    step, seen = Batcher.step, set()
+    monkeypatch.setattr(Batcher, "step", lambda batcher: (seen.add(torch.get_num_threads()), step(batcher))[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        recipe = recipes["lora"]
+        speaker = Speaker(recipe, candidates.find(recipe, "base"))
+        engine = BatcherEngine(recipe, [speaker])
+        assert torch.get_num_threads() == 1
+        asyncio.run(answer(engine, speaker, speaker.chat.prompt_ids([{"role": "user", "content": "x"}])))
+        asyncio.run(engine.close())
+        assert seen == {2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
