@@ -86,6 +86,12 @@ def last_words(example: Example, number: int = 50) -> str:
     return " ".join(asked[-1].split())[:number]
 
 
+def first_words(text: str, number: int = 60) -> str:
+    """The beginning of a text in one line, to show to people."""
+    text = " ".join(text.split())
+    return text if len(text) <= number else text[: number - 2].rstrip() + " …"
+
+
 def _system(example: Example) -> list[str]:
     """The texts of the system messages that open a conversation."""
     found = []

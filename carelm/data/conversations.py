@@ -59,7 +59,7 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
     report.notes.append("; ".join(counted))
     if not recipe.order_column and not recipe.reply_to_column:
         report.notes.append(_order_of_file(recipe, rows, paths, [row[recipe.text_column] for _, row in conversations]))
-    report.rows = len(conversations)
+    report.rows, report.unit = len(conversations), "conversation"
     return conversations
 
 

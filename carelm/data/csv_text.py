@@ -112,7 +112,8 @@ def read_csv(raw: bytes, path: Path) -> tuple[list[dict[str, Any]], str]:
     for number, fields in enumerate(lines, 1):
         if len(fields) != len(names):
             raise UserError(
-                f"{path}:{number}: the row's fields are {len(fields)}, the header's {len(names)}; quote fields that hold "
+                f"{path}:{number}: the row's fields are {len(fields)}, the header's {len(names)} (it begins "
+                f"{' '.join(fields[0].split())[:30]!r}); quote fields that hold "
                 f"{SEPARATORS.get(separator, separator)}, and leave none out"
             )
         rows.append(fields)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from carelm.data.example import NoAnswer
 from carelm.data.messages import to_turns
 from carelm.data.personal import UNJUDGED, count_unjudged, find_personal, has_html, has_signature
+from carelm.data.report import number_of
 from carelm.data.tags import used_tags
 from carelm.data.templates import template_columns
 from carelm.data.values import cell_text
@@ -100,6 +101,7 @@ class PersonalCount:
     def __init__(self, recipe: "Recipe"):
         self.found: dict[str, dict[str, Any]] = {}
         self.rows = 0
+        self._unit = "conversation" if recipe.text_column else "row"
         self._recipe, self._region = recipe, recipe.phone_region
         self._is_masked, self._missing = recipe.mask_personal_data, missing()
         templates = (recipe.system_prompt, recipe.prompt_template, recipe.completion_template)
@@ -156,7 +158,7 @@ class PersonalCount:
         parts, unjudged = [], ""
         found = {kind: of_kind for kind, of_kind in self.found.items() if kind != UNJUDGED}
         if of_kind := self.found.get(UNJUDGED):
-            of_rows = "1 row" if of_kind["rows"] == 1 else f"{of_kind['rows']:,} rows"
+            of_rows = number_of(of_kind["rows"], self._unit)
             what = (
                 "number without + may be a phone number"
                 if of_kind["number"] == 1
@@ -170,14 +172,16 @@ class PersonalCount:
         for kind, of_kind in found.items():
             number, rows = of_kind["number"], of_kind["rows"]
             what = f"{number:,} {WORDS[kind][number != 1]} in" if kind in WORDS else f"{kind} in"
-            parts.append(f"{what} {rows:,} {'row' if rows == 1 else 'rows'} (first: {of_kind['first']})")
+            parts.append(f"{what} {number_of(rows, self._unit)} (first: {of_kind['first']})")
         masked = [part for part, kind in zip(parts, found) if kind in WORDS]
         others = [part for part, kind in zip(parts, found) if kind not in WORDS]
         sentences = []
         if self._is_masked:
-            sentences.append(f"mask_personal_data replaces {', '.join(masked) or f'nothing in {self.rows:,} rows'}")
+            sentences.append(
+                f"mask_personal_data replaces {', '.join(masked) or f'nothing in {number_of(self.rows, self._unit)}'}"
+            )
         elif masked:
-            where = f" in the first {self.rows:,} rows" if self.rows == MOST_COUNTED else ""
+            where = f" in the first {number_of(self.rows, self._unit)}" if self.rows == MOST_COUNTED else ""
             sentences.append(f"personal data{where}: {', '.join(masked)}")
         sentences += [", ".join(others)] if others else []
         said = f"mask_personal_data: {unjudged}" if unjudged and self._is_masked else unjudged

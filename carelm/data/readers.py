@@ -116,7 +116,10 @@ def _parse(text: str, where: str) -> tuple[Any, list[tuple[dict, str]]]:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         hint = "; one object a line is .jsonl" if error.msg == "Extra data" else ""
-        raise UserError(f"{where}: not JSON ({error.msg} at {line}character {error.colno}){hint}") from None
+        if error.msg.startswith(("Unterminated string", "Invalid control character")) and not line:
+            hint = "; the line ends within a text: it is cut, or a line end of the text is not written as \\n"
+        reason = error.msg.removesuffix(" at").removesuffix(" starting")
+        raise UserError(f"{where}: not JSON ({reason} at {line}character {error.colno}){hint}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         raise UserError(f"{where}: JSON that cannot be read ({error})") from None
 

@@ -12,12 +12,12 @@ class SplitReport:
     notes: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)  # columns, and keys of messages, with the rows that have them
     personal_data: dict[str, Any] = field(default_factory=dict)  # see PersonalCount.describe
+    unit: str = "row"  # what counts as one: "conversation" where a row of the files is one message
     rows: int = 0
     used: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     first_dropped: dict[str, str] = field(default_factory=dict)  # where the first of each stands
     fitted: dict[str, int] = field(default_factory=dict)
-    first_without_answer: list[str] = field(default_factory=list)
     first_in_other_split: list[str] = field(default_factory=list)
     near_duplicates: int = 0  # of questions of validation and test
     first_near_duplicates: list[str] = field(default_factory=list)
@@ -37,6 +37,11 @@ def list_counts(counts: dict[str, int], first: dict[str, str] | None = None) -> 
     """`2 duplicate (first: rows.csv:3), 1 too long`: the counts, with where the first of each stands."""
     where = {what: f" (first: {source})" for what, source in (first or {}).items()}
     return ", ".join(f"{number} {what}{where.get(what, '')}" for what, number in counts.items()) or "none dropped"
+
+
+def number_of(number: int, unit: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {unit}{'s' * (number != 1)}"
 
 
 def shortened(names: list[str], number: int = 8) -> str:
@@ -67,29 +72,33 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
             shares = f"{r['share']:.1%} of the examples, {r['share_of_trained_tokens']:.1%} of the trained tokens"
             lines.append(f"{'':<11}{shares}")
         if r["files"]:
-            files = [f"{name} ({rows} {'row' if rows == 1 else 'rows'})" for name, rows in r["files"].items()]
+            files = [f"{name} ({number_of(rows, 'row')})" for name, rows in r["files"].items()]
             lines.append(f"{'':<11}from {shortened(files)}")
         lines += [f"{'':<11}{note}" for note in r["notes"]]
         personal = r["personal_data"]
         lines += [f"{'':<11}{personal[key]}" for key in ("sentence", "unjudged") if personal.get(key)]
         if r["unused"]:
-            unused = [
-                f"{what} (in {number} {'row' if number == 1 else 'rows'})" for what, number in r["unused"].items()
-            ]
+            unused = [f"{what} (in {number_of(number, r['unit'])})" for what, number in r["unused"].items()]
             lines.append(f"{'':<11}not used: {shortened(unused)}")
         if r["fitted"]:
-            fitted = "; ".join(f"{what}: {number} rows" for what, number in r["fitted"].items())
+            fitted = "; ".join(f"{what}: {number_of(number, r['unit'])}" for what, number in r["fitted"].items())
             lines.append(f"{'':<11}of the {r['used']} used: {fitted}")
-        if r["first_without_answer"]:
-            lines.append(f"{'':<11}the first without an answer: {', '.join(r['first_without_answer'])}")
         if r["first_in_other_split"]:
             lines.append(
                 f"{'':<11}the first that are also in validation or test: {'; '.join(r['first_in_other_split'])}"
             )
         if r["near_duplicates"]:
-            first = "; ".join(r["first_near_duplicates"])
-            what = "question is" if r["near_duplicates"] == 1 else "questions are"
-            lines.append(f"{'':<11}{r['near_duplicates']} {what} nearly one of validation or test, the first: {first}")
+            what = f"{r['near_duplicates']} {'question is' if r['near_duplicates'] == 1 else 'questions are'}"
+            gone = "near-duplicates of validation or test" in r["dropped"]
+            then = (
+                "taken out" if gone else "still trained on, which may flatter the scores (drop_near_duplicates: true)"
+            )
+            lines.append(f"{'':<11}{what} nearly one of validation or test, {then}:")
+            lines += [f"{'':<13}{pair}" for pair in r["first_near_duplicates"]]
     lines.append(LEGEND)
+    if any(r["unit"] == "conversation" for r in report.values()):
+        lines.append(
+            "rows and used: conversations; a row of the files is a message, and a conversation is named by its first"
+        )
     lines += [f"{'labels':<11}{note}" for r in report.values() for note in r["label_notes"]]
     return "\n".join(lines)

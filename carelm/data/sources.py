@@ -1,9 +1,11 @@
 """Where a recipe's rows are: files, folders, globs and Hub datasets, by split."""
 
+import difflib
 import hashlib
 import os
 import re
 import threading
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
@@ -280,6 +282,17 @@ def _load_hub(recipe: Recipe) -> tuple[dict[str, Rows], dict[str, SplitReport]]:
     return splits, reports
 
 
+def _meant(column: str, there: Iterable[str]) -> str:
+    """The column that is spelt nearly so; case, accents, blanks and signs do not count."""
+
+    def folded(name: str) -> str:
+        return re.sub(r"[\W_]", "", unicodedata.normalize("NFKD", name.casefold()).replace("ß", "ss"))
+
+    names = {folded(name): name for name in sorted(there)}
+    near = difflib.get_close_matches(folded(column), names, n=1)
+    return f"; did you mean '{names[near[0]]}'?" if near else ""
+
+
 def reference_columns(recipe: Recipe, split: str, splits: dict[str, Any]) -> list[str]:
     """`reference_columns` where test rows are among a split's: without a test split they are cut from train."""
     return recipe.reference_columns if split == ("test" if "test" in splits else "train") else []
@@ -314,5 +327,6 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, ref
         for column in columns:
             for file, there in by_file.items():
                 if column not in (everywhere if column in recipe.optional_columns else there):
-                    hint = "; the tag of that name needs tag_column" * (column in TAGS and not recipe.tag_column)
+                    is_tag = column in TAGS and not recipe.tag_column
+                    hint = "; the tag of that name needs tag_column" if is_tag else _meant(column, there)
                     raise UserError(f"{key}: {file} has no column '{column}' (there: {', '.join(sorted(there))}){hint}")

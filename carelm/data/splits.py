@@ -6,19 +6,21 @@ import random
 from collections import Counter
 from itertools import chain
 
-from carelm.data.comparison import Comparison, last_words
+from carelm.data.comparison import Comparison, first_words, last_words
 from carelm.data.example import Example, NoAnswer
 from carelm.data.groups import draw_groups, largest_group
 from carelm.data.masking import PersonalCount
 from carelm.data.messages import UnknownRole, unknown_roles
 from carelm.data.near_duplicates import NearQuestions
 from carelm.data.readers import Rows
-from carelm.data.report import SplitReport, list_counts
+from carelm.data.report import SplitReport, list_counts, number_of
 from carelm.data.rows import to_example, used_columns
 from carelm.data.sources import load_splits, reference_columns
 from carelm.data.values import is_empty
 from carelm.errors import UserError
 from carelm.recipe import Recipe
+
+SHORT = 12  # characters of an answer that says little where several rows have it
 
 
 def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, SplitReport]]:
@@ -71,7 +73,7 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
         except NoAnswer as reason:
             dropped[str(reason)] += 1
             without_answer += 1
-            report.first_without_answer = (report.first_without_answer + [source])[:3]
+            report.first_dropped.setdefault(str(reason), source)
             continue
         parts = [example.prompt, example.completion, example.tools, example.references]
         content = json.dumps(parts, sort_keys=True, ensure_ascii=False)
@@ -93,14 +95,48 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
     report.dropped = dict(dropped)
     report.personal_data = personal.describe()
     report.unused = dict(sorted(unused.items()))
+    report.notes += _odd_turns(kept, report.unit) + _short_answers(recipe, kept)
     if without_answer > recipe.max_empty_share * len(rows):
         optional = "name the columns that may be empty in optional_columns, " if "empty column" in str(dropped) else ""
         raise UserError(
             f"max_empty_share: {without_answer} of {len(rows)} rows of the {split} split have no answer or an empty column "
-            f"({list_counts(dropped)}; {', '.join(report.first_without_answer)}); mend the rows, {optional}or raise "
+            f"({list_counts(dropped, report.first_dropped)}); mend the rows, {optional}or raise "
             "max_empty_share"
         )
     return kept
+
+
+def _odd_turns(examples: list[Example], unit: str) -> list[str]:
+    """What is done with conversations that the assistant begins, and with two turns of one side in a row."""
+    begun, twice = [], []
+    for example in examples:
+        roles = [turn["role"] for turn in (*example.prompt, *example.completion) if turn["role"] != "system"]
+        begun += [example.source] * (roles[0] == "assistant")
+        twice += [example.source] * any(a == b in ("user", "assistant") for a, b in zip(roles, roles[1:]))
+    notes = []
+    if begun:
+        what = f"{number_of(len(begun), unit)} begin{'s' * (len(begun) == 1)} with the assistant (first: {begun[0]})"
+        notes.append(f"{what}: this turn answers nothing, and is read and not learnt")
+    if twice:
+        what = f"{number_of(len(twice), unit)} {'has' if len(twice) == 1 else 'have'} two turns of one side in a row"
+        notes.append(f"{what} (first: {twice[0]}): they stay two turns")
+    return notes
+
+
+def _short_answers(recipe: Recipe, examples: list[Example]) -> list[str]:
+    """How many answers are a word that says little, such as "ok"; none where labels or most answers are as short."""
+    texts = [e.completion[-1]["content"].strip() for e in examples if not e.completion[-1].get("tool_calls")]
+    counts = Counter(text.casefold() for text in texts if len(text) <= SHORT)
+    short = {text: n for text, n in counts.items() if n > 1 or not any(map(str.isalnum, text))}
+    number = sum(short.values())
+    if recipe.labels or not number or 2 * number > len(examples):
+        return []
+    most = max(short, key=short.__getitem__)
+    first = next(e.source for e in examples if e.completion[-1]["content"].strip().casefold() == most)
+    what = f"{number} answers are" if number > 1 else "1 answer is"
+    return [
+        f"{what} as short as {most!r} ({number_of(short[most], 'time')}, first: {first}): the model learns to say so"
+    ]
 
 
 def _cut_splits(
@@ -129,13 +165,14 @@ def _cut_splits(
         parts[target].append(example)
     for split, _ in shares:
         examples[split] = parts[split]
-        reports[split] = SplitReport(rows=len(parts[split]), notes=["held out of train"])
+        reports[split] = SplitReport(unit=reports["train"].unit, rows=len(parts[split]), notes=["held out of train"])
     examples["train"] = parts["train"]
     held_out = sum(len(parts[split]) for split, _ in shares)
     reports["train"].rows -= held_out
     if held_out:
         reports["train"].notes.insert(
-            0, f"less {held_out} rows held out for {' and '.join(s for s, _ in reversed(shares))}"
+            0,
+            f"less {number_of(held_out, reports['train'].unit)} held out for {' and '.join(s for s, _ in reversed(shares))}",
         )
     return groups.loose
 
@@ -199,7 +236,7 @@ def find_near_duplicates(
             found.add(row)
             if len(found) <= 3:
                 report.first_near_duplicates.append(
-                    f"{example.source} and {match[0].source} ({match[1]:.2f}): {last_words(example)}"
+                    f"{example.source} and {match[0].source} ({match[1]:.2f} alike): {first_words(compare.text(example))!r}"
                 )
     report.near_duplicates = len(found)
     if recipe.drop_near_duplicates and found:

@@ -65,9 +65,46 @@ def test_empty_answers_are_counted_and_named_until_there_are_too_many(tmp_path, 
     examples, reports = splits.make_examples(make(path, max_empty_share=0.2))
     assert len(examples["train"]) == 16
     assert reports["train"].dropped == {"empty answer": 3, "answer is not text": 1}
-    assert reports["train"].first_without_answer == ["rows.jsonl:4", "rows.jsonl:8", "rows.jsonl:10"]
+    assert reports["train"].first_dropped == {"empty answer": "rows.jsonl:4", "answer is not text": "rows.jsonl:12"}
     message = error_of(make(path, max_empty_share=0.19))
     assert "max_empty_share" in message and "4 of 20" in message and "rows.jsonl:4" in message
+
+
+def test_an_empty_question_and_an_empty_answer_are_named_apart(tmp_path, make):
+    rows = pairs(20)
+    rows[3]["answer"], rows[7]["question"], rows[9]["question"] = "", "", " "
+    report = splits.make_examples(make(write_jsonl(tmp_path / "rows.jsonl", rows), max_empty_share=0.2))[1]["train"]
+    assert "1 empty answer (first: rows.jsonl:4), 2 empty column 'question' (first: rows.jsonl:8)" in format_report(
+        {"train": vars(report)}
+    )
+
+
+def test_answers_that_say_next_to_nothing_are_counted_with_the_commonest(tmp_path, make):
+    rows = pairs(20)
+    for i, text in enumerate(("ok", "Ok ", "erledigt", "-", "erledigt", "OK", "Yes, on Monday.")):
+        rows[i + 3]["answer"] = text
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    def notes(**keys):
+        return [n for n in splits.make_examples(make(path, **keys))[1]["train"].notes if "short" in n]
+
+    assert notes() == ["6 answers are as short as 'ok' (3 times, first: rows.jsonl:4): the model learns to say so"]
+    assert not notes(labels=["ok", "erledigt", "-"])
+    short = write_jsonl(
+        tmp_path / "short.jsonl", [{"question": f"{i}?", "answer": "no yes".split()[i % 2]} for i in range(9)]
+    )
+    assert not [n for n in splits.make_examples(make(short))[1]["train"].notes if "short" in n]  # they are the task
+
+
+def test_a_column_that_is_spelt_nearly_so_is_what_was_meant(tmp_path, make):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"Kundenfrage": "a", "Antwort für Kunde": "b", "n": 1}])
+    for written, meant in (
+        ("kundenfrage", "Kundenfrage"),
+        ("antwort_fur_kunde", "Antwort für Kunde"),
+        ("Kunden-Frage ", "Kundenfrage"),
+    ):
+        assert error_of(make(path, prompt_template=f"{{{written}}}")).endswith(f"; did you mean '{meant}'?")
+    assert error_of(make(path, prompt_template="{subject}")).endswith("(there: Antwort für Kunde, Kundenfrage, n)")
 
 
 def test_an_answer_template_with_fixed_words_is_empty_where_its_columns_are(tmp_path, make):
@@ -191,9 +228,11 @@ def test_the_report_counts_what_a_person_counts(tmp_path, make, tokenizer):
     assert (report["rows"], report["used"]) == (7, 4)
     assert report["dropped"] == {"empty answer": 1, "duplicate": 1, "too long": 1}
     assert report["rows"] == report["used"] + sum(report["dropped"].values())
-    assert report["first_without_answer"] == ["rows.jsonl:5"]
     shown = format_report({"train": report})
-    assert "1 duplicate (first: rows.jsonl:7), 1 too long (first: rows.jsonl:6)" in shown
+    assert (
+        "1 empty answer (first: rows.jsonl:5), 1 duplicate (first: rows.jsonl:7), 1 too long (first: rows.jsonl:6)"
+        in shown
+    )
     assert (report["tokens"], report["length_max"], report["length_p50"]) == (sum(lengths), lengths[-1], lengths[1])
     answers_with_ends = [tokenizer(a + "<|eot_id|>", add_special_tokens=False)["input_ids"] for a in answers[:4]]
     assert report["trained_tokens"] == sum(map(len, answers_with_ends))
@@ -288,4 +327,4 @@ def test_columns_that_no_key_of_the_recipe_names_are_said_with_their_rows(tmp_pa
         + "".join(f"{i},{who},{who} {i},calm\n" for i in range(3) for who in ("user", "agent"))
     )
     recipe = make(path, text_column="text", role_column="from", conversation_column="ticket")
-    assert "not used: column mood (in 3 rows)\n" in preview(recipe, make_chat(recipe), 1) + "\n"
+    assert "not used: column mood (in 3 conversations)\n" in preview(recipe, make_chat(recipe), 1) + "\n"

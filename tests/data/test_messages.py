@@ -17,6 +17,17 @@ from carelm.errors import UserError
 from carelm.recipe import Recipe
 
 
+def test_a_conversation_that_the_assistant_begins_and_two_turns_of_one_side_are_counted(tmp_path, make):
+    hello, hi, size, yes = (("assistant", "Hello."), ("user", "Hi."), ("user", "Size 38?"), ("assistant", "Yes."))
+    lists = [[hello, hi, yes], [hi, size, yes], [hello, hi, size, yes], [hi, yes, size, yes]]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat(*turns)} for turns in lists])
+    notes = splits.make_examples(make(path, **MESSAGES))[1]["train"].notes
+    assert notes == [
+        "2 rows begin with the assistant (first: rows.jsonl:1): this turn answers nothing, and is read and not learnt",
+        "2 rows have two turns of one side in a row (first: rows.jsonl:2): they stay two turns",
+    ]
+
+
 @pytest.mark.parametrize(
     ("messages", "keys"),
     [

@@ -12,7 +12,7 @@ from small_rows import error_of, turns_of, write_jsonl, write_parquet
 
 from carelm.data import splits
 from carelm.data.conversations import join_messages
-from carelm.data.report import SplitReport
+from carelm.data.report import SplitReport, format_report
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
@@ -71,6 +71,15 @@ def test_messages_of_one_conversation_are_put_together_in_order(tmp_path, make, 
     ]  # fmt: skip
     assert said(make(path, **TICKETS)) == TWO_SAID
     assert note(recipe) == "6 messages are 2 conversations" and reports["train"].rows == 2
+
+
+def test_conversations_and_rows_are_not_mixed_in_the_report(tmp_path, make):
+    rows = [row | {"team": "b", "mail": "a@shop.de"} for row in TWO_TICKETS]
+    rows[0]["text"] += " Write to a@shop.de."
+    report = splits.make_examples(make(write_jsonl(tmp_path / "rows.jsonl", rows), **TICKETS))[1]["train"]
+    shown = format_report({"train": vars(report)})
+    assert "from rows.jsonl (6 rows)" in shown and "1 e-mail address in 1 conversation (first: rows.jsonl:3)" in shown
+    assert "column team (in 2 conversations)" in shown and "rows and used: conversations" in shown
 
 
 def test_which_names_count_as_which_role_is_said(tmp_path, make):

@@ -292,14 +292,15 @@ def test_questions_that_share_nine_tenths_of_their_5_grams_are_named_and_dropped
     examples, reports = splits.make_examples(make(tmp_path / "folder"))
     assert len(examples["train"]) == 10 and reports["train"].near_duplicates == is_near
     if is_near:
-        named = f"train.jsonl:10 and test.jsonl:4 (0.{similarity})"
+        named = f"train.jsonl:10 and test.jsonl:4 (0.{similarity}"
         assert reports["train"].first_near_duplicates[0].startswith(named)
-        assert f"1 question is nearly one of validation or test, the first: {named}" in format_report(
-            {"train": vars(reports["train"])}
-        )
+        shown = format_report({"train": vars(reports["train"])})
+        assert "1 question is nearly one of validation or test, still trained on" in shown
+        assert f"\n{'':<13}{named} alike): '{asked[:58]} …'\n" in shown
     examples, reports = splits.make_examples(make(tmp_path / "folder", drop_near_duplicates=True))
     assert len(examples["train"]) == 10 - is_near
     assert reports["train"].dropped == ({"near-duplicates of validation or test": 1} if is_near else {})
+    assert ("validation or test, taken out:" in format_report({"train": vars(reports["train"])})) == is_near
 
 
 def test_case_blanks_and_width_make_no_other_question(tmp_path, make):
@@ -308,7 +309,7 @@ def test_case_blanks_and_width_make_no_other_question(tmp_path, make):
     )
     write_jsonl(tmp_path / "folder/test.jsonl", [{"question": "Where is my order?", "answer": "b"}])
     _, reports = splits.make_examples(make(tmp_path / "folder"))
-    assert reports["train"].near_duplicates == 1 and "(1.00)" in reports["train"].first_near_duplicates[0]
+    assert reports["train"].near_duplicates == 1 and "(1.00 alike)" in reports["train"].first_near_duplicates[0]
 
 
 @given(st.lists(st.text("ab ", max_size=60), min_size=1, max_size=12), st.data())

@@ -187,7 +187,8 @@ def test_missing_answers_and_questions_are_counted_in_every_format(tmp_path, mak
     examples, reports = splits.make_examples(make(path))
     assert len(examples["train"]) == 37
     assert reports["train"].dropped == {"empty answer": 2, "empty column 'question'": 1}
-    assert [s.rpartition(":")[2] for s in reports["train"].first_without_answer] == ["4", "6", "8"]
+    first = {what: source.rpartition(":")[2] for what, source in reports["train"].first_dropped.items()}
+    assert first == {"empty answer": "4", "empty column 'question'": "6"}
 
 
 @pytest.mark.parametrize("text", ["nan", "NaN", "NaT", "<NA>", "None", "null", "NULL"])
@@ -210,7 +211,7 @@ def test_a_template_column_that_is_empty_counts_unless_the_recipe_says_that_it_m
     message = error_of(make(path, **keys))
     assert "15 of 20" in message and "15 empty column 'input'" in message and "optional_columns" in message
     examples, reports = splits.make_examples(make(path, **keys, max_empty_share=0.75))
-    assert len(examples["train"]) == 5 and reports["train"].first_without_answer[0] == "rows.jsonl:1"
+    assert len(examples["train"]) == 5 and [*reports["train"].first_dropped.values()] == ["rows.jsonl:1"]
     examples, reports = splits.make_examples(make(path, **keys, optional_columns=["input"]))
     assert len(examples["train"]) == 20 and not reports["train"].dropped
     assert [e.prompt[0]["content"] for e in examples["train"][:4]] == ["Do 0.\n", "Do 1.\n", "Do 2.\n ", "Do 3.\nthis"]
