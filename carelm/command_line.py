@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -51,15 +51,17 @@ def own_options(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, li
         UserError: for one that is unknown, stands twice, or has no value or a wrong one.
     """
 
-    def refuse(message: str) -> None:
-        raise UserError(message.replace("argument --", "--"))
-
     parser.error = refuse
     options, left = parser.parse_known_args()
     if not {"-h", "--help"} & {*left}:
         split_command_line(sys.argv[1:])
         command_line(split_command_line(left)[1])
     return options, left
+
+
+def refuse(message: str) -> NoReturn:
+    """Says in one line what argparse says below the usage."""
+    raise UserError(message.replace("argument --", "--"))
 
 
 def command_line(given: dict[str, list[str]]) -> Layer:

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, interrupts, ranks  # noqa: F401
+from carelm.command_line import refuse
 from carelm.sweep.overview import overview
 
 
@@ -28,6 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path("outputs"), help="holds the runs, or is one (default: outputs)"
     )
+    parser.error = refuse
     return parser.parse_args()
 
 

@@ -18,16 +18,20 @@ def count_labels(recipe: Recipe, answers: Iterable[tuple[str, str]]) -> dict[str
     """How a split's expected answers, each with its file:row, hold the recipe's labels.
 
     Returns `answers`, how many they are; `counts` of each label; `unlisted`, how often a short text that the list lacks stands
-    in a label's place; `without`, how many hold none; `first_unlisted` and `first_without`, where the first of these stands.
+    in a label's place; `without`, how many hold none; `first_unlisted` and `first_without`, where the first of these stands;
+    `rows`, how many rows they are of, and `last_without`, in how many of these the last answer holds none.
     """
     between, behind = around_last_column(recipe.completion_template)[1:] if recipe.completion_template else ("", "")
     mark, end = between.strip(), behind.strip()
     known = {_plain(label) for label in recipe.labels}
     counts, unlisted = Counter[str](), Counter[str]()
     found = {"answers": 0, "without": 0, "first_without": "", "first_unlisted": {}}
+    last_lacks = dict[str, bool]()
     for source, text in answers:
         found["answers"] += 1
-        if (label := parse_label(text, recipe.labels)) is None:
+        label = parse_label(text, recipe.labels)
+        last_lacks[source] = label is None
+        if label is None:
             found["without"] += 1
             found["first_without"] = found["first_without"] or f"{source} {text[-LONGEST:].strip()!r}"
         else:
@@ -40,7 +44,8 @@ def count_labels(recipe: Recipe, answers: Iterable[tuple[str, str]]) -> dict[str
     if sum(unlisted.values()) - found["without"] > found["answers"] / 2:
         unlisted.clear()
         found["first_unlisted"].clear()
-    return found | {"counts": dict(counts), "unlisted": dict(unlisted)}
+    rows = {"rows": len(last_lacks), "last_without": sum(last_lacks.values())}
+    return found | rows | {"counts": dict(counts), "unlisted": dict(unlisted)}
 
 
 def _plain(text: str) -> str:
@@ -67,13 +72,18 @@ def label_sentences(recipe: Recipe, reports: dict[str, SplitReport]) -> list[str
     example = next((found["first_without"] for found in counted.values() if found["without"]), "")
     worst = [found for split, found in counted.items() if do_not_fit(split, found["without"], found["answers"])]
     if worst or without > recipe.max_empty_share * number:
+        refused = worst[:1] or list(counted.values())
         if worst:
             without, number, example = (worst[0][key] for key in ("without", "answers", "first_without"))
         there = f"; such answers end in {shortened(texts, 4)}" if texts else ""
+        remedy = "list the labels as the data writes them"
+        remedy += "" if worst else ", take these rows out with row_filter, or raise max_empty_share"
+        rows, lacking = (sum(found[key] for found in refused) for key in ("rows", "last_without"))
+        if rows < number and lacking <= recipe.max_empty_share * rows:
+            there, remedy = "", "the last answers of conversations do: set trained_turns: last"
         raise UserError(
             f"labels: {without} of {number} expected answers hold none of {shortened(recipe.labels)} (first: {example}){there}"
-            "; list the labels as the data writes them"
-            + ("" if worst else ", take these rows out with row_filter, or raise max_empty_share")
+            f"; {remedy}"
         )
     counts = sum((Counter(found["counts"]) for found in counted.values()), Counter())
     never = [label for label in recipe.labels if not counts[label]]

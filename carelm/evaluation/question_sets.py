@@ -45,10 +45,11 @@ def make_question_sets(recipe: Recipe, others: dict[str, Recipe]) -> list[Questi
     Raises:
         UserError: for data that cannot be asked.
     """
-    sets = [_make("", recipe, make_chat(recipe))]
+    sets = [_make("", recipe, make_chat(recipe), is_trained_on=True)]
+    trained_on = {Path(file).stem for file in recipe.mixed}
     for name, other in others.items():
         try:
-            found = _make(name, other, make_chat(other))
+            found = _make(name, other, make_chat(other), is_trained_on=name in trained_on)
             leaks = find_leaks(recipe, other)
         except UserError as error:
             raise UserError(f"also_test: {name}: {error}") from None
@@ -78,8 +79,8 @@ def _earlier_leaks(recipe: Recipe, tested: Recipe) -> Iterator[str]:
             yield f"The run has gone on from {name}, of which {leaks['sentence']}"
 
 
-def _make(name: str, recipe: Recipe, chat: Chat) -> QuestionSet:
-    questions, validation, about = make_questions_of_both(recipe, chat)
+def _make(name: str, recipe: Recipe, chat: Chat, is_trained_on: bool) -> QuestionSet:
+    questions, validation, about = make_questions_of_both(recipe, chat, is_trained_on)
     where = f"{name}: " if name else ""
     ranks.say(f"{where}{about['questions']} questions of {about['conversations']} conversations")
     form = find_form(recipe, map(Question.expected, questions))

@@ -60,7 +60,9 @@ def make_questions(recipe: Recipe, chat: Chat) -> tuple[list[Question], dict[str
     return questions, about
 
 
-def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], list[Question], dict[str, Any]]:
+def make_questions_of_both(
+    recipe: Recipe, chat: Chat, is_trained_on: bool = True
+) -> tuple[list[Question], list[Question], dict[str, Any]]:
     """`make_questions`, with the questions of the validation split, where the recipe has labels, in between."""
     examples, reports = make_examples(recipe)
     if not examples.get("test"):
@@ -87,7 +89,7 @@ def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], 
         "questions": len(questions),
         "num_shots": recipe.num_shots,
         "categories_from": recipe.category_column or "the words of the request (complaint, question, other)",
-        "more_questions": _how_to_ask_more(recipe, reports["test"]),
+        "more_questions": _how_to_ask_more(recipe, reports["test"], is_trained_on),
         "dropped": reports["test"].dropped,
         "without_label": _say_left_out(questions, left_out),
         "predicted_columns": predicted,
@@ -95,14 +97,13 @@ def make_questions_of_both(recipe: Recipe, chat: Chat) -> tuple[list[Question], 
     return questions, validation, about
 
 
-def _how_to_ask_more(recipe: Recipe, report: SplitReport) -> str:
+def _how_to_ask_more(recipe: Recipe, report: SplitReport, is_trained_on: bool) -> str:
     """What limits the number of test questions, as the end of a sentence that says what to do."""
     if left := report.dropped.get("beyond max_eval_samples"):
         return f"set max_eval_samples higher than {recipe.max_eval_samples} ({left} more rows are there; for more, add some)"
     if "held out of train" in report.notes:
-        return (
-            f"add rows, or set test_fraction higher than {recipe.test_fraction:g}, and train again in a new output_dir"
-        )
+        then = ", and train again in a new output_dir" if is_trained_on else " in its recipe"
+        return f"add rows, or set test_fraction higher than {recipe.test_fraction:g}{then}"
     return f"add rows to the {recipe.dataset_test_split} split"
 
 

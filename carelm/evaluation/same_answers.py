@@ -54,7 +54,7 @@ def describe(merge: dict[str, Any]) -> str:
     number, agreed, passed = merge["prompts"], merge["top1_agreement"], merge["mean_kl"] <= merge["tolerance"]
     said = (
         f"{'passed' if passed else 'not passed'}. On {number} test questions it picks the same next token (a piece of a word) "
-        f"as its adapter {'every time' if agreed == 1 else f'in {agreed:.1%} of the places'}"
+        f"as its adapter {'every time' if agreed == 1 else f'in {min(agreed, 0.999):.1%} of the places'}"
     )
     if (share := merge.get("same_text_share")) is not None:
         same = round(share * number)

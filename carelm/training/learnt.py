@@ -37,7 +37,9 @@ def expect(recipe: Recipe, prepared: Prepared) -> list[str]:
     if number * rate < least:
         enough, size = math.ceil(round(least / rate, 6)), recipe.global_batch_size
         ways = [f"at least {enough} steps (--max_steps {enough})"]
-        ways += ["fewer rows a step (--global_batch_size 4)"] * (size > 4) + _higher_rate(recipe)
+        if size > 4 and (recipe.training.get("max_steps") or -1) < 1:  # which would leave their number as it is
+            ways.append("fewer rows a step (--global_batch_size 4)")
+        ways += _higher_rate(recipe)
         said.append(
             f"{number} optimizer {'step' if number == 1 else 'steps'} only ({rows} rows, {size} a step), at a learning_rate of "
             f"{rate:g}: it will hardly learn; take {' or '.join(ways)}"
@@ -47,7 +49,8 @@ def expect(recipe: Recipe, prepared: Prepared) -> list[str]:
             "no validation rows: no eval loss says whether it learns more than its own rows (validation_fraction)"
         )
     elif validation_rows < FEW_ROWS:
-        said.append(f"the eval loss is that of {validation_rows} examples only: it moves by chance")
+        examples = "1 example" if validation_rows == 1 else f"{validation_rows} examples"
+        said.append(f"the eval loss is that of {examples} only: it moves by chance")
     return said
 
 

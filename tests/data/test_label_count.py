@@ -1,6 +1,7 @@
 """Labels that do not fit the data are said before training."""
 
 import csv
+import json
 
 import pytest
 from small_rows import prepare
@@ -105,6 +106,25 @@ def test_the_one_odd_row_of_a_small_split_stops_nothing_but_where_no_test_questi
         prepare(recipe)
     with pytest.raises(UserError, match="^labels: 1 of 1 references hold none of "):
         make_questions(recipe, make_chat(recipe))
+
+
+def test_conversations_that_come_to_a_label_at_their_end_are_told_to_train_that_answer_alone(tmp_path, make):
+    turns = ["user", "assistant", "user", "assistant"]
+    texts = [[f"Hello, {i}", "How can I help?", f"Where is parcel {i * 37}?", TAGS[i % 4]] for i in range(40)]
+    rows = [{"messages": [{"role": r, "content": t} for r, t in zip(turns, of_row)]} for of_row in texts]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    keys = {"labels": TAGS, "test_fraction": 0.3, "messages_column": "messages", "prompt_template": None,
+            "completion_template": None}  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"\(first: .*'How can I help\?'\); the last answers .* do: set trained_turns: last$"
+    ):
+        prepare(make(tmp_path / "chats.jsonl", **keys, trained_turns="all"))
+    assert notes(make(tmp_path / "chats.jsonl", **keys, trained_turns="last")) == []
+
+
+def test_the_text_around_a_label_is_no_part_of_it(tickets):
+    recipe = tickets(*TAGS, "fraud", completion_template="Label: {answer}.", max_empty_share=0.4)
+    assert notes(recipe)[0].startswith("in the answers and not in labels: 'fraud' (12, first: tickets.csv:")
 
 
 def test_a_label_in_another_form_is_not_called_unlisted(tickets):

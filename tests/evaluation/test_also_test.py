@@ -152,6 +152,21 @@ def test_rows_that_an_earlier_run_was_trained_on_are_looked_for_among_the_test_q
     assert make_question_sets(load(files), {})[0].about["earlier_leaks"] == []
 
 
+def test_more_questions_of_another_recipe_want_another_training_only_where_it_is_trained_on(files):
+    (files / "rows/clinic/test.jsonl").unlink()
+    clinic = yaml.safe_load((files / "clinic.yaml").read_text()) | {"test_fraction": 0.5}
+    (files / "clinic.yaml").write_text(yaml.safe_dump(clinic | {"labels": [], "primary_metric": "rougeL"}))
+
+    def more(*keys):
+        recipe = load(files, *keys)
+        _, there = make_question_sets(recipe, load_also_tests(recipe))
+        return there.about["more_questions"]
+
+    assert more() == "add rows, or set test_fraction higher than 0.5 in its recipe"
+    mixed = ("--also_train", json.dumps({str(files / "clinic.yaml"): "all"}))
+    assert more(*mixed) == "add rows, or set test_fraction higher than 0.5, and train again in a new output_dir"
+
+
 def test_validation_rows_that_two_tests_share_are_scored_once(files):
     rows = [{"question": f"Cough {i}?", "answer": "Rest: no.", "urgent": "no"} for i in range(3)]
     again = write_rows(

@@ -228,3 +228,5 @@ def test_the_command_prints_the_table_without_torch_and_names_a_folder_that_is_n
     assert done.returncode == 0 and "shop  finished     1.2500" in done.stdout, done.stderr
     done = subprocess.run([*words[:1], words[-1]], cwd=tmp_path / "outputs", capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: runs: there is no folder outputs;"), done.stderr
+    done = subprocess.run([words[0], words[-1], "--sort"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: unrecognized arguments: --sort\n")

@@ -45,6 +45,9 @@ def test_few_rows_that_make_few_steps_are_said_with_what_would_help():
     )
     one = expected(recipe_of(max_steps=1, learning_rate=2e-3, global_batch_size=4), rows=30)
     assert one.startswith("1 optimizer step only") and one.endswith("take at least 3 steps (--max_steps 3)")
+    fixed = expected(recipe_of(max_steps=2), validation_rows=1)  # however few rows a step has, it is 2 steps
+    assert "take at least 25 steps (--max_steps 25) or a higher --learning_rate" in fixed
+    assert fixed.endswith("the eval loss is that of 1 example only: it moves by chance")
 
 
 @pytest.mark.parametrize(
