@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from served import listening, make_gateway
 
 from carelm.data import splits
 from carelm.models.batcher import Batcher
+from carelm.serving.gateway import AGAIN_SECONDS
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which shows the page")
@@ -284,14 +284,18 @@ def test_a_server_that_is_gone_is_said_and_found_again(gateway, open_page):
 
 def test_a_busy_server_is_asked_again_only_when_the_user_says_so(url, gateway, open_page, monkeypatch):
     page = open_page(url)
+    page.clock.install()
+    page.clock.pause_at("2100-01-01")
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     monkeypatch.setattr(gateway, "in_flight", gateway.recipe.max_queue)
     ask(page, PICTURE)
     expect(page.locator(".note")).to_contain_text("The server is busy")
-    expect(page.locator(".retry")).to_have_text(re.compile(r"Try again in \d s"))
+    expect(page.locator(".retry")).to_have_text(f"Try again in {AGAIN_SECONDS} s")
+    expect(page.locator(".retry")).to_be_disabled()
     monkeypatch.setattr(gateway, "in_flight", 0)
-    expect(page.locator(".retry")).to_be_enabled()
+    page.clock.run_for(AGAIN_SECONDS * 1000)
+    expect(page.locator(".retry")).to_have_text("Try again")
     assert len(asked) == 1
     page.click(".retry")
     finish(page)
