@@ -20,6 +20,7 @@ from carelm.chat.tokenizer import load_tokenizer
 from carelm.chat.tokens import CLOSE, OPEN, Encoder, unmark
 from carelm.chat.window import cut_longest, fewest_dropped, without_oldest_turns
 from carelm.data.example import Example
+from carelm.data.report import shortened
 from carelm.errors import UserError
 from carelm.files import locate
 from carelm.recipe import Recipe
@@ -57,6 +58,7 @@ class Chat:
     Attributes:
         end_of_turn_id: the special token that ends an answer.
         end_of_turn_ids: it and the one that ends a tool call, where that is another; generation stops at each of them.
+        own_system: the system message that the template writes itself where a conversation has none; "" for none.
 
     Raises:
         UserError: where the tokenizer has no chat template, or one that ends an answer with no special token.
@@ -84,6 +86,7 @@ class Chat:
         self._presence = Presence(lambda *args: unmark(self._write(*args)))
         self.end_of_turn_id = self._habits.end_of_turn_id
         self.end_of_turn_ids = self._habits.end_of_turn_ids
+        self.own_system = self._habits.own_system
 
     # Prompts and answers
 
@@ -178,7 +181,16 @@ class Chat:
                 not be what is asked and answered.
         """
         counts: Counter = Counter()
-        layouts = [self._lay_out(example) for example in examples]
+        layouts, refused = [], {}
+        for example in examples:
+            try:
+                layouts.append(self._lay_out(example))
+            except UserError as error:
+                refused.setdefault(example.source, str(error))
+        if refused:
+            rows = f": {shortened([*refused], 5)}" if len(refused) > 1 else ""
+            number = f"; {len(refused)} of {len(examples)} rows cannot be written{rows}" if len(examples) > 1 else ""
+            raise UserError(next(iter(refused.values())) + number)
         if forgotten := sum(layout.forgets for layout in layouts):
             counts[FORGOTTEN] = forgotten
         rendered: list[Rendered | None] = [*self._render(layouts)]

@@ -25,6 +25,7 @@ class Habits:
         header: the one of them that holds no special token and closes no reasoning, so that it counts at the start only.
         trailer: what stands between an answer's text and its end of turn.
         arguments_as_text: whether tool arguments must be handed over as JSON text.
+        own_system: the system message that it writes itself into a conversation that has none; "" for none.
     """
 
     end_of_turn_id: int
@@ -33,6 +34,7 @@ class Habits:
     header: str
     trailer: str
     arguments_as_text: bool
+    own_system: str
 
 
 def find_habits(encoder: "Encoder") -> Habits:
@@ -76,12 +78,27 @@ def find_habits(encoder: "Encoder") -> Habits:
         header="" if has_special or lead == closing else lead,
         trailer=encoder.decode(tail_ids[: tail_ids.index(ends[0])]).strip(),
         arguments_as_text=as_text,
+        own_system=_own_system(encoder),
     )
 
 
 def _write(encoder: "Encoder", answer: dict[str, Any] | None = None, for_answer: bool = False) -> str:
     messages = [QUESTION] + ([{"role": "assistant", **answer}] if answer else [])
     return write(encoder.tokenizer, messages, for_answer=for_answer)
+
+
+def _own_system(encoder: "Encoder") -> str:
+    """What stands without a system message in the place of one. A header, a date or a text that stands there in any case is
+    none."""
+    question = {"role": "user", "content": MARK}
+    try:
+        without = write(encoder.tokenizer, [question], for_answer=True)
+        given = write(encoder.tokenizer, [{"role": "system", "content": THOUGHT}, question], for_answer=True)
+    except UserError:
+        return ""
+    before, _, after = given.partition(THOUGHT)
+    is_place = after and without.startswith(before) and without[len(before) :].endswith(after)
+    return without[len(before) : len(without) - len(after)].strip() if is_place else ""
 
 
 def _between(text: str, start: str, end: str) -> str:

@@ -41,7 +41,7 @@ class Presence:
             self.known[shape] = self._find_missing(messages, tools, for_answer, thoughts)
         missing, forgets = self.known[shape]
         if missing:
-            raise UserError(f"the chat template does not write {missing}, or set another chat_template_path")
+            raise UserError(f"the chat template does not write {missing}, or set a chat_template_path that writes it")
         wanted = [*_parts(messages, tools, thoughts)]
         everything = [part.text for part in wanted]
         if _in_order(text, everything):
@@ -99,8 +99,9 @@ def _describe(part: Part, messages: list[dict]) -> str:
 def _way_out(part: Part, messages: list[dict]) -> str:
     if not part.message:
         return 'set tools_column: "" to train without them'
-    is_system = messages[part.message - 1]["role"] == "system"
-    return f"take it out of the row{' or the system_prompt' if is_system else ''}"
+    if messages[part.message - 1]["role"] == "system":
+        return "take it out of the row or the system_prompt"
+    return "take such rows out of the data (row_filter, where a column tells them)"
 
 
 def _shape(messages: list[dict]) -> tuple:

@@ -20,13 +20,14 @@ import psutil
 
 from carelm import ranks
 from carelm.chat.chat import FORGOTTEN, Chat, Rendered
+from carelm.data.comparison import first_words
 from carelm.data.example import Example
 from carelm.data.label_count import count_labels, label_sentences
 from carelm.data.label_form import why_none
 from carelm.data.labels import parse_label
 from carelm.data.masking import personal_versions
 from carelm.data.mixture import draw_mixed
-from carelm.data.report import SplitReport, list_counts
+from carelm.data.report import SplitReport, list_counts, number_of
 from carelm.data.sources import hash_files, recipe_keys_about_data
 from carelm.data.split_files import find_files
 from carelm.data.split_names import SPLITS
@@ -175,6 +176,8 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
             reports[split].first_dropped["too long"] = too_long
             reports[split].notes.append(f"too long: {_way_to_keep(recipe, chat)}")
         _describe(reports[split], kept, counts)
+        if split == "train" and chat.own_system:
+            reports[split].notes += _own_system(chat, examples[split], reports[split].unit)
         if split == "train" and mixed:
             kept += _render_mixed(recipe, chat, mixed, reports)
         if split == "validation":
@@ -224,6 +227,17 @@ def _look_for_labels(
     labelled = [(row, text) for row, text in expected.get("test", ()) if parse_label(text, recipe.labels) is not None]
     if why := why_none(recipe, labelled):
         reports["train"].label_notes.append(why)
+
+
+def _own_system(chat: Chat, examples: list[Example], unit: str) -> list[str]:
+    """That the template speaks to the model in the base's name where a conversation has no system message."""
+    if not (number := sum(e.prompt[0]["role"] != "system" for e in examples)):
+        return []
+    have = f"{number_of(number, unit)} {'has' if number == 1 else 'have'}"
+    return [
+        f"{have} no system message, and the chat template writes its own there: {first_words(chat.own_system)!r}; "
+        "system_prompt sets yours"
+    ]
 
 
 def _way_to_keep(recipe: Recipe, chat: Chat) -> str:

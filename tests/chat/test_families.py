@@ -1,6 +1,7 @@
 """What docs/templates.md says of eight families of templates is what is found with small templates that behave like them."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from carelm.chat.chat import Chat
 from carelm.chat.template import settle
 from carelm.data.example import Example
 from carelm.errors import UserError
+from carelm.training.prepared import prepare
 
 TEMPLATES = Path(__file__).parent / "templates"
 FAMILIES = {  # name in the table: file, tokens that are special, what ends a turn
@@ -109,6 +111,22 @@ def check(chat, end, messages, tools):
     served = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False)
     assert ids == served[: len(ids)]
     return "right"
+
+
+def test_a_system_message_of_the_familys_own_is_said_with_the_rows_that_have_none(family, tmp_path, make):
+    own = {name: Chat(family(name)[0], max_length=4096).own_system for name in FAMILIES}
+    assert {name: text for name, text in own.items() if text} == {
+        "SmolLM2": "You are a small assistant.", "Mistral": "Today is 2024-07-26.",
+    }  # fmt: skip
+    rows = [[SYSTEM, *TURNS[:2]], TURNS[2:], [user("Open?"), answer("Yes.")]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    recipe, chat = make(path, messages_column="messages"), Chat(family("SmolLM2")[0], max_length=4096)
+    (note,) = [n for n in prepare(recipe, chat).report["train"]["notes"] if "system message" in n]
+    assert note.startswith("2 rows have no system message, and the chat template writes its own there: 'You are")
+    assert "system_prompt sets yours" in note
+    recipe = make(path, messages_column="messages", system_prompt="You sell shoes.")
+    assert not [n for n in prepare(recipe, chat).report["train"]["notes"] if "system message" in n]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

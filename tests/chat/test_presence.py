@@ -122,6 +122,41 @@ def test_tools_and_calls_and_thoughts_must_be_written(chat):
         render(names_only, *called)
 
 
+def test_how_many_rows_cannot_be_written_is_said_with_the_first_of_them(chat):
+    called = (say("user", "Where is it?"), say("assistant", tool_calls=call(number="K-38")))
+    kinds = (ANSWERED, called, ANSWERED, called)
+    rows = [
+        Example([asked], [said], id="1", category=None, source=f"r:{i}") for i, (asked, said) in enumerate(kinds, 1)
+    ]
+    with pytest.raises(UserError) as caught:
+        chat(PLAIN).render(rows)
+    assert str(caught.value).startswith("r:2: the chat template does not write 'tool_calls'")
+    assert str(caught.value).endswith("; 2 of 4 rows cannot be written: r:2, r:4")
+    with pytest.raises(UserError, match="; 1 of 3 rows cannot be written$"):
+        chat(PLAIN).render(rows[:3])
+
+
+OWN = "{% if messages[0].role != 'system' %}(system: You are Bo, by Base.){% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "own"),
+    [
+        (OWN, "({{ m.role }}: {{ m.content }})<|eot_id|>", ""),  # another form: it stays beside the user's
+        (
+            OWN,
+            "{% if m.role == 'system' %}(system: {{ m.content }}){% else %}" + PLAIN + "{% endif %}",
+            "You are Bo, by Base.",
+        ),
+        ("(Today: 26 July)", PLAIN, ""),
+        ("", PLAIN, ""),
+        ("{{ raise_exception('no system') if messages[0].role == 'system' }}", PLAIN, ""),
+    ],
+)
+def test_a_system_message_that_the_template_writes_itself_is_known(chat, head, body, own):
+    assert chat(body, head=head).own_system == own
+
+
 def test_thoughts_of_earlier_answers_may_be_left_out_which_is_counted(chat):
     thought = "{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     body = HEAD + thought + "{{ m.content }}<|eot_id|>"
