@@ -23,7 +23,7 @@ eval: $(READY)
 
 # The demo's models as an API and a page at http://127.0.0.1:8000; trains them first, where that is not done.
 serve: $(READY)
-	python -c "import fastapi, uvicorn, prometheus_client" 2>/dev/null || pip install -e '.[serve]'
+	python -c "import fastapi, uvicorn, prometheus_client, httpx" 2>/dev/null || pip install -e '.[serve]'
 	python train/sft.py
 	python serve/run.py
 

@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
+from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
 from carelm.keys import SERVING_KEYS
 from carelm.recipe import Recipe
@@ -63,6 +64,9 @@ def main() -> None:
 
     listening = server.bind(recipe)
     speakers = [Speaker(recipe, candidate) for candidate in candidates]
+    if not template_columns(recipe.system_prompt or "", "system_prompt"):
+        for speaker in speakers:
+            speaker.check_window(fill(recipe.system_prompt or "", {}) or None)
     gateway = Gateway(recipe, speakers, Engine(recipe, speakers))
     if recipe.certify:
         found = certificate.certify(recipe, speakers, gateway, key, listening)

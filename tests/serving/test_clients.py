@@ -204,6 +204,10 @@ def test_a_server_finishes_what_runs_once_it_is_told_to_stop(run):
         ),
         (["--models", "api:gpt"], "error: models: api:gpt is for the evaluation alone"),
         (["--port", "70000"], "error: port: 70000 is above 65535"),
+        (
+            ["--models", "base", "--port", "0", "--system_prompt", "word " * 400],
+            "error: max_length: base reads 384 tokens, and the system message with a turn of one letter takes",
+        ),
         (["--cors_origins", "*"], "error: cors_origins: '*' is no page's address"),
     ],
 )
