@@ -133,6 +133,9 @@ class Recipe:
     reply_to_column: str | None = _key(
         None, "Column with the id (id_column) of the message that this one replies to, instead of order_column."
     )
+    strip_html: bool = _key(
+        False, "Make plain text of HTML, in all rows, in evaluation and in chat; without it rows with HTML are counted."
+    )
     mask_personal_data: bool = _key(
         False,
         "Put [EMAIL], [PHONE], [CARD] and [IBAN] in the place of such data, in all rows, in evaluation and in chat; without it "

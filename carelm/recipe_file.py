@@ -200,8 +200,8 @@ def _with_test_of(recipe: Recipe, own: dict[str, Any], name: str) -> Recipe:
 
 
 def _about_data(recipe: Recipe, own: dict[str, Any], more: tuple[str, ...]) -> dict[str, Any]:
-    """CareLM's keys about data, and `more` of them, as another recipe's file has them or by default; what the run masks is
-    masked in rows of other recipes too."""
+    """CareLM's keys about data, and `more` of them, as another recipe's file has them or by default; what the run masks or
+    strips is masked and stripped in rows of other recipes too."""
     fields = {f.name: f for f in dataclasses.fields(Recipe) if "help" in f.metadata}
     about_data = [key for key in fields if key not in NOT_ABOUT_DATA | FREE_KEYS]
     values = {}
@@ -209,6 +209,7 @@ def _about_data(recipe: Recipe, own: dict[str, Any], more: tuple[str, ...]) -> d
         field = fields[key]
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         values[key] = own.get(key, DEFAULTS.get(key, default))
+    values["strip_html"] |= recipe.strip_html
     values["mask_personal_data"] |= recipe.mask_personal_data
     values["phone_region"] = values["phone_region"] or recipe.phone_region
     return values

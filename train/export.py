@@ -165,6 +165,8 @@ def say_what_clients_do(recipe: Recipe, system: str | None, tagged: str | None) 
         ranks.say(
             "prompt_template: clients put what a user says into it themselves; python serve/run.py does it for them"
         )
+    if recipe.strip_html:
+        ranks.say("strip_html: clients send plain text themselves; python serve/run.py makes it of HTML for them")
     if recipe.mask_personal_data:
         ranks.say("mask_personal_data: clients mask it themselves; python serve/run.py does it for them")
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from carelm import ranks
-from carelm.data.masking import mask, mask_turns
+from carelm.data.masking import clean, clean_turns
 from carelm.data.tags import make_tags, used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
@@ -19,21 +19,22 @@ def asked_columns(recipe: Recipe) -> list[str]:
 
 
 def compose(recipe: Recipe, texts: list[str]) -> str:
-    """The user's message made of one text for each of `asked_columns`, or of one text, with what the recipe masks in them.
+    """The user's message made of one text for each of `asked_columns`, or of one text, each cleaned as the recipe has it.
 
     Raises:
         UserError: where a text is empty, or is no text.
     """
     columns = asked_columns(recipe)
-    for text, column in zip(texts, columns or ["the message"]):
+    cleaned = []
+    for text, column in zip(texts, columns or [""]):
         try:
             text.encode()
         except UnicodeEncodeError:
             raise UserError("the message is no UTF-8 text; type or paste it again") from None
-        if not text.strip():
-            raise UserError(f"{column} is empty; nothing is sent")
-    masked = [mask(recipe, text, column) for text, column in zip(texts, columns or [""])]
-    return fill(recipe.prompt_template, dict(zip(columns, masked)) | tags_of(recipe, texts)) if columns else masked[0]
+        cleaned.append(clean(recipe, text, column))
+        if not cleaned[-1].strip():
+            raise UserError(f"{column or 'the message'} is empty; nothing is sent")
+    return fill(recipe.prompt_template, dict(zip(columns, cleaned)) | tags_of(recipe, texts)) if columns else cleaned[0]
 
 
 def tags_of(recipe: Recipe, texts: list[str]) -> dict[str, str]:
@@ -60,8 +61,9 @@ def system_message(recipe: Recipe) -> tuple[str | None, str | None]:
 def as_trained(
     recipe: Recipe, turns: list[dict[str, Any]], system: str | None, tagged_system: str | None
 ) -> list[dict[str, Any]]:
-    """A conversation that a client sends, as training has it: what users say stands in the recipe's template, personal data is
-    masked, and one without a system message gets the recipe's (of which `system_message` says the two forms).
+    """A conversation that a client sends, as training has it: what users say stands in the recipe's template, HTML and
+    personal data are as the recipe has them, and one without a system message gets the recipe's (of which `system_message` says
+    the two forms).
 
     Raises:
         UserError: where a user's message is empty, or not what the template is filled in with.
@@ -69,7 +71,7 @@ def as_trained(
     turns = [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
     texts = [parse(recipe, turn["content"]) if turn["role"] == "user" else None for turn in turns]
     asked = [
-        {**turn, "content": compose(recipe, own)} if own else mask_turns(recipe, [turn])[0]
+        {**turn, "content": compose(recipe, own)} if own else clean_turns(recipe, [turn])[0]
         for turn, own in zip(turns, texts)
     ]
     if any(turn["role"] == "system" for turn in turns):

@@ -1,4 +1,4 @@
-"""What `mask_personal_data` replaces in rows and messages, and what the data report counts of it."""
+"""What `strip_html` and `mask_personal_data` change in rows and messages, and what the data report counts of it."""
 
 import contextlib
 import importlib.metadata
@@ -8,6 +8,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from carelm.data.example import NoAnswer
+from carelm.data.html_text import plain_text
 from carelm.data.messages import to_turns
 from carelm.data.personal import UNJUDGED, count_unjudged, find_personal, has_html, has_signature
 from carelm.data.report import number_of
@@ -60,8 +61,13 @@ def check_personal(recipe: "Recipe") -> None:
             raise UserError(f"phone_region: {recipe.phone_region!r} is no country's two letters; {hint}")
 
 
-def mask(recipe: "Recipe", text: str, column: str = "") -> str:
-    """The text with [EMAIL], [PHONE], [CARD] and [IBAN] in the place of such data, where the recipe says so."""
+def clean(recipe: "Recipe", text: str, column: str = "") -> str:
+    """The text as the recipe has it read: without HTML, and with [EMAIL], [PHONE], [CARD] and [IBAN] in the place of such data,
+    each where a key says so."""
+    return _mask(recipe, plain_text(text) if recipe.strip_html else text, column)
+
+
+def _mask(recipe: "Recipe", text: str, column: str = "") -> str:
     if not recipe.mask_personal_data:
         return text
     for start, end, kind in reversed(find_personal(text, recipe.phone_region, column)):
@@ -69,9 +75,16 @@ def mask(recipe: "Recipe", text: str, column: str = "") -> str:
     return text
 
 
-def mask_turns(recipe: "Recipe", turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same of what turns say, think and hand to tools; names, ids and roles stay."""
-    return [_with_texts(turn, partial(mask, recipe)) for turn in turns] if recipe.mask_personal_data else turns
+def clean_turns(recipe: "Recipe", turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same of what turns say and think; what is handed to tools is masked too, and theirs is no HTML for people. Names, ids
+    and roles stay."""
+    if recipe.strip_html:
+        turns = [turn if turn["role"] == "tool" else _without_html(turn) for turn in turns]
+    return [_with_texts(turn, partial(_mask, recipe)) for turn in turns] if recipe.mask_personal_data else turns
+
+
+def _without_html(turn: dict[str, Any]) -> dict[str, Any]:
+    return turn | {key: plain_text(turn[key]) for key in ("content", "reasoning_content") if key in turn}
 
 
 def _with_texts(turn: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
@@ -104,6 +117,7 @@ class PersonalCount:
         self._unit = "conversation" if recipe.text_column else "row"
         self._recipe, self._region = recipe, recipe.phone_region
         self._is_masked, self._missing = recipe.mask_personal_data, missing()
+        self._counts_all = recipe.mask_personal_data or recipe.strip_html
         templates = (recipe.system_prompt, recipe.prompt_template, recipe.completion_template)
         named = [c for template in templates for c in template_columns(template or "", "prompt_template")]
         named += [recipe.messages_column, recipe.text_column, *recipe.reference_columns, *recipe.overlap_columns]
@@ -111,19 +125,20 @@ class PersonalCount:
 
     def add(self, source: str, row: dict[str, Any]) -> None:
         """A row, `source` its file:row."""
-        if self._missing or self.rows >= MOST_COUNTED and not self._is_masked:
+        if self._missing or self.rows >= MOST_COUNTED and not self._counts_all:
             return
         self.rows += 1
         numbers: dict[str, int | None] = {}
 
         def count(text: str, column: str) -> str:
-            for _, _, kind in find_personal(text, self._region, column):
-                numbers[kind] = (numbers.get(kind) or 0) + 1
-            if self._region is None and (unjudged := count_unjudged(text, column)):
-                numbers[UNJUDGED] = (numbers.get(UNJUDGED) or 0) + unjudged
             if has_html(text):
                 numbers[HTML] = None
-            if has_signature(text):
+            read = plain_text(text) if self._recipe.strip_html else text
+            for _, _, kind in find_personal(read, self._region, column):
+                numbers[kind] = (numbers.get(kind) or 0) + 1
+            if self._region is None and (unjudged := count_unjudged(read, column)):
+                numbers[UNJUDGED] = (numbers.get(UNJUDGED) or 0) + unjudged
+            if has_signature(read):
                 numbers[SIGNATURE] = None
             return text
 
@@ -184,5 +199,10 @@ class PersonalCount:
             where = f" in the first {number_of(self.rows, self._unit)}" if self.rows == MOST_COUNTED else ""
             sentences.append(f"personal data{where}: {', '.join(masked)}")
         sentences += [", ".join(others)] if others else []
+        if HTML in found:
+            stripped = self._recipe.strip_html
+            sentences.append(
+                "strip_html makes plain text of it" if stripped else "strip_html: true makes plain text of HTML"
+            )
         said = f"mask_personal_data: {unjudged}" if unjudged and self._is_masked else unjudged
         return {"found": found, "rows": self.rows, "sentence": "; ".join(sentences), "unjudged": said}

@@ -86,7 +86,8 @@ _IN_FRONT = 45  # characters in which such a word counts
 _HTML = re.compile(
     r"</?(?:a|b|i|u|p|br|hr|em|tt|h[1-6]|ul|ol|li|td|th|tr|div|img|pre|sub|sup|span|font|code|html|body|head|meta|style|table|"
     r"tbody|thead|strong|small|center|script|blockquote)(?:\s[^<>]*)?/?>|"
-    r"&(?:nbsp|amp|lt|gt|quot|apos|[aou]uml|szlig|euro|[lr][ds]quo|[mn]dash|#\d{2,5}|#x[0-9a-f]{2,5});",
+    r"&(?:nbsp|amp|lt|gt|quot|apos|szlig|euro|[a-z](?:uml|acute|grave|circ|tilde|cedil|ring|slash|caron)|iexcl|iquest|[lr]aquo|"
+    r"hellip|bull|middot|deg|pound|cent|copy|reg|trade|times|sect|ord[fm]|shy|[lr][ds]quo|[mn]dash|#\d{2,5}|#x[0-9a-f]{2,5});",
     re.IGNORECASE,
 )
 _CLOSING = (

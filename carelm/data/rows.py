@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from carelm.data.example import Example, NoAnswer
-from carelm.data.masking import mask, mask_turns
+from carelm.data.masking import clean, clean_turns
 from carelm.data.messages import split_turns, to_turns
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill, template_columns
@@ -34,11 +34,11 @@ def to_example(
         raise NoAnswer("no reference")
     unused: set[str] = set()
     if recipe.text_column:
-        prompt, completion = split_turns(mask_turns(recipe, row[recipe.text_column]), recipe.trained_turns)
+        prompt, completion = split_turns(clean_turns(recipe, row[recipe.text_column]), recipe.trained_turns)
     elif recipe.messages_column:
         turns, left = to_turns(recipe, source, _cell(row, recipe.messages_column, source))
         unused = {f"key {key} of messages" for key in left}
-        prompt, completion = split_turns(mask_turns(recipe, turns), recipe.trained_turns)
+        prompt, completion = split_turns(clean_turns(recipe, turns), recipe.trained_turns)
     else:
         answer = references[0] if instead else _answer(recipe, source, row)
         question = _fill(recipe, "prompt_template", source, row)
@@ -123,7 +123,7 @@ def _fill(recipe: Recipe, key: str, source: str, row: dict[str, Any]) -> str:
 
 def _text(recipe: Recipe, source: str, row: dict[str, Any], column: str, labels: Sequence[str]) -> str:
     """A column's text for a prompt, an answer or a comparison, with what the recipe masks in it."""
-    return mask(recipe, cell_text(row, column, source, labels) or "", column)
+    return clean(recipe, cell_text(row, column, source, labels) or "", column)
 
 
 def _tools(recipe: Recipe, source: str, row: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -51,10 +51,11 @@ def make_examples(recipe: Recipe) -> tuple[dict[str, list[Example]], dict[str, S
             examples[split] = [examples[split][i] for i in chosen]
     if not examples["train"]:
         held_out = sum(len(examples[s]) for s in examples if "held out of train" in reports[s].notes)
-        drawn = f", {held_out} held out by validation_fraction and test_fraction" if held_out else ""
+        drawn = f", {held_out} held out" if held_out else ""
+        way = "; set validation_fraction: 0 and test_fraction: 0" if held_out else ""
         train = reports["train"]
         raise UserError(
-            f"dataset_name: nothing is left to train on ({list_counts(train.dropped, train.first_dropped)}{drawn})"
+            f"dataset_name: nothing is left to train on ({list_counts(train.dropped, train.first_dropped)}{drawn}){way}"
         )
     return examples, reports
 

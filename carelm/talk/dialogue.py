@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from carelm import ranks
 from carelm.chat.question import asked_columns, compose, tags_of
-from carelm.data.masking import mask
+from carelm.data.masking import clean
 from carelm.data.templates import fill
 from carelm.errors import UserError
 from carelm.files import here
@@ -153,7 +153,7 @@ class Dialogue:
     def _system(self, text: str) -> None:
         if not text:
             return ranks.say(f"system message: {self.session.system or self.tagged_system or 'none'}")
-        system = None if text == "none" else mask(self.session.recipe, text)  # as that of a row
+        system = None if text == "none" else clean(self.session.recipe, text)  # as that of a row
         for speaker in self.speakers:
             speaker.check_window(system)
         self.tagged_system = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from carelm.data.masking import mask
+from carelm.data.masking import clean
 from carelm.data.split_names import SPLITS
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
@@ -65,7 +65,7 @@ class Session:
         for turn in self.turns[:before]:
             if said := turn.answers.get(model):
                 messages.append({"role": "user", "content": turn.question})
-                messages.append({"role": "assistant", "content": mask(self.recipe, said.text)})  # as in rows
+                messages.append({"role": "assistant", "content": clean(self.recipe, said.text)})  # as in rows
         return messages
 
     def add(self, question: str, answers: dict[str, Said]) -> None:

@@ -117,7 +117,8 @@ def test_the_report_counts_rows_and_finds_and_names_the_first(make, tmp_path):
         reports = make_examples(make(rows, **keys))[1]
         counts = "3 phone numbers in 2 rows (first: rows.jsonl:2), 3 e-mail addresses in 2 rows (first: rows.jsonl:2)"
         others = "HTML in 1 row (first: rows.jsonl:3), a signature in 1 row (first: rows.jsonl:3)"
-        assert reports["train"].personal_data["sentence"] == f"{begins}{counts}; {others}"
+        way = "strip_html: true makes plain text of HTML"
+        assert reports["train"].personal_data["sentence"] == f"{begins}{counts}; {others}; {way}"
         assert reports["train"].personal_data["found"]["PHONE"] == {"number": 3, "rows": 2, "first": "rows.jsonl:2"}
     recipe = make(rows, mask_personal_data=True)
     masked, left = [line.strip() for line in format_report(prepare(recipe, make_chat(recipe)).report).splitlines()[3:5]]
@@ -236,7 +237,7 @@ def test_turns_are_masked_with_what_they_hand_to_tools(make, tmp_path, form):
 def test_of_numbers_in_arguments_those_that_are_personal_are_masked(make, tmp_path, arguments, masked):
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", [GERMAN]), mask_personal_data=True, phone_region="US")
     turn = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
-    assert masking.mask_turns(recipe, [turn])[0]["tool_calls"][0]["function"]["arguments"] == (masked or arguments)
+    assert masking.clean_turns(recipe, [turn])[0]["tool_calls"][0]["function"]["arguments"] == (masked or arguments)
 
 
 def test_one_message_a_row_is_masked_and_conversations_stay_apart(make, tmp_path):

@@ -235,20 +235,20 @@ def test_a_window_that_holds_no_message_is_a_400(gateway, client, monkeypatch):
 def test_templates_tags_system_message_and_masks_are_those_of_training(gateway, monkeypatch, make, tmp_path):
     recipe = make(
         tmp_path, prompt_template="[{priority}] {question}", completion_template="{answer}", tag_column="question",
-        urgent_words=["urgent"], system_prompt="Priority {priority}.", mask_personal_data=True,
+        urgent_words=["urgent"], system_prompt="Priority {priority}.", mask_personal_data=True, strip_html=True,
     )  # fmt: skip
     served = Gateway(recipe, list(gateway.speakers.values()), gateway.engine)
     sent = [
         {"role": "system", "content": ""},
-        {"role": "user", "content": "Urgent: write to anna@example.org"},
-        {"role": "assistant", "content": "To anna@example.org?"},
+        {"role": "user", "content": "<p>Urgent: write to anna&#64;example.org</p>"},
+        {"role": "assistant", "content": "To<br>anna@example.org?"},
         {"role": "user", "content": "Yes"},
     ]
     limit = gateway.speakers["base"].limit
     trained = [
         {"role": "system", "content": "Priority HIGH."},
         {"role": "user", "content": "[HIGH] Urgent: write to [EMAIL]"},
-        {"role": "assistant", "content": "To [EMAIL]?"},
+        {"role": "assistant", "content": "To\n[EMAIL]?"},
         {"role": "user", "content": "[NORMAL] Yes"},
     ]
     ids = gateway.speakers["base"].chat.fit_prompt(trained, limit).ids
