@@ -140,7 +140,7 @@ def test_row_filter_keeps_rows_by_column_and_must_leave_some(tmp_path, make):
 def test_rows_that_are_all_held_out_are_said_to_be(tmp_path, make):
     path = write_jsonl(tmp_path / "rows.jsonl", pairs(1))
     message = error_of(make(path, test_fraction=0.9, validation_fraction=0.09))
-    assert message.endswith("(none dropped, 1 held out by validation_fraction and test_fraction)")
+    assert message.endswith("(none dropped, 1 held out); set validation_fraction: 0 and test_fraction: 0")
 
 
 def test_nothing_left_to_train_on_is_an_error(tmp_path, make):
