@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -291,6 +292,7 @@ def known(key: str, where: str) -> Key:
     return known_keys()[key]
 
 
+PATHS = ("dataset_name", "model_name_or_path", "output_dir", "adapter", "chat_template_path")
 WANTED = {"bool": "; write true or false", "int": "; give a whole number", "float": "; give a number"}
 
 
@@ -302,6 +304,12 @@ def typed(key: Key, value: Any, where: str) -> Any:
         hint = "; in YAML a text that begins with { stands in quotes"
     elif isinstance(value, bool) and "str" in kinds:
         hint = "; in YAML the words yes, no, on and off stand in quotes"
+    elif "float" in kinds and isinstance(value, str) and re.fullmatch(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?", value):
+        hint = f"; write it with a point: {value.replace(',', '.')}"
+    elif "float" in kinds and isinstance(value, str) and re.fullmatch(r"\d+(?:[.,]\d+)? ?%", value):
+        hint = f"; write it as a fraction: {float(value.rstrip('% ').replace(',', '.')) / 100:g}"
+    elif "int" in kinds and isinstance(value, str) and re.fullmatch(r"\d{1,3}(?:[.,'_ ]\d{3})+", value):
+        hint = f"; write it without separators: {re.sub(r'[^0-9]', '', str(value))}"
     elif "dict" in kinds and where == "--":
         hint = """; on a command line it stands in quotes, as '{"key": "value"}'"""
     problem = UserError(f"{where}{key.name}: {value!r} is not of type {key.annotation}{hint}")
@@ -356,5 +364,10 @@ def typed(key: Key, value: Any, where: str) -> Any:
             near = difflib.get_close_matches(value, choices, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UserError(f"{where}{key.name}: '{value}' is none of {', '.join(choices)}{hint}")
+        if key.name in PATHS and (odd := [letter for letter in value if ord(letter) < 32]):
+            raise UserError(
+                f"{where}{key.name}: {value!r} holds {odd[0]!r}, which \\ within double quotes makes in YAML; write / in "
+                "paths, or single quotes"
+            )
         return value
     raise problem

@@ -23,13 +23,59 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = {}
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):  # such as {{question}} without quotes
+                raise UserError(
+                    f"{self.name}: line {key_node.start_mark.line + 1} has a brace in a text without quotes; put all of it in "
+                    "quotes"
+                )
             if key_node.value in seen:
                 raise UserError(
                     f"{self.name}: key '{key_node.value}' stands on line {seen[key_node.value]} and again on line "
                     f"{key_node.start_mark.line + 1}; remove one"
                 )
             seen[key_node.value] = key_node.start_mark.line + 1
+        for _, value in node.value:
+            for word in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                self._check_quotes(word)
         return super().construct_mapping(node, deep)
+
+    def _check_quotes(self, node: yaml.Node) -> None:
+        """A text within typographic quotes, and within none of YAML's, is one that a word processor has changed."""
+        is_plain = isinstance(node, yaml.ScalarNode) and not node.style and len(node.value) > 1
+        if is_plain and node.value[0] in "“”„‘’‚«»" and node.value[-1] in "“”‘’«»":
+            raise UserError(
+                f"{self.name}: line {node.start_mark.line + 1} has {node.value[0]} in the place of a quote; write plain "
+                f'ones: "{node.value[1:-1]}"'
+            )
+
+
+SLIPS = tuple(  # what people write that is no YAML, as an expression of the line, and what to write
+    (re.compile(expression), what)
+    for expression, what in (
+        (r"^ *\t", "it begins with a tab; use spaces, not tabs"),
+        (r"\u00a0", "it holds a blank that does not break a line (U+00A0); write a plain one"),
+        (r"^\s*\w+:[^\s:/\\]", "a blank is missing after the colon; write key: value"),
+        (r"^\s*\w+\s*=", "it has = after the key; write key: value"),
+        (r'^\s*\w+: *"[^"]*\\', "\\ within double quotes begins an escape; write / in paths, or single quotes"),
+        (r"^\s*\w+: *(\"[^\"]*|'[^']*)$", "a quote is opened there and not closed"),
+        (r"^\s*\w+: *[%@`*&!]", "the value begins with a sign that YAML uses itself; put all of it in quotes"),
+        (r"^\s*\w+: +[^\"'|>#\s].*?(: |[{}])", "a text with a colon or a brace stands in quotes, all of it"),
+        (r"^\s*\w+: *\{.*\}.*[^}\s]", "a text with a colon or a brace stands in quotes, all of it"),
+        (r"^\s*\w+: *([\"']).*\1 *[^#\s]", "text follows the closing quote; put all of it in quotes"),
+        (r"^ +\w+:", "a key stands at the beginning of its line, without blanks before it"),
+    )
+)
+
+
+def _slip(lines: list[str], at: int) -> tuple[int, str] | None:
+    """Where lines at or just before the one that cannot be read (from 0) have what people often write by mistake, and what to
+    write; None for other faults."""
+    for number in [n for n in range(at, at - 3, -1) if 0 <= n < len(lines)]:
+        if not lines[number].lstrip().startswith("#"):
+            for expression, what in SLIPS:
+                if expression.search(lines[number]):
+                    return number, what
+    return None
 
 
 Loader.add_implicit_resolver(
@@ -50,15 +96,28 @@ Loader.add_implicit_resolver(
 def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """The keys of a YAML file; `what` is its word in an error."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, Loader=Loader)
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{what} {here(path)} cannot be read ({error.strerror}); {_instead(path)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UserError(f"{what} {path}{where} is not YAML: {getattr(error, 'problem', error)}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{what} {path} line {line} is not YAML: it is no UTF-8; save the file as UTF-8") from None
+    try:
+        loader = Loader(text)
+        loader.name = str(path)
+        values = loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        lines = text.splitlines()
+        at = min(mark.line, len(lines) - 1) if mark else 0
+        if mark and "quoted scalar" in (getattr(error, "context", None) or ""):  # the mark is where the file ends
+            at = error.context_mark.line
+        at, problem = _slip(lines, at) or (at, problem)
+        where = f" line {at + 1}" if mark else ""
+        raise UserError(f"{what} {path}{where} is not YAML: {problem}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{what} {path} holds no `key: value` lines")
+        at, problem = next(filter(None, (_slip([line], 0) for line in text.splitlines())), (0, ""))
+        raise UserError(f"{what} {path} holds no `key: value` lines{': ' * bool(problem)}{problem}")
     return values
 
 
