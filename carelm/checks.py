@@ -148,8 +148,8 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"model_name_or_path: there is no folder {base}")
     if base.startswith("bases/") and not os.path.isdir(recipe.base):
         raise UserError(
-            f"model_name_or_path: {base} is not in CareLM's cache; make real-base makes {REAL_BASE} (without make: "
-            "python demo/real_base.py)"
+            f"model_name_or_path: {base} is not in CareLM's cache; `make real-base` or python demo/real_base.py makes "
+            f"{REAL_BASE}"
         )
 
 

@@ -1,6 +1,7 @@
 """What a user can mend is one clear line, exit status 2, no traceback of ours, and nothing written."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -199,6 +200,20 @@ def test_a_second_start_at_once_is_told_of_the_first_one_and_not_that_it_begins_
         finally:
             first.kill()
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_is_in_use_or_cannot_be_written_is_said_before_any_data_is_read(tmp_path, rows):
+    (tmp_path / ".lock").write_text(f"process {os.getppid()} on {socket.gethostname()}\n")
+    with pytest.raises(UserError, match=f"{tmp_path} is in use by process {os.getppid()} on .*; wait for it, or set"):
+        runs.check_free(tmp_path)
+    (tmp_path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}\n")  # its own
+    runs.check_free(tmp_path / "new" / "run")
+    runs.check_free(tmp_path)
+    assert not (tmp_path / "new").exists() and {p.name for p in tmp_path.iterdir()} == {".lock", "rows.jsonl"}
+    done = script("--config", recipe_file(tmp_path, dataset_name=rows), "--output_dir", "/proc/nope")
+    assert (
+        done.returncode == 2 and done.stderr == "error: output_dir: /proc cannot be written; set another output_dir\n"
+    )
 
 
 def test_a_run_of_one_step_on_one_row_learns_and_says_what_little_it_learns(tmp_path):

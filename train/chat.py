@@ -109,7 +109,9 @@ def for_chat(recipe: Recipe) -> Recipe:
     if not models and (recipe.output_dir / ("config.json" if is_full else "adapter_config.json")).exists():
         models = [str(recipe.output_dir)] if is_full else ["adapter"]
     if not models:
-        ranks.say(f"{recipe.output_dir} holds no result of training yet: the base answers ({untrained(recipe)})")
+        ranks.say(
+            f"{recipe.output_dir} holds no result of training yet: the base answers ({untrained(recipe.output_dir)})"
+        )
     return dataclasses.replace(recipe, num_shots=0, models=models or ["base"])
 
 

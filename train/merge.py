@@ -35,7 +35,7 @@ from carelm.files import write_whole
 from carelm.next_steps import say_next
 from carelm.recipe_file import load_recipe
 from carelm.training.checkpoint_folders import find_recipe
-from carelm.training.runs import free_name
+from carelm.training.runs import free_name, untrained
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -75,7 +75,9 @@ def make() -> None:
             raise UserError(
                 f"--adapter: {options.adapter} is a whole model already: nothing is to be merged, use it as it is"
             )
-        raise UserError(f"--adapter: {options.adapter} holds no adapter_config.json; name the folder of a finished run")
+        is_run = (options.adapter / "recipe.yaml").exists()
+        hint = untrained(options.adapter) if is_run else "name the folder of a finished run"
+        raise UserError(f"--adapter: {options.adapter} holds no adapter_config.json; {hint}")
     if not any(key.partition("=")[0] == "--config" for key in keys):
         saved = find_recipe(options.adapter)
         if saved is None:

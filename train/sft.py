@@ -24,7 +24,7 @@ from pathlib import Path
 STARTED = time.time()
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
-from carelm import environment, interrupts, quiet, ranks  # noqa: E402, F401
+from carelm import environment, files, interrupts, quiet, ranks  # noqa: E402, F401
 from carelm.adapter_folder import check_adapter, check_unchanged  # noqa: E402
 from carelm.chat.chat import make_chat  # noqa: E402
 from carelm.data.report import format_report  # noqa: E402
@@ -49,6 +49,8 @@ def main() -> None:
     if not recipe.preview and (finished := runs.find_finished(recipe)):
         ranks.say(f"{recipe.output_dir} holds this run, finished at step {finished['global_step']}; nothing to do")
         return report(recipe, runs.publish(recipe, finished))
+    if not recipe.preview:
+        runs.check_free(recipe.output_dir)
 
     goes_on = runs.goes_on(recipe)
     if recipe.adapter and not goes_on:
@@ -139,7 +141,8 @@ def report(recipe: Recipe, metrics: dict) -> None:
         for sentence in learnt.in_words(recipe, metrics):
             ranks.say(sentence)
         words = words_of(recipe, sys.argv[1:])
-        say_next(["eval/run.py", *words], ["train/chat.py", *words])
+        has_test = files.read_json(recipe.output_dir / "data_report.json").get("test", {}).get("used") != 0
+        say_next(*[["eval/run.py", *words]] * has_test, ["train/chat.py", *words])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
+from carelm.next_steps import say_next
 from carelm.sweep.grid import Grid
 from carelm.sweep.processes import devices, work
 from carelm.sweep.sweep_file import read_sweep
@@ -63,6 +64,8 @@ def main() -> None:
     print(json.dumps(found), flush=True)
     for sentence in said:
         ranks.say(sentence)
+    if found["comparison"] and compared["best"]:
+        say_next(["train/chat.py", "--config", str(sweep.folder / compared["best"] / "recipe.yaml")])
     if names["failed"]:
         sys.exit(1)
 

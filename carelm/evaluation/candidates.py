@@ -283,7 +283,7 @@ def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
     if word == "base":
         return _candidate(name, "base", recipe, recipe.base, recipe.model, held, None)
     if word == "adapter":
-        folder, hint, is_own = recipe.output_dir, untrained(recipe), True
+        folder, hint, is_own = recipe.output_dir, untrained(recipe.output_dir), True
         if recipe.method == "full":
             raise UserError(
                 f"models: method: full makes no adapter; name its folder: --models base {recipe.output_dir}"
@@ -293,6 +293,7 @@ def find(recipe: Recipe, name: str, is_own: bool = False) -> Candidate:
         hint = f"merge first: python train/merge.py --adapter {recipe.output_dir} --output_dir {folder}"
     else:
         folder, hint = Path(locate(word)), "name base, adapter, merged or a folder"
+        hint = untrained(folder) if (folder / "recipe.yaml").exists() else hint
     if not folder.is_dir():
         if word not in (words := ("base", "adapter", "merged")):
             like = difflib.get_close_matches(word, words) or near(folder)

@@ -47,15 +47,15 @@ def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
     score = pair["scores"][metric]
     called = NAMES[metric]
     figures = f"{score['difference']:+.4g}, 95 % interval {score['low']:+.4g} to {score['high']:+.4g}"
-    p_value = f"p {score['p_value_holm']:.3g} after Holm's correction"
+    chance = f"chance makes such a difference in at most {100 * score['p_value_holm']:.3g} % of cases"
     match decide(score, conversations):
         case "few":
             short = f"{called} {score['difference']:+.4g}"
             return f"{b} against {a}: {conversations} conversations are too few to tell ({short})."
         case "unclear":
-            return f"{b} against {a}: no difference in {called} that this test set can show ({figures}, {p_value})."
+            return f"{b} against {a}: no difference in {called} that this test set can show ({figures}; {chance})."
         case word:
-            return f"{b} is {word} than {a} in {called} ({figures}, {p_value})."
+            return f"{b} is {word} than {a} in {called} ({figures}; {chance})."
 
 
 def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> dict[str, Any]:

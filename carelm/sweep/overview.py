@@ -5,14 +5,11 @@ Whatever lies there is a row or is none: what cannot be read is said in its row.
 
 import json
 import math
-import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from carelm.errors import UserError
 from carelm.evaluation import verdicts
@@ -175,7 +172,7 @@ def _trained(row: Row, metrics: dict[str, Any], has_answered: bool) -> None:
         row.problems.append(f"none of its {len(saved)} checkpoints is whole")
     else:
         row.state = "only answers" if has_answered else "no checkpoint"
-    if _is_running(folder / runs.LOCK):
+    if runs.is_running(folder / runs.LOCK):
         row.state = f"running, step {step}" if whole else "running"
     elif row.state != "finished" and record.get("state") in ("failed", "pruned"):
         row.state = record["state"]
@@ -189,16 +186,6 @@ def _torn(checkpoint: Path) -> bool:
         return what_is_torn(checkpoint) is not None
     except (KeyError, TypeError, AttributeError, ValueError):  # a mark that says something else
         return True
-
-
-def _is_running(lock: Path) -> bool:
-    """Whether the process that has written the lock's line is there still; of another machine's nothing is known."""
-    try:
-        words = lock.read_text(encoding="utf-8").split()
-        process = psutil.Process(int(words[words.index("process") + 1]))
-        return words[-1] == os.uname().nodename and process.create_time() < lock.stat().st_mtime
-    except (OSError, ValueError, IndexError, psutil.Error):
-        return False
 
 
 def _evaluated(row: Row, results: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What goes on beside the optimizer steps: seeds, the progress bar, speed and memory; TensorBoard has a file of its own."""
 
+import os
 import sys
 import time
 
@@ -145,26 +146,65 @@ class ThreadWatch(TrainerCallback):
             self.is_done = True
 
 
+class LogLines(tqdm):
+    """The bar of a log file: a line now and then, where that of a terminal is drawn over itself."""
+
+    SECONDS = 10  # between two of them
+
+    @staticmethod
+    def status_printer(file):
+        def write(line: str) -> None:
+            if line.strip():
+                file.write(f"{line}\n")
+                file.flush()
+
+        return write
+
+    def clear(self, *args, **kwargs):  # of what was drawn, before another line is written: here it stays
+        pass
+
+
 class ProgressBar(TrainerCallback):
-    """One bar over the run's optimizer steps, with the loss, the speed and the time left; rank 0 alone."""
+    """One bar over the run's optimizer steps, with the loss, the speed and the time left; rank 0 alone.
+
+    How long the run will take is also said once, or twice where the first step is slow: no bar knows it before that.
+    """
+
+    SLOW, WORTH_SAYING = 10, 60  # seconds of a first step, and of what is left
 
     def __init__(self, speed: Speed):
-        self.speed, self.bar = speed, None
+        self.speed, self.bar, self._ends = speed, None, list[float]()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(
+            is_log = not sys.stderr.isatty()
+            rare = {"mininterval": float(os.environ.get("TQDM_MININTERVAL", LogLines.SECONDS))} if is_log else {}
+            self.bar = (LogLines if is_log else tqdm)(
                 total=state.max_steps,
                 initial=state.global_step,
                 desc="train",
                 unit="step",
                 file=sys.stderr,
                 dynamic_ncols=True,
+                **rare,
             )
+            self._ends = [time.monotonic()]
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(1)
+        if self.bar is None:
+            return
+        self.bar.update(1)
+        self._ends.append(time.monotonic())
+        done, left = len(self._ends) - 1, state.max_steps - state.global_step
+        if done == 1 and (first := self._ends[1] - self._ends[0]) >= self.SLOW and first * left >= self.WORTH_SAYING:
+            self._say(
+                f"the first step took {first:.0f} s, later ones are often faster: at most {in_words(first * left)} left"
+            )
+        elif done == 4 and (seconds := (self._ends[4] - self._ends[1]) / 3 * left) >= self.WORTH_SAYING:
+            self._say(f"about {in_words(seconds)} left for {left} steps, evaluations not counted")
+
+    def _say(self, sentence: str) -> None:
+        self.bar.write(f"carelm: {sentence}", file=sys.stderr)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and "loss" in logs:
@@ -174,11 +214,16 @@ class ProgressBar(TrainerCallback):
                 figures["mfu"] = f"{self.speed.shown['mfu']:.0%}"
             self.bar.set_postfix(figures, refresh=False)  # drawn with the next step
         if self.bar is not None and "eval_loss" in logs:
-            self.bar.write(f"carelm: step {state.global_step}: eval loss {logs['eval_loss']:.4f}", file=sys.stderr)
+            self._say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
+
+
+def in_words(seconds: float) -> str:
+    """A time that is not known to the second."""
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def make_callbacks(recipe, prepared, chat, speed: Speed) -> list[TrainerCallback]:

@@ -15,9 +15,12 @@ import itertools
 import json
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+
+import psutil
 
 from carelm.errors import UserError
 from carelm.files import read_json, write_whole
@@ -99,11 +102,52 @@ def goes_on(recipe: Recipe) -> bool:
     return not restarts(recipe) and bool(find_checkpoints(recipe.output_dir))
 
 
-def untrained(recipe: Recipe) -> str:
-    """Why there is no result of the recipe's training, and what to do."""
-    if saved := find_checkpoints(recipe.output_dir):
-        return f"its training is saved at step {step_of(saved[-1])} and not finished; the same training command goes on"
+def untrained(folder: Path) -> str:
+    """Why there is no result of a training in this folder, and what to do."""
+    if is_running(folder / LOCK):
+        return "a training is writing there now; wait for its end, or stop it with Ctrl-C, which saves"
+    if saved := find_checkpoints(folder):
+        return (
+            f"its training is saved at step {step_of(saved[-1])} and not finished; the same training command goes on, or take "
+            f"{saved[-1]} as it is"
+        )
     return "train first, with train/sft.py and the same keys"
+
+
+def is_running(lock: Path) -> bool:
+    """Whether the process that has written the lock's line is there still; of another machine's nothing is known."""
+    try:
+        words = lock.read_text(encoding="utf-8").split()
+        process = psutil.Process(int(words[words.index("process") + 1]))
+        return words[-1] == socket.gethostname() and process.create_time() < lock.stat().st_mtime
+    except (OSError, ValueError, IndexError, psutil.Error):
+        return False
+
+
+def check_free(folder: Path) -> None:
+    """Before the data is read, which may take long: nobody else writes there, and this run can.
+
+    Raises:
+        UserError: where that is not so.
+    """
+    is_job = "CARELM_STATUS_FILE" in os.environ  # the lock may be that of its earlier start: `_lock` decides
+    if not is_job and is_running(folder / LOCK):
+        holder = (folder / LOCK).read_text(encoding="utf-8").strip()
+        if f"process {os.getpid()} " not in holder:
+            raise UserError(_in_use(folder, holder))
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        why = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"  # /proc says so of all that is new
+        raise UserError(f"output_dir: {there} cannot be written{why}; set another output_dir") from None
+
+
+def _in_use(folder: Path, holder: str) -> str:
+    return (
+        f"output_dir: {folder} is in use by {holder}; wait for it, or set another output_dir (if that machine is gone, remove "
+        f"{folder / LOCK})"
+    )
 
 
 def _names(folder: Path) -> set[str]:
@@ -119,9 +163,6 @@ def _has_saved_nothing(folder: Path) -> bool:
 def _check_unclaimed(folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"output_dir: {folder} is a file; set another output_dir")
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output_dir: {there} cannot be written; set another output_dir")
     others = sorted(_names(folder) - MADE_BESIDE) if folder.is_dir() else []
     if others:
         there = ", ".join(others[:3])
@@ -226,10 +267,7 @@ def _lock(folder: Path) -> bool:
             if "CARELM_STATUS_FILE" in os.environ and f"job {os.environ['SLURM_JOB_ID']}," in holder:
                 break  # an earlier start of this job, on a node that is lost
             if holder.endswith(f" on {socket.gethostname()}") or time.monotonic() > until:
-                raise UserError(
-                    f"output_dir: {folder} is in use by {holder}; wait for it, or set another output_dir (if that machine "
-                    f"is gone, remove {path})"
-                ) from None
+                raise UserError(_in_use(folder, holder)) from None
             waited = True
             time.sleep(1)
         except OSError:  # a file system without locks

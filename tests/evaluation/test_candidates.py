@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import socket
 
+import psutil
 import pytest
 
 from carelm.data.sources import hash_files
@@ -49,3 +51,17 @@ def test_a_training_that_was_stopped_is_told_from_one_that_was_not_begun(tmp_pat
     recipe = load_recipe(["--output_dir", str(tmp_path)], usage="")
     with pytest.raises(UserError, match="saved at step 13 and not finished; the same training command goes on"):
         candidates.find(recipe, "adapter")
+
+
+def test_a_training_that_is_running_is_told_from_one_that_was_stopped(tmp_path):
+    holder = psutil.Process().ppid()
+    (tmp_path / ".lock").write_text(f"process {holder} on {socket.gethostname()}\n")
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "checkpoint-13").mkdir()
+    recipe = load_recipe(["--output_dir", str(tmp_path)], usage="")
+    for name in ("adapter", str(tmp_path)):
+        with pytest.raises(UserError, match="holds no model and no adapter; a training is writing there now; wait"):
+            candidates.find(recipe, name)
+    (tmp_path / ".lock").unlink()
+    with pytest.raises(UserError, match=f"not finished; .* or take {tmp_path}/checkpoint-13 as it is"):
+        candidates.find(recipe, str(tmp_path))

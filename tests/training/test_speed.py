@@ -134,3 +134,30 @@ def test_only_the_first_rank_watches(speed, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         made = callbacks.make_callbacks(recipe, prepared, None, speed)
         assert sum(isinstance(callback, ThreadWatch) for callback in made) == number
+
+
+def progress(monkeypatch, capsys, seconds, **variables):
+    """What the bar and its sentences write to a log file."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    bar = ProgressBar(types.SimpleNamespace(shown={}))
+    monkeypatch.setattr("carelm.training.callbacks.time.monotonic", lambda: 0.0)
+    bar.on_train_begin(
+        None, types.SimpleNamespace(global_step=0, is_world_process_zero=True, max_steps=len(seconds)), None
+    )
+    train([bar], monkeypatch, *seconds)
+    bar.on_train_end(None, None, None)
+    return capsys.readouterr().err
+
+
+def test_how_long_a_run_will_take_is_said_after_its_first_steps(monkeypatch, capsys):
+    said = progress(monkeypatch, capsys, [70.0] + [20.0] * 39)
+    assert "carelm: the first step took 70 s, later ones are often faster: at most 46 minutes left\n" in said
+    assert "carelm: about 12 minutes left for 36 steps, evaluations not counted\n" in said
+    assert "left" not in progress(monkeypatch, capsys, [1.0] * 40)
+
+
+def test_a_log_file_has_lines_and_not_a_bar_that_is_drawn_over(monkeypatch, capsys):
+    seldom, each = (progress(monkeypatch, capsys, [1.0] * 40, TQDM_MININTERVAL=value) for value in ("10", "0"))
+    assert "\r" not in seldom + each and "\n\n" not in each.rstrip()
+    assert each.count("| 7/40 [") == 1 and "| 40/40 [" in each and seldom.count("/40 [") <= 3
