@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import re
 import signal
@@ -56,6 +57,13 @@ def say(message: str) -> None:
     """Prints for people: rank 0 alone, on standard error (standard output carries the result)."""
     if rank() == 0:
         print(f"carelm: {message}", file=sys.stderr, flush=True)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One JSON object on standard output, for a script. At a terminal a person reads the lines that are said, which name the
+    file that holds the same."""
+    if not sys.stdout.isatty():
+        print(json.dumps(result), flush=True)
 
 
 def check_variables() -> None:

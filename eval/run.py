@@ -13,7 +13,6 @@ and what has been answered is not answered again. The last line on standard outp
 exit status: 0 the report is written, 2 something in the recipe, the data, the models or the launch is to be mended.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -113,7 +112,7 @@ def main() -> None:
             found["models"][name]["served"] = served
         found |= {"conditions": answers.conditions(recipe)}
         found = report.write(folder, recipe, found, own.questions, lines[""])
-        print(json.dumps(report.summary(folder, found)), flush=True)
+        ranks.print_result(report.summary(folder, found))
         for name, result in found["tests"].items():
             for sentence in result["verdicts"]:
                 ranks.say(f"{name}: {sentence}")

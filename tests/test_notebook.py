@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -34,12 +35,19 @@ def test_the_notebook_has_at_most_twelve_cells_and_no_output():
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
 
 
+def test_a_folder_with_a_blank_in_its_name_as_a_mounted_drive_has_it_is_one_word_of_each_command():
+    commands = [line for cell in nbformat.read(NOTEBOOK, as_version=4).cells for line in cell.source.splitlines()
+                if cell.cell_type == "code" and line.startswith(("!", "%"))]  # fmt: skip
+    assert sum("$" in line for line in commands) == 5
+    assert not [line for line in commands if re.search(r'(?<!")\$[A-Z]', line)]
+
+
 @pytest.mark.long
 def test_the_notebook_trains_evaluates_shows_its_report_and_answers(tmp_path):
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook, folder = nbformat.read(NOTEBOOK, as_version=4), tmp_path / "My Drive"
     for old, new in SMALLER.items():
         (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source]
-        cell.source = cell.source.replace(old, new.format(folder=tmp_path) if "{folder}" in new else new)
+        cell.source = cell.source.replace(old, new.format(folder=folder) if "{folder}" in new else new)
     path = f"{Path(sys.executable).parent}:{environment()['PATH']}"  # `!python` is this one
     variables = environment(PATH=path, PYTHONPATH=str(PROJECT), TMPDIR=str(tmp_path))
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
@@ -51,7 +59,7 @@ def test_the_notebook_trains_evaluates_shows_its_report_and_answers(tmp_path):
 
     *_, preview, _, train, evaluate, report, chat, _ = notebook.cells
     assert "How" in text_of(preview)
-    figures = json.loads((tmp_path / "shop/train_metrics.json").read_text())
+    figures = json.loads((folder / "shop/train_metrics.json").read_text())
     assert figures["global_step"] == 4 and "eval loss" in text_of(train)
     assert "report: " in text_of(evaluate)
     assert "<iframe srcdoc=" in text_of(report) and "ROUGE-L" in text_of(report)

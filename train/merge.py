@@ -130,7 +130,7 @@ def make() -> None:
                 f"{tolerance:g}; remove the folder to merge again, or accept more"
             )
         ranks.say(f"{options.output_dir} holds this merge; nothing to do")
-        return print(json.dumps(there))
+        return ranks.print_result(there)
     if options.output_dir.exists() and there.get("adapter", about["adapter"]) == about["adapter"]:
         raise UserError(f"--output_dir: {options.output_dir} is there already; name another folder")
     questions = []
@@ -174,7 +174,7 @@ def make() -> None:
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(json.dumps(result), flush=True)
+    ranks.print_result(result)
     ranks.say(f"merged: {options.output_dir}")
     models = (
         []

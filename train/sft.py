@@ -16,7 +16,6 @@ exit status: 0 the run is finished, 2 something in the recipe, the data or the l
 saved (a launcher turns each into its own).
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -137,7 +136,7 @@ def main() -> None:
 def report(recipe: Recipe, metrics: dict) -> None:
     """The figures as one JSON object on standard output, and below it on standard error what a person reads of them."""
     if ranks.rank() == 0:
-        print(json.dumps(metrics), flush=True)
+        ranks.print_result(metrics)
         for sentence in learnt.in_words(recipe, metrics):
             ranks.say(sentence)
         words = words_of(recipe, sys.argv[1:])

@@ -16,7 +16,6 @@ on standard output is one JSON object.
 exit status: 0 no run has failed, 1 one has (the others are compared), 2 something is to be mended first, 75 it was stopped.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def main() -> None:
         compared = compare(sweep.folder, sweep.name, runs)
         found["comparison"] = str(sweep.folder / "comparison.html")
         said += [compared["headline"], f"comparison: {found['comparison']}; best: {compared['best']}"]
-    print(json.dumps(found), flush=True)
+    ranks.print_result(found)
     for sentence in said:
         ranks.say(sentence)
     if found["comparison"] and compared["best"]:

@@ -177,14 +177,15 @@ class Session:
         keys = {**self.training_keys(path), "output_dir": f"{folder}-chat"}
         if (folder / "adapter_config.json").exists() and self.recipe.method == "lora":
             keys["adapter"] = str(folder)
-        kept = without(words, *keys)
+        kept = without(words, *keys, "max_new_tokens", "temperature", "top_p")  # of the chat
         return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]
 
     def training_keys(self, path: Path) -> dict[str, str]:
         """The keys that train on the good answers of this file, under the session's recipe: what the recipe asks of its own
-        rows and this file does not have is taken out."""
+        rows and this file does not have is taken out. All of them are trained: there are few."""
         recipe = self.recipe
         keys = {"dataset_name": str(path), "row_filter": '{"mark": "good"}'}
+        keys |= {"validation_fraction": "0", "test_fraction": "0"}
         keys["messages_column"] = recipe.messages_column or "messages"
         for split in SPLITS:
             if getattr(recipe, f"dataset_{split}_split") != split:

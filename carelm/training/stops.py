@@ -66,11 +66,17 @@ class StopRequests:
             ranks.say(f"{self.file} is from before this launch; it is removed")
             self.file.unlink(missing_ok=True)
         for number in SIGNALS:
-            signal.signal(number, lambda number, frame: self.request(signal.Signals(number).name))
+            signal.signal(number, self._on_signal)
 
     def request(self, reason: str) -> None:
         """Writes the request; the first one's reason stands."""
         write_request(self.file.parent, reason, by=str(ranks.rank()))
+
+    def _on_signal(self, number: int, frame) -> None:
+        reason = signal.Signals(number).name
+        if ranks.rank() == 0 and not self.file.exists():  # print may be what was interrupted
+            os.write(2, f"\ncarelm: {reason}: saves at the end of this step and stops; wait for it\n".encode())
+        self.request(reason)
 
     def look(self, device) -> str | None:
         """The reason of a request, the same on every rank, or None; every rank calls it at the same place."""

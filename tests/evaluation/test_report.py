@@ -353,3 +353,14 @@ def test_what_the_server_was_certified_for_stands_beside_the_model_that_it_is_of
     assert "| answers served as evaluated | - | 49 of 50 (batcher) |" in text and "49 of 50 (batcher)" in page
     _, page, text = evaluate(tmp_path / "b", answers)
     assert "served as evaluated" not in page + text
+
+
+def test_the_line_with_the_figures_says_what_its_p_value_is():
+    score = {"difference": 0.4, "low": 0.3, "high": 0.5, "p_value_holm": 0.00599}
+    pair = {"models": ["base", "adapter"], "scores": {"rougeL": score}}
+    assert verdicts.verdict(pair, "rougeL", 100) == (
+        "adapter is better than base in ROUGE-L (+0.4, 95 % interval +0.3 to +0.5; chance makes such a difference in at most "
+        "0.599 % of cases)."
+    )
+    score |= {"low": -0.1, "p_value_holm": 1.0}
+    assert verdicts.verdict(pair, "rougeL", 100).endswith("chance makes such a difference in at most 100 % of cases).")

@@ -67,8 +67,8 @@ def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session,
     session.begin_anew("Other.")
     session.add("new?", {"base": Said("yes 🧡", "length"), "adapter": Said("no", "stop")})
     session.mark("good", "base")
-    keys = ["--config", str(file), *words_of_keys(session.training_keys(session.save())), "--test_fraction", "0"]
-    examples, _ = make_examples(load_recipe([*keys, "--validation_fraction", "0"], usage=""))
+    keys = ["--config", str(file), *words_of_keys(session.training_keys(session.save()))]
+    examples, _ = make_examples(load_recipe(keys, usage=""))
     found = {e.completion[-1]["content"]: [m["content"] for m in e.prompt] for e in examples["train"]}
     assert all(len(e.completion) == 1 for e in examples["train"])
     assert found == {
@@ -93,10 +93,12 @@ def test_the_next_command_trains_on_the_saved_rows_and_no_longer_on_the_recipes(
         )
         assert recipe.messages_column and recipe.seed == session.recipe.seed and recipe.adapter is None
         examples, _ = make_examples(recipe)
-        assert [e.completion[0]["content"] for part in examples.values() for e in part] == ["base on two?"]
+        assert [e.completion[0]["content"] for e in examples["train"]] == ["base on two?"]  # none is held out
     (tmp_path / "run").mkdir()
     (tmp_path / "run/adapter_config.json").write_text("{}")
     assert session.training_words(path, words)[-2:] == ["--adapter", "run"]
+    of_the_chat = ["--max_new_tokens", "60", "--temperature", "0.7", "--top_p=0.9"]
+    assert session.training_words(path, [*words, *of_the_chat]) == session.training_words(path, words)
 
 
 def test_every_answer_and_every_mark_is_in_the_file(session):

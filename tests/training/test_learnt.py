@@ -131,3 +131,16 @@ def test_a_person_reads_rounded_figures_below_the_json_line(tmp_path, monkeypatc
         f"carelm: {metrics['caution']}",
     ]
     assert [line[:14] for line in said[3:]] == ["carelm: next: "] * 2
+
+
+def test_without_test_rows_the_next_command_is_no_evaluation_and_a_terminal_shows_no_json(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("sys.argv", ["train/sft.py", "--output_dir", str(tmp_path)])
+    sft, recipe = runpy.run_path("train/sft.py"), load_recipe(["--output_dir", str(tmp_path)], usage="")
+    (tmp_path / "data_report.json").write_text(json.dumps({"train": {"used": 3}, "test": {"used": 0}}))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    sft["report"](recipe, METRICS)
+    out, err = capfd.readouterr()
+    assert out == "" and [line.split("next: ")[1].split()[1] for line in err.splitlines() if "next: " in line] == [
+        "train/chat.py"
+    ]

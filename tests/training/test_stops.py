@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from launching import PROJECT, Run, eval_losses, mark, script, stopped_at
+
+from carelm.training import stops
 
 ZERO2 = PROJECT / "accelerate_configs/cpu_zero2.yaml"
 
@@ -96,3 +99,16 @@ def test_a_hang_is_noticed_and_every_rank_says_where(tmp_path):
         worker.kill()
     assert len(re.findall("has hung for 40 s", log)) == 2
     assert "dataloader.py" in log
+
+
+def test_a_signal_is_answered_at_once_and_once(tmp_path, capfd):
+    before = {number: signal.getsignal(number) for number in stops.SIGNALS}
+    try:
+        requests = stops.StopRequests(types.SimpleNamespace(output_dir=tmp_path, stall_timeout=0, max_hours=None), None)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert requests.file.read_text() == "SIGINT\n"
+    assert capfd.readouterr().err == "\ncarelm: SIGINT: saves at the end of this step and stops; wait for it\n"
