@@ -63,10 +63,19 @@ def main() -> None:
     ranks.print_result(found)
     for sentence in said:
         ranks.say(sentence)
-    if found["comparison"] and compared["best"]:
-        say_next(["train/chat.py", "--config", str(sweep.folder / compared["best"] / "recipe.yaml")])
+    if found["comparison"]:
+        next_of_best(sweep.folder, compared["best"])
     if names["failed"]:
         sys.exit(1)
+
+
+def next_of_best(folder: Path, best: str | None) -> None:
+    """The commands that take the best run, where that one has trained, and the list of all otherwise."""
+    saved = folder / (best or "") / "recipe.yaml"
+    if saved.is_file():
+        say_next(["train/chat.py", "--config", str(saved)], ["serve/run.py", "--config", str(saved)])
+    else:
+        say_next(["train/runs.py", str(folder)])
 
 
 if __name__ == "__main__":

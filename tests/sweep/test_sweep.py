@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -71,6 +72,20 @@ def test_a_killed_sweep_goes_on_and_one_that_fails_does_not_end_the_others(tmp_p
     assert list(compared["models"]) == ["base", "r4", "bare"] and compared["runs"]["none"]["state"] == "failed"
 
     assert "base: all 14 answers are there; nothing to do" in (out / "bare.log").read_text()
+
+
+def test_a_sweep_ends_with_the_commands_that_take_its_best_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(PROJECT)
+    next_of_best = runpy.run_path("train/sweep.py")["next_of_best"]
+    (tmp_path / "r4").mkdir()
+    (tmp_path / "r4/recipe.yaml").touch()
+    for best in ("r4", "base", None):  # a row of the comparison may be the base's
+        next_of_best(tmp_path, best)
+    saved, runs = f"{tmp_path}/r4/recipe.yaml", f"carelm: next: python train/runs.py {tmp_path}"
+    assert (
+        capsys.readouterr().err.splitlines()
+        == [f"carelm: next: python {file} --config {saved}" for file in ("train/chat.py", "serve/run.py")] + [runs] * 2
+    )
 
 
 def test_a_finished_run_is_not_run_again_and_a_failed_one_is(tmp_path):
