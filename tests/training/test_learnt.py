@@ -139,7 +139,7 @@ def test_without_test_rows_the_next_command_is_no_evaluation_and_a_terminal_show
     sft, recipe = runpy.run_path("train/sft.py"), load_recipe(["--output_dir", str(tmp_path)], usage="")
     (tmp_path / "data_report.json").write_text(json.dumps({"train": {"used": 3}, "test": {"used": 0}}))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    sft["report"](recipe, METRICS)
+    sft["report"](recipe, METRICS | {"caution": None})
     out, err = capfd.readouterr()
     assert out == "" and [line.split("next: ")[1].split()[1] for line in err.splitlines() if "next: " in line] == [
         "train/chat.py"
