@@ -133,8 +133,9 @@ class Dialogue:
         elif name == "system":
             self._system(rest)
         elif name == "undo":
-            session.undo()
-            ranks.say(f"taken back; turns left: {len(session.turns)}")
+            kept = session.undo()
+            saved = f"; what is marked of it is saved all the same ({kept})" if kept else ""
+            ranks.say(f"taken back; turns left: {len(session.turns)}{saved}")
         elif name in ("good", "bad"):
             ranks.say(f"the last answer of {session.mark(name, rest)} is marked {name}")
         elif name == "save":

@@ -74,17 +74,19 @@ class Session:
             self._number += 1
             self.turns.append(Turn(self._number, question, answers))
 
-    def undo(self) -> None:
-        """Takes back the last turn; its marked answers stay in what is saved.
+    def undo(self) -> int:
+        """Takes back the last turn; its marked answers, which are counted, stay in what is saved.
 
         Raises:
             UserError: where there is none.
         """
         if not self.turns:
             raise UserError("/undo: there is no turn to take back")
-        self._earlier += [row for row in self._rows_of(len(self.turns) - 1) if row["mark"]]
+        marked = [row for row in self._rows_of(len(self.turns) - 1) if row["mark"]]
+        self._earlier += marked
         self.turns.pop()
         self.undone += 1
+        return len(marked)
 
     def begin_anew(self, system: str | None) -> None:
         """A new conversation under this system message; the rows of the old one are kept."""

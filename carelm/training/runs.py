@@ -30,6 +30,7 @@ from carelm.recipe import CHATS, PRECISION_NOTE, Recipe
 from carelm.recipe_file import check_identity, save_recipe
 from carelm.training import finished, hub
 from carelm.training.checkpoint_folders import find_checkpoints, step_of
+from carelm.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -226,6 +227,8 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
                 say(f"{folder} holds a run that ended before its first checkpoint; it begins anew")
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder)
+            if newest is not None:
+                _say_other_length(recipe, read_yaml(folder / "recipe.yaml"))
             if recipe.restart and "SLURM_JOB_ID" in os.environ:
                 (folder / RESTARTED).write_text(os.environ["SLURM_JOB_ID"])
             save_recipe(recipe, folder / "recipe.yaml")
@@ -239,6 +242,13 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
     if problem is not None:
         raise UserError(problem)
     return newest
+
+
+def _say_other_length(recipe: Recipe, before: dict[str, Any]) -> None:
+    """The learning rate follows the length, which may change while a run goes on."""
+    now = budget(recipe)
+    if changed := [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]:
+        say(f"another length than before ({', '.join(changed)}): the learning rate follows the new one from here on")
 
 
 _locks: list[IO[str]] = []

@@ -284,6 +284,12 @@ class Trainer(transformers.Trainer):
 
     def _finalize_training(self, *args, **kwargs):
         self._evaluate_where_due()  # where the checkpoint is that of the last epoch's end, there was no epoch to run
+        step, has_best = self.state.global_step, self.args.load_best_model_at_end
+        is_known = any("eval_loss" in e for e in self.state.log_history if e["step"] == step)
+        if self.prepared.validation is not None and not is_known and not has_best:
+            self._evaluate(
+                None, None
+            )  # the last steps may be fewer than eval_steps: the figures are those of the result
         return super()._finalize_training(*args, **kwargs)
 
     def _evaluate_where_due(self) -> None:

@@ -162,6 +162,18 @@ def test_after_undo_the_same_question_is_another_draw(speakers, tmp_path):
     assert texts[0] != texts[1] and dialogue.session.turns[0].answers["base"].text == texts[0]
 
 
+def test_a_marked_answer_that_is_taken_back_is_said_to_be_saved_all_the_same(dialogue, capsys):
+    for marks in (["/bad base"], []):
+        dialogue.session.add("Where?", {"base": rooms.Said("There.", "stop"), "adapter": rooms.Said("Here.", "stop")})
+        for line in [*marks, "/undo"]:
+            dialogue.command(line)
+    said = [line for line in capsys.readouterr().err.splitlines() if "taken back" in line]
+    assert said == [
+        "carelm: taken back; turns left: 0; what is marked of it is saved all the same (1)",
+        "carelm: taken back; turns left: 0",
+    ]
+
+
 def test_an_unknown_command_is_one_line_and_quitting_saves_marks(dialogue, tmp_path, capsys):
     with pytest.raises(UserError, match=r"/sav is no command; did you mean /save\?"):
         dialogue.command("/sav x")

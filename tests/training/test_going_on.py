@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,37 @@ def test_another_adapter_is_another_run(tmp_path, drawn):
 def test_first_weights_that_are_not_drawn_are_said(tmp_path, drawn, capsys):
     check_adapter(recipe_of(tmp_path, drawn / "lora", "--init_lora_weights", "gaussian"))
     assert "init_lora_weights is not used: the weights begin as those of" in capsys.readouterr().err
+
+
+def test_the_eval_loss_of_a_run_is_that_of_its_last_step_also_where_no_evaluation_falls_on_it(tmp_path):
+    keys = (
+        "--max_steps",
+        3,
+        "--eval_steps",
+        2,
+        "--max_samples",
+        50,
+        "--max_eval_samples",
+        8,
+        "--num_sample_answers",
+        0,
+    )
+    done = script("--output_dir", tmp_path / "run", *keys, check=True)
+    shown = dict(re.findall(r"step (\d+): eval loss ([\d.]+)", done.stderr))
+    assert [*shown] == ["0", "2", "3"]
+    assert json.loads(done.stdout.splitlines()[-1])["eval_loss"] == pytest.approx(float(shown["3"]), abs=1e-4)
+
+
+def test_another_length_of_a_run_that_goes_on_is_said_as_its_learning_rate_follows_it(tmp_path, capsys):
+    recipe = load_recipe(["--output_dir", str(tmp_path), "--max_steps", "20"], usage="")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    (tmp_path / "checkpoint-4").mkdir()
+    shorter = load_recipe(["--output_dir", str(tmp_path), "--max_steps", "12"], usage="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("carelm.training.checkpoints.newest_whole", lambda folder: folder / "checkpoint-4")
+        for one in (shorter, shorter):
+            runs.open_output(one, types.SimpleNamespace(device=None))
+    said = capsys.readouterr().err
+    assert (
+        said.count("another length than before (max_steps was 20, is 12): the learning rate follows the new one") == 1
+    )
