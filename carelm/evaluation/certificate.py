@@ -12,8 +12,8 @@ from carelm.models.generation import Decoding, generate_all
 # computes with, all that differs is the rounding of the dtype; else the weights (4 bits onto the base), or what is done with
 # them (8 bits: LLM.int8 rounds the inputs too). The first is promised. The others leave room over what was measured: 2.4e-5
 # and 3.7e-7 for bf16 and fp16, 3e-3 onto the base (the demo, benchmarks/results/merging.json), 1.4e-3 for 8 bits (drawn). For
-# SmolLM2-135M, trained and computed in bf16 on a CPU, 2.9e-3 and 4.5e-3 were measured on two runs; in fp32 it was 3.3e-3, as the
-# adapter's own answers are rounded.
+# SmolLM2-135M, trained and computed in bf16 on a CPU, it was 2.9e-3 and 4.5e-3 (two runs), and 3.3e-3 in fp32: the answers of
+# the adapter itself are rounded too.
 ROUNDING = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 1e-4}
 OTHER_FUNCTION = {4: 2e-2, 8: 1e-2}
 ANSWER_TOKENS = 32  # of each prompt's reference, over which the divergence is taken
