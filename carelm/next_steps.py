@@ -6,7 +6,7 @@ import shlex
 from carelm import ranks
 from carelm.command_line import split_command_line
 from carelm.files import ORIGIN, ROOT
-from carelm.keys import MEANT_ONCE
+from carelm.keys import EVALUATION_KEYS, MEANT_ONCE
 from carelm.recipe import Recipe
 
 
@@ -23,6 +23,11 @@ def words_of(recipe: Recipe, arguments: list[str]) -> list[str]:
     if "adapter" in given:
         return ["--config", str(recipe.output_dir / "recipe.yaml")]
     return without(arguments, *MEANT_ONCE, "models", "message", "hub_token")
+
+
+def chat_words(words: list[str]) -> list[str]:
+    """Of those that name a run the ones that mean something to a chat: none that say how an evaluation is made."""
+    return without(words, *{*EVALUATION_KEYS, "max_eval_samples"} - {"max_new_tokens", "temperature", "top_p"})
 
 
 def without(words: list[str], *keys: str) -> list[str]:

@@ -22,7 +22,7 @@ from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.keys import EVALUATION_KEYS
-from carelm.next_steps import say_next, words_of
+from carelm.next_steps import chat_words, say_next, words_of
 from carelm.recipe_file import load_also_tests, load_recipe, save_recipe
 
 
@@ -129,7 +129,7 @@ def main() -> None:
             ranks.say(to_rate if page else "rate: both models give the same answers, so there is nothing to rate")
         ranks.say(f"report: {folder / 'report.html'}")
         words, into = words_of(recipe, sys.argv[1:]), recipe.output_dir / "merged"
-        steps = [["train/chat.py", *words]]
+        steps = [["train/chat.py", *chat_words(words)]]
         if "adapter" in lines[""] and recipe.method == "lora" and not into.exists():
             steps.append(["train/merge.py", "--adapter", str(recipe.output_dir), "--output_dir", str(into)])
         say_next(*steps)

@@ -12,7 +12,7 @@ from conftest import PROJECT
 from carelm.errors import UserError
 from carelm.key_help import format_help
 from carelm.keys import EVALUATION_KEYS, MEANT, REFUSED, known_keys
-from carelm.next_steps import words_of
+from carelm.next_steps import chat_words, words_of
 from carelm.recipe_file import check_identity, load_recipe, save_recipe
 
 MAPS = sorted((PROJECT / "recipes/datasets").glob("*.yaml"))
@@ -154,6 +154,22 @@ def test_what_does_not_choose_another_way_leaves_the_earlier_one(lay, capsys):
         recipe = lay(TEMPLATES | {"load_in_4bit": True}, over)
         assert recipe.bits == 4 and recipe.completion_template == "{a}"
     assert "takes the place" not in capsys.readouterr().err
+
+
+def test_the_next_chat_has_nothing_that_says_how_an_evaluation_is_made():
+    words = [
+        "--config",
+        "r.yaml",
+        "--num_latency_prompts",
+        "2",
+        "--max_eval_samples=9",
+        "--top_p",
+        "0.9",
+        "--labels",
+        "a",
+        "b",
+    ]
+    assert chat_words(words) == ["--config", "r.yaml", "--top_p", "0.9"]
 
 
 @pytest.mark.parametrize(

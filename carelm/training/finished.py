@@ -49,8 +49,12 @@ def check(recipe: Recipe, metrics: dict[str, Any]) -> None:
             f"adapter: {recipe.adapter} is not what this finished run has gone on from; put it back, or {anew}"
         )
     if changes := _changed_data(recipe, metrics, same_code):
+        go_on = f"go on from it with these rows (--adapter {folder} and another --output_dir), " * (
+            recipe.method != "full"
+        )
         raise UserError(
-            f"dataset_name: the data of this finished run is not what it was: {shortened(changes)}; put it back, or {anew}"
+            f"dataset_name: the data of this finished run is not what it was: {shortened(changes)}; put it back, {go_on}or "
+            f"{anew}"
         )
     if not same_code and "code_fingerprint" in metrics:
         say(f"the code has changed since this run was trained (commit {metrics.get('git_commit')}); it stays finished")

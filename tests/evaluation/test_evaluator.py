@@ -26,6 +26,7 @@ from carelm.evaluation.questions import make_questions
 from carelm.models import generation
 from carelm.models.base import base_fingerprint
 from carelm.models.generation import Decoding
+from carelm.next_steps import chat_words
 from carelm.recipe_file import load_recipe
 from carelm.training import runs
 
@@ -338,7 +339,7 @@ def test_without_prompts_to_time_the_report_has_no_latency(compared, tmp_path, m
     monkeypatch.setattr(sys, "stderr", err := io.StringIO())
     run_here(monkeypatch, capsys, *keys)
     assert err.getvalue().splitlines()[-2:] == [
-        f"carelm: next: python train/chat.py {' '.join(keys)}",
+        f"carelm: next: python train/chat.py {' '.join(chat_words([*keys]))}",
         f"carelm: next: python train/merge.py --adapter {copy} --output_dir {copy}/merged",
     ]
     results = json.loads((copy / "eval/results.json").read_text())

@@ -65,7 +65,9 @@ def test_what_is_as_it_was_has_nothing_to_do(run, capsys):
 )
 def test_data_that_differs_is_an_error_with_the_way_on(run, tmp_path, change, line):
     change(tmp_path / "data")
-    with pytest.raises(UserError, match=f"dataset_name: .* {line}; put it back, or begin anew with --restart"):
+    with pytest.raises(
+        UserError, match=f"dataset_name: .* {line}; put it back, go on from it .*--adapter .*, or begin anew"
+    ):
         runs.find_finished(run)
 
 
