@@ -122,8 +122,8 @@ def check(recipe: Recipe) -> None:
             columns = template_columns(getattr(recipe, key), key)
             if key != "system_prompt" and not columns:
                 raise UserError(
-                    f"{key}: {getattr(recipe, key)!r} names no column; write its name in braces, and all of it in quotes "
-                    """(outside of them # begins a comment): "{column}\""""
+                    f"{key}: {getattr(recipe, key)!r} names no column; write its name in braces, and all of it in quotes: "
+                    '"{column}" (outside of them # begins a comment)'
                 )
             in_templates += columns
     for column in recipe.optional_columns:
