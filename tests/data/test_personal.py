@@ -16,7 +16,7 @@ from small_rows import write_jsonl, write_parquet
 from carelm.chat import question
 from carelm.chat.chat import make_chat
 from carelm.data import masking
-from carelm.data.personal import find_personal, has_html, has_signature
+from carelm.data.personal import count_unjudged, find_personal, has_html, has_signature
 from carelm.data.report import format_report
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
@@ -380,3 +380,10 @@ def test_a_chat_says_that_it_masks(make, tmp_path, capfd):
     recipe = make(write_jsonl(tmp_path / "rows.jsonl", [GERMAN]), mask_personal_data=True)
     runpy.run_path(str(PROJECT / "train/chat.py"))["for_chat"](recipe)
     assert "mask_personal_data: the models read [EMAIL], [PHONE]" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text, number", [
+    ("call 0171 2345678", 1), ("98765 43210", 1), ("171 2345", 0), ("+99 999 999 9999", 0), ("1234 5678 9012 3456", 0),
+])  # fmt: skip
+def test_what_may_be_a_phone_number_has_no_plus_and_as_many_digits_as_one(text, number):
+    assert count_unjudged(text) == number
