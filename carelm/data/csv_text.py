@@ -107,14 +107,19 @@ def read_csv(raw: bytes, path: Path) -> tuple[list[dict[str, Any]], str]:
     usual = "\t" if path.name.removesuffix(".gz").lower().endswith(".tsv") else ","
     taken = [called, f"columns separated by {SEPARATORS.get(separator, separator)}" if separator != usual else ""]
     lines = _lines(raw, encoding, separator, path)
-    names = next(lines, [])
+    names = [name.removeprefix("\ufeff") for name in next(lines, [])]  # a mark that a tool has put behind another
     rows = []
     for number, fields in enumerate(lines, 1):
         if len(fields) != len(names):
+            title = (
+                "; the first line must be the columns' names: take out what stands above them"
+                if len(names) == 1
+                else ""
+            )
             raise UserError(
                 f"{path}:{number}: the row's fields are {len(fields)}, the header's {len(names)} (it begins "
                 f"{' '.join(fields[0].split())[:30]!r}); quote fields that hold "
-                f"{SEPARATORS.get(separator, separator)}, and leave none out"
+                f"{SEPARATORS.get(separator, separator)}, and leave none out{title}"
             )
         rows.append(fields)
     used = [

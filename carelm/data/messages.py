@@ -17,11 +17,14 @@ ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "utterance", "text")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_KEYS = ("weight", "train", "loss")  # of OpenAI, Axolotl and ms-swift: 0 or false is a turn without loss
+WAY = "; write [{role, content}, ...], or one message a row (text_column)"
 MOST_ROLES = 12  # that are named in one line
 TEXT_PARTS = ("text", "input_text", "output_text")
 ROLES = {
-    **dict.fromkeys(("user", "human", "customer", "client", "patient", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "agent", "model", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(
+        ("user", "human", "customer", "client", "patient", "prompter", "end-user", "requester", "visitor"), "user"
+    ),
+    **dict.fromkeys(("assistant", "gpt", "bot", "agent", "model", "chatbot", "ai", "support", "operator"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),  # ShareGPT's: an assistant's turn that is the call as JSON
@@ -87,7 +90,9 @@ def to_turns(recipe: Recipe, source: str, messages: Any) -> tuple[list[dict], se
     """
     where = f"{source}: column '{recipe.messages_column}'"
     if isinstance(messages, str):  # a CSV file holds the list as JSON
-        messages = parse_json(messages, f"{where} is text and no JSON list of messages") if messages.strip() else []
+        messages = (
+            parse_json(messages, f"{where} is text and no JSON list of messages{WAY}") if messages.strip() else []
+        )
     messages = [] if is_missing(messages) else to_rows(messages)
     if not isinstance(messages, (list, tuple)):
         raise UserError(f"{where} holds a {type(messages).__name__}, no list of messages")

@@ -16,11 +16,12 @@ from carelm.recipe import Recipe
 _MERIDIEM = re.compile(
     r"\b(?P<hour>0?[1-9]|1[0-2])(?P<minutes>:\d\d(?::\d\d)?)\s*(?P<half>[aApP])\.?\s?[mM]\b\.?"
 )  # 1:30 PM
-# 13.02.2026 08:20, 2/13/2026, 13-02-26, 2026/02/13, 13.02.2026, 8:20 Uhr
+# 13.02.2026 08:20, 2/13/2026, 13-02-26, 2026/02/13, Fr., 13.02.2026, 8:20 Uhr, [13.02.2026, 8:20:07]
 _IN_NUMBERS = re.compile(
+    r"\[?(?:[^\W\d_]{2,10}[.,]{0,2}\s+)?"
     r"(?P<first>\d{4}|\d{1,2})(?P<sign>[./-])[ ]?(?P<second>\d{1,2})(?P=sign)[ ]?(?P<third>\d{4}|\d{1,2})"
     r"(?:(?:,|T|\s-)?\s*(?:um\s|at\s)?(?P<hour>\d{1,2}):(?P<rest>\d\d(?::\d\d(?:\.\d+)?)?)"
-    r"\s?(?P<zone>Z|[+-]\d\d:?\d\d)?(?:\s?Uhr)?)?"
+    r"\s?(?P<zone>Z|[+-]\d\d:?\d\d)?(?:\s?Uhr)?)?\]?"
 )
 _IN_DATES = {*"utc gmt".split(), *(name.lower() for names in (
     calendar.month_name, calendar.month_abbr, calendar.day_name, calendar.day_abbr) for name in names)}  # fmt: skip

@@ -89,6 +89,12 @@ def test_which_names_count_as_which_role_is_said(tmp_path, make):
     assert "agent, Bot count as assistant; System counts as system; customer, Kunde count as user" in notes
 
 
+def test_the_sides_of_a_help_desk_are_known(tmp_path, make):
+    sides = (("end-user", "support"), ("Requester", "Operator"), ("visitor", "Agent"))
+    lines = [(i, n, by, f"{by} {i}") for i, of_one in enumerate(sides) for n, by in enumerate(of_one)]
+    assert len(said(make(write_jsonl(tmp_path / "rows.jsonl", tickets(*lines)), **TICKETS))) == 3
+
+
 def test_without_an_order_messages_stay_as_they_stand_and_shards_are_one_split(tmp_path, make):
     rows = sorted(TWO_TICKETS, key=lambda row: row["n"])
     write_jsonl(tmp_path / "folder/train-00000-of-00002.jsonl", rows[:3])
@@ -166,6 +172,8 @@ def in_order(*places):
         (["02/13/2026 1:30 PM", "02/13/2026 11:30 a.m.", "03/01/2026 1:00 AM"], "month first, such as '02/13/2026"),
         (["13-02-2026 08:20", "31-01-2026, 09:00:05", "01-03-2026 07:00"], "day first, such as '13-02-2026"),
         (["2026/02/13 08:20", "2026/01/31 23:00", "2026/10/01 00:10"], None),
+        (["Fr., 13.02.2026 08:20", "Do., 12.02.2026 08:20", "So., 01.03.2026 08:20"], "day first, such as 'Fr., 13.02"),
+        (["[13/02/2026, 08:20:11]", "[13/02/2026, 08:19:11]", "[01/03/2026, 07:20:11]"], "day first, such as '[13/02"),
     ],
 )
 def test_dates_in_numbers_are_read_as_their_column_shows_and_that_is_said(tmp_path, make, order, said_of_it):

@@ -222,3 +222,17 @@ def test_a_list_that_the_recipe_passes_over_is_named(tmp_path, make):
     (tmp_path / "all.json").write_text(json.dumps(lists))
     examples, reports = make_examples(make(tmp_path, dataset_test_split="hard"))
     assert len(examples["test"]) == 3 and reports["train"].notes == ["not used: all.json: test"]
+
+
+def test_a_title_above_the_names_of_the_columns_and_a_second_mark_are_told(tmp_path, make):
+    (tmp_path / "title.csv").write_text("Export of 13 Feb\n\nquestion,answer\nHow?,So.\n")
+    message = error_of(make(tmp_path / "title.csv"))
+    assert "(it begins 'question')" in message and message.endswith("names: take out what stands above them")
+    (tmp_path / "marks.csv").write_bytes(2 * b"\xef\xbb\xbf" + b"question,answer\nHow?,So.\n")
+    assert turns_of(make(tmp_path / "marks.csv"))[0][0][0]["content"] == "How?"
+
+
+def test_a_line_that_is_cut_within_a_text_is_told(tmp_path, make):
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a", "answer": "b\n')
+    message = error_of(make(tmp_path / "rows.jsonl"))
+    assert "rows.jsonl:2: not JSON (" in message and " at at " not in message and "it is cut, or a line end" in message
