@@ -58,21 +58,22 @@ def join_messages(recipe: Recipe, rows: Rows, report: SplitReport) -> Rows:
     ]
     report.notes.append("; ".join(counted))
     if not recipe.order_column and not recipe.reply_to_column:
-        report.notes.append(_order_of_file(recipe, rows, paths, [row[recipe.text_column] for _, row in conversations]))
+        report.order_doubt = _order_doubt(recipe, rows, paths, [row[recipe.text_column] for _, row in conversations])
+        said = "order_column is not set: the messages of a conversation are taken in the order of the file"
+        report.notes.append(f"{said}, and {report.order_doubt}" if report.order_doubt else said)
     report.rows, report.unit = len(conversations), "conversation"
     return conversations
 
 
-def _order_of_file(recipe: Recipe, rows: Rows, groups: list[list[int]], conversations: list[list[dict]]) -> str:
-    """That the file's order counts, and what speaks against it: help desks often export the newest message first."""
-    said = "order_column is not set: the messages of a conversation are taken in the order of the file"
+def _order_doubt(recipe: Recipe, rows: Rows, groups: list[list[int]], conversations: list[list[dict]]) -> str:
+    """What speaks against the file's order, "" for nothing: help desks often export the newest message first."""
     if column := backwards(recipe, rows, groups):
-        return f"{said}, and column '{column}' runs backwards in it: set order_column: {column}"
+        return f"column '{column}' runs backwards in it: set order_column: {column}"
     spoken = [[turn["role"] for turn in turns if turn["role"] in ("user", "assistant")] for turns in conversations]
     both = [roles for roles in spoken if len({*roles}) == 2]
     if 2 * (number := sum(roles[0] == "assistant" for roles in both)) > len(both):
-        return f"{said}, and {number} of {len(both)} begin with the assistant: is the newest message first?"
-    return said
+        return f"{number} of {len(both)} begin with the assistant: is the newest message first?"
+    return ""
 
 
 def _join_sides(turns: list[dict], counts: Counter[str]) -> list[dict]:

@@ -10,6 +10,7 @@ class SplitReport:
 
     files: dict[str, int] = field(default_factory=dict)  # rows of each, before row_filter
     notes: list[str] = field(default_factory=list)
+    order_doubt: str = ""  # why the order of a file of messages may not be that of the conversations
     unused: dict[str, int] = field(default_factory=dict)  # columns, and keys of messages, with the rows that have them
     personal_data: dict[str, Any] = field(default_factory=dict)  # see PersonalCount.describe
     unit: str = "row"  # what counts as one: "conversation" where a row of the files is one message

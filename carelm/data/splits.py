@@ -98,10 +98,11 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
     report.unused = dict(sorted(unused.items()))
     report.notes += _odd_turns(kept, report.unit) + _short_answers(recipe, kept)
     if without_answer > recipe.max_empty_share * len(rows):
+        doubt = f"the file's order counts, and {report.order_doubt}; else " if report.order_doubt else ""
         optional = "name the columns that may be empty in optional_columns, " if "empty column" in str(dropped) else ""
         raise UserError(
             f"max_empty_share: {without_answer} of {len(rows)} rows of the {split} split have no answer or an empty column "
-            f"({list_counts(dropped, report.first_dropped)}); mend the rows, {optional}or raise "
+            f"({list_counts(dropped, report.first_dropped)}); {doubt}mend the rows, {optional}or raise "
             "max_empty_share"
         )
     return kept

@@ -238,6 +238,9 @@ def test_without_an_order_a_file_with_the_newest_message_first_is_warned_of(tmp_
         return reports[0].notes[-1]
 
     assert order_of(path).endswith("column 'n' runs backwards in it: set order_column: n")
+    assert "; the file's order counts, and column 'n' runs backwards in it: set order_column: n; else mend" in error_of(
+        make(path, **keys | {"max_empty_share": 0.1})
+    )
     untimed = [{key: value for key, value in row.items() if key != "n"} for row in NEWEST_FIRST]
     assert "2 of 3 begin with the assistant" in order_of(write_jsonl(tmp_path / "untimed.jsonl", untimed))
     forwards = order_of(write_jsonl(tmp_path / "forwards.jsonl", NEWEST_FIRST[::-1]))
