@@ -44,7 +44,9 @@ def find_files(recipe: Recipe) -> SplitFiles:
     place, names = Path(locate(recipe.dataset_name)), SplitNames(recipe)
     if place.is_file():
         if data_suffix(place.name) is None:
-            raise UserError(f"dataset_name: {place} is not read; what is read: {READ}")
+            is_workbook = place.suffix.lower() in (".xlsx", ".xlsm", ".xls", ".ods")
+            way = "; save it from the spreadsheet as CSV in UTF-8" if is_workbook else ""
+            raise UserError(f"dataset_name: {place} is not read; what is read: {READ}{way}")
         return SplitFiles({"train": {place.name: place}}, unnamed={place.name})
     try:
         reached = _walk(place, names) if place.is_dir() else _match(recipe.dataset_name, names)

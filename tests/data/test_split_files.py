@@ -284,3 +284,8 @@ def test_two_hub_splits_of_one_meaning_and_no_train_are_refused(hub, make):
     hub.clear()
     hub["train_sft"] = datasets.Dataset.from_list(pairs(2))
     assert "no split 'train' (there: train_sft)" in error_of(make("owner/name"))
+
+
+def test_a_workbook_is_told_how_it_is_saved(tmp_path, make):
+    (tmp_path / "Tickets.XLSX").write_bytes(b"PK\x03\x04")
+    assert error_of(make(tmp_path / "Tickets.XLSX")).endswith("; save it from the spreadsheet as CSV in UTF-8")
