@@ -293,7 +293,7 @@ def _meant(column: str, there: Iterable[str]) -> str:
     def folded(name: str) -> str:
         return re.sub(r"[\W_]", "", unicodedata.normalize("NFKD", name.casefold()).replace("ß", "ss"))
 
-    names = {folded(name): name for name in sorted(there)}
+    names = {folded(name): name for name in sorted(there, reverse=True)}  # of two, the plainer
     near = difflib.get_close_matches(folded(column), names, n=1)
     return f"; did you mean '{names[near[0]]}'?" if near else ""
 

@@ -97,14 +97,18 @@ def test_answers_that_say_next_to_nothing_are_counted_with_the_commonest(tmp_pat
 
 
 def test_a_column_that_is_spelt_nearly_so_is_what_was_meant(tmp_path, make):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"Kundenfrage": "a", "Antwort für Kunde": "b", "n": 1}])
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"Kundenfrage": "a", "Antwort für Kunde": "b", "n": 1, "Kundenfrage ": ""}]
+    )
     for written, meant in (
         ("kundenfrage", "Kundenfrage"),
         ("antwort_fur_kunde", "Antwort für Kunde"),
         ("Kunden-Frage ", "Kundenfrage"),
     ):
         assert error_of(make(path, prompt_template=f"{{{written}}}")).endswith(f"; did you mean '{meant}'?")
-    assert error_of(make(path, prompt_template="{subject}")).endswith("(there: Antwort für Kunde, Kundenfrage, n)")
+    assert error_of(make(path, prompt_template="{subject}")).endswith(
+        "(there: Antwort für Kunde, Kundenfrage, Kundenfrage , n)"
+    )
 
 
 def test_an_answer_template_with_fixed_words_is_empty_where_its_columns_are(tmp_path, make):
