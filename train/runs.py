@@ -3,9 +3,9 @@
     python train/runs.py
     python train/runs.py outputs/bits
 
-Below each run stand the keys that are not equal in all of them, and what is wrong with it. Runs on the same data stand
-together, the best first; those of a sweep count too. The deciding score is the recipe's primary_metric of the tuned model on
-the test questions, once eval/run.py has asked them. Nothing is changed, and no model is loaded.
+Runs on the same data stand together, the best first; those of a sweep count too. Below each run stand the keys that are not
+equal in all runs on its data, and what is wrong with it. The deciding score is the recipe's primary_metric of the tuned model
+on the test questions, once eval/run.py has asked them. Nothing is changed, and no model is loaded.
 
 exit status: 0 the table is printed, 2 there is no run.
 """

@@ -71,12 +71,15 @@ def overview(root: Path) -> str:
     if not rows:
         raise UserError(f"runs: {named} holds no run; train first, or name the folder that holds the runs")
     rows.sort(key=_order)
-    differing = _differing(rows)
+    all_differing, of_data = _differing(rows), {_data(row): [] for row in rows}
+    for row in rows:
+        of_data[_data(row)].append(row)
+    differing = {data: {"dataset_name", *_differing(alike)} for data, alike in of_data.items()}
     names = min(NAME_WIDTH, max(len(row.name) for row in rows))
     states = max(len("state"), *(len(row.state) for row in rows))
     lines = [f"{'run':{names}}  {'state':{states}}  eval loss      time  deciding score (95 % interval)"]
     for row in rows:
-        lines += _lines(row, names, states, differing)
+        lines += _lines(row, names, states, [key for key in all_differing if key in differing[_data(row)]])
     return "\n".join(lines)
 
 
@@ -211,8 +214,11 @@ def _number(value: Any) -> float | None:
 def _order(row: Row) -> tuple:
     """Runs on the same data stand together, the best first; those without a score by their loss, then those that have none."""
     score, loss = row.score["value"] if row.score else -math.inf, row.eval_loss
-    data = json.dumps(identity_of("dataset_name", row.keys), default=str)
-    return not row.keys, data, row.score is None, row.metric, -score, math.inf if loss is None else loss, row.name
+    return not row.keys, _data(row), row.score is None, row.metric, -score, math.inf if loss is None else loss, row.name
+
+
+def _data(row: Row) -> str:
+    return json.dumps(identity_of("dataset_name", row.keys), default=str)
 
 
 def _differing(rows: list[Row]) -> list[str]:

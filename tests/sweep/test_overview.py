@@ -74,6 +74,7 @@ def test_runs_on_the_same_data_stand_together_the_best_first_with_what_differs(t
         "finished 1.2500 90 s 0.600 (0.550 to 0.650) ROUGE-L method=lora, dataset_name=demo/data, learning_rate=0.001, lora_r=4"
     )
     assert found["a-loss-only"] == f"finished 0.5000 90 s - method=lora, {same}, lora_r=16"
+    assert found["d-other-data"].endswith(" - dataset_name=another.csv")  # alone on its data: all else would differ
     assert found["e-worse-loss"] == f"finished 0.7000 90 s - method=prompt_tuning, {same}"
 
 
