@@ -20,8 +20,8 @@ recipe = load_recipe(["--config", "shop.yaml"], usage="")
 questions = [Question(id=f"q{i}", conversation=f"c{i}", category="lamps", references=[f"Lamp {i} is in aisle {i}."],
                       messages=[dict(role="user", content=f"Where is lamp {i}?")]) for i in range(12)]
 times = dict(p50=9.0, p95=11.0, p99=12.0)
-measured = dict(kind="base", precision="fp32", bits=None, load_seconds=1.0, total_parameters=10, trained_parameters=None,
-                unused_generation_config={},
+measured = dict(kind="base", folder=".", precision="fp32", bits=None, load_seconds=1.0, total_parameters=10,
+                trained_parameters=None, unused_generation_config={},
                 peak_memory_bytes=2**30, prompt_tokens=dict(p50=7, p95=8, max=9), generation_config={}, conditions={},
                 throughput=dict(examples=12, of_examples=12, examples_per_second=3.0, tokens_per_second=9.0, batch_size=4),
                 latency=dict(prompts=12, ttft_ms=times, tpot_ms=times, e2e_ms=times))

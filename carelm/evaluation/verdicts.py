@@ -11,6 +11,9 @@ from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES, TEXT_SCOR
 
 FEWEST_CONVERSATIONS = 10  # resampling fewer says little about others
 TIMES_MORE = 20  # as many questions as there are, beyond which nobody would ask them to see a difference
+# Of an answer's runs of four words: from here on it goes round in circles. In runs on a real base that answer well it was at
+# most 0.05, after prompt tuning 0.15, in answers that loop 0.29 and more.
+LOOPING = 0.25
 NOTICEABLE = 0.05  # of the answers: below it, numbers that nobody gave them are not spoken of
 ANSWERS = {"better": "Yes", "worse": "No", "unclear": "This test set cannot tell", "few": "This test set cannot tell"}
 IN_SHORT = {"better": "better", "worse": "worse", "unclear": "this test set cannot tell", "few": "too few to tell"}
@@ -76,7 +79,9 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     pairs = {tuple(pair["models"]): pair for pair in results["pairs"]}
     main = pairs.get((first, tuned)) or turned(pairs[tuned, first])
     decided = decide(main["scores"][results["primary_metric"]], results["test"]["conversations"])
-    besides = _what_would_tell(results, main)
+    looping = _of_loops(results, tuned, names[tuned], first)
+    besides = [looping] if looping else []
+    besides += _what_would_tell(results, main)
     if said := _of_numbers(results, first, tuned, names):
         besides.append(
             f"Look at the numbers: {said} Such a price, date or telephone number may be invented, and no score sees it: see "
@@ -97,6 +102,8 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
             besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {said}")
             besides += [f"On {name}: {said}" for said in _other_way(test, there, names)]
     answer = "No difference" if _is_same(results, main) else ANSWERS[decided]
+    if looping and decided == "better":
+        answer += ", but it is not fit for use"
     return {"headline": f"{answer}. {_in_questions(results, main, names)}", "besides": besides}
 
 
@@ -186,6 +193,18 @@ def _rounded(number: int) -> str:
     """Two digits of it, as it is an estimate."""
     unit = 10 ** max(0, len(str(number)) - 2)
     return f"{math.ceil(number / unit) * unit:,}"
+
+
+def _of_loops(results: dict[str, Any], name: str, called: str, beside: str | None = None) -> str:
+    """That a model's answers go round in circles, where they do: a score that rises does not make them answers."""
+    share = {model: results["models"][model]["repeated_4grams"]["value"] for model in (name, beside or name)}
+    if results["primary_metric"] in LABEL_SCORES or share[name] < LOOPING:
+        return ""
+    base = f" ({beside}: {share[beside]:.0%})" if beside else ""
+    return (
+        f"The answers of {called} go round in circles: {share[name]:.0%} of their runs of four words stand in the same answer "
+        f"before{base}. Read some before you trust a score. More steps or rows, or a base that knows the language may mend it."
+    )
 
 
 def _of_numbers(results: dict[str, Any], first: str, tuned: str, names: dict[str, str]) -> str:
@@ -333,6 +352,7 @@ def _of_runs(results: dict[str, Any]) -> dict[str, Any]:
         way = "same" if _is_same(results, pair) else "better" if decided == "better" else "unclear"
         ways.setdefault(way, []).append(pair["models"][0])
         besides += _other_way(results, pair, {})
+    besides += filter(None, [_of_loops(results, best, best)])
     said = f"{best} scores highest ({NAMES[metric]} {figure(metric, results['models'][best][metric]['value'])})."
     if ways.get("better"):
         said += f" It is better than {_listed(ways['better'])}."

@@ -57,6 +57,16 @@ def test_yes_is_said_with_the_questions_that_gained_and_lost_and_stands_first(tm
     assert text.split("\n\n")[1].startswith("**Yes. The tuned model") and "0.100 → 0." in text.split("\n\n")[1]
 
 
+def test_a_model_whose_answers_go_round_in_circles_is_not_called_fit_for_use(tmp_path):
+    loops = "Your parcel is on its way on its way " + "on its way " * 12
+    found, page, _ = evaluate(tmp_path, {"base": [WRONG] * 20, "adapter": [loops] * 20})
+    assert found["headline"].startswith("Yes, but it is not fit for use. The tuned model's answers are closer")
+    assert found["besides"][0].startswith("The answers of the tuned model go round in circles: 8")
+    assert "(base: 0%)" in found["besides"][0] and "go round in circles" in page
+    found, *_ = evaluate(tmp_path, {"base": [loops] * 20, "adapter": [NEAR] * 20})
+    assert not any("circles" in said for said in found["besides"])
+
+
 def test_no_is_said_where_it_is_worse(tmp_path):
     found, *_ = evaluate(tmp_path, {"base": [NEAR] * 20, "adapter": [WRONG] * 19 + [RIGHT]})
     assert found["headline"].startswith(
@@ -128,7 +138,8 @@ def test_what_is_not_enough_is_said_with_the_number_of_comparisons_that_the_corr
         "farther": 2,
         "same_answers": 0,
     }
-    models = {name: measured(name) | {"rougeL": {"value": value}} for name, value in (("base", 0.2), ("adapter", 0.3))}
+    models = {name: measured(name) | {"rougeL": {"value": value}, "repeated_4grams": {"value": 0.0}}
+              for name, value in (("base", 0.2), ("adapter", 0.3))}  # fmt: skip
     found = {"primary_metric": "rougeL", "models": models, "pairs": [pair], "checks": {}, "tests": {},
              "test": {"questions": 20, "conversations": 20}}  # fmt: skip
     said = verdicts.headline(found)["headline"]
