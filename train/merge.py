@@ -9,7 +9,8 @@ dequantised weights that it was trained on (--onto quantized, the default for su
 are merged one file of the base at a time, on the CPU; where an adapter changes the experts of a mixture, the whole model is in
 memory, in fp32. merge.json in the folder says how the merged model differs from the adapter on real prompts: mean KL
 divergence, which decides, share of same likeliest tokens, and of same whole answers. Of the last there may be few: after the
-first other token an answer goes another way. The folder appears when it is whole.
+first other token an answer goes another way. Where --dtype is left out and the merge in the run's own 16 bits does not pass, it
+is made again in fp32. The folder appears when it is whole.
 
 Other keys of a recipe may follow, where the data or the base have moved since: --key value.
 
@@ -48,7 +49,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--adapter", type=Path, help="folder of a finished run, or a checkpoint in it")
     parser.add_argument("--output_dir", type=Path, help="folder to make")
     parser.add_argument("--onto", choices=("base", "quantized"), help="default: quantized where the base was")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's precision")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's precision, and fp32 where that "
+                        "does not pass")  # fmt: skip
     parser.add_argument("--num_prompts", type=int, default=32, help="test questions for the certificate, which loads the "
                         "whole model; 0 for none (default: 32)")  # fmt: skip
     parser.add_argument(
@@ -112,22 +114,24 @@ def make() -> None:
     onto = options.onto or ("quantized" if held.bits else "base")
     if onto == "quantized" and not held.bits:
         raise UserError(f"--onto quantized: {options.adapter} was trained on whole weights; use --onto base")
-    dtype = options.dtype or precision
-    about = {
-        "onto": onto,
-        "dtype": dtype,
-        "adapter": adapter_fingerprint(options.adapter),
-        "bits": held.bits,
-    }
-    tolerance = (
-        options.tolerance if options.tolerance is not None else certificate.tolerance(onto, held.bits, dtype, here)
-    )
+    dtypes = [options.dtype] if options.dtype else list(dict.fromkeys((precision, "fp32")))
+    about = {"onto": onto, "adapter": adapter_fingerprint(options.adapter), "bits": held.bits}
+
+    def computing(dtype: str) -> str:
+        """Whole weights in fp32 are checked in fp32: in 16 bits the adapter's own answers are rounded too."""
+        return "fp32" if dtype == "fp32" and not held.bits else here
+
+    def tolerance(dtype: str) -> float:
+        by_dtype = certificate.tolerance(onto, held.bits, dtype, computing(dtype))
+        return by_dtype if options.tolerance is None else options.tolerance
+
     there = files.read_json(options.output_dir / "merge.json")
-    if all(there.get(key) == value for key, value in about.items()):
-        if options.num_prompts and not (there["mean_kl"] is not None and there["mean_kl"] <= tolerance):
+    if there.get("dtype") in dtypes and all(there.get(key) == value for key, value in about.items()):
+        allowed = tolerance(there["dtype"])
+        if options.num_prompts and not (there["mean_kl"] is not None and there["mean_kl"] <= allowed):
             raise UserError(
                 f"--tolerance: {options.output_dir} holds this merge with a mean KL of {there['mean_kl']}, not within "
-                f"{tolerance:g}; remove the folder to merge again, or accept more"
+                f"{allowed:g}; remove the folder to merge again, or accept more"
             )
         ranks.say(f"{options.output_dir} holds this merge; nothing to do")
         return ranks.print_result(there)
@@ -141,25 +145,31 @@ def make() -> None:
     aside = options.output_dir.with_name(options.output_dir.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
     try:
-        merge.merge_weights(held, options.adapter, aside, onto, dtype)
-        merge.save_beside(held, options.adapter, adapter.make_chat(), aside)
-        result = {**about, "tolerance": tolerance, "prompts": 0, "mean_kl": None}
-        if questions:
-            merged = candidates.find(recipe, f"{aside}@{dtype}")
-            near = certificate.certify(adapter, merged, questions, recipe.sample_max_new_tokens)
+        for dtype in dtypes:
+            merge.merge_weights(held, options.adapter, aside, onto, dtype)
+            merge.save_beside(held, options.adapter, adapter.make_chat(), aside)
+            allowed = tolerance(dtype)
+            result = {**about, "dtype": dtype, "tolerance": allowed, "prompts": 0, "mean_kl": None}
+            if not questions:
+                ranks.say("no certificate was asked for: how far the merge is from its adapter is not known")
+                break
+            asked = dataclasses.replace(adapter.recipe, precision=computing(dtype))
+            both = dataclasses.replace(adapter, recipe=asked), candidates.find(recipe, f"{aside}@{dtype}")
+            near = certificate.certify(*both, questions, recipe.sample_max_new_tokens)
             result |= dataclasses.asdict(near)
-            ranks.say(f"check against the adapter: {same_answers.describe(result)} (What decides: mean KL {near.mean_kl:.2g} "
-                      f"nats, {tolerance:g} are allowed.)")  # fmt: skip
-            if near.mean_kl > tolerance:
-                nearer = ["--onto quantized"] * (onto == "base" and bool(held.bits)) + ["--dtype fp32"] * (
-                    dtype != "fp32"
-                )
-                advice = f"{' and '.join(nearer)} would be nearer; " if nearer else ""
-                print(f"error: the merge is beyond its tolerance; {options.output_dir} is not made. {advice}--tolerance "
-                      "accepts more", file=sys.stderr)  # fmt: skip
-                sys.exit(1)
+            ranks.say(f"check of the merge in {dtype} against the adapter: {same_answers.describe(result)}")
+            if near.mean_kl <= allowed:
+                break
+            if dtype != dtypes[-1]:
+                ranks.say(f"{dtype} rounds the merged weights too much for this adapter, so it is merged again in fp32: twice "
+                          f"the size, and checked in fp32 (--dtype {dtype} would end here, without a merge)")  # fmt: skip
+                shutil.rmtree(aside)
         else:
-            ranks.say("no certificate was asked for: how far the merge is from its adapter is not known")
+            worth = ["--onto quantized"] * (onto == "base" and bool(held.bits)) + ["--dtype fp32"] * (dtype != "fp32")
+            advice = f"{' and '.join(worth)} {'are' if worth[1:] else 'is'} nearer and worth trying; " if worth else ""
+            print(f"error: the merge is beyond its tolerance; {options.output_dir} is not made. {advice}--tolerance "
+                  "accepts more", file=sys.stderr)  # fmt: skip
+            sys.exit(1)
         checkpoints.settle(aside.iterdir())
         write_whole(aside / "merge.json", json.dumps(result, indent=1))
         if options.output_dir.exists():

@@ -52,9 +52,12 @@ def describe(merge: dict[str, Any]) -> str:
         merge: the content of merge.json.
     """
     number, agreed, passed = merge["prompts"], merge["top1_agreement"], merge["mean_kl"] <= merge["tolerance"]
+    far, allowed = f"{merge['mean_kl']:.2g}", f"{merge['tolerance']:g}"
     said = (
-        f"{'passed' if passed else 'not passed'}. On {number} test questions it picks the same next token (a piece of a word) "
-        f"as its adapter {'every time' if agreed == 1 else f'in {min(agreed, 0.999):.1%} of the places'}"
+        f"{'passed' if passed else 'not passed'}. What decides is how far its probabilities of the next token (a piece of a "
+        f"word) are from its adapter's, on {number} test questions: {far} nats on average (mean KL), "
+        f"{'at most' if passed else 'more than the'} {allowed} {'' if passed else 'that '}are allowed. It picks the same token "
+        f"{'every time' if agreed == 1 else f'in {min(agreed, 0.999):.1%} of the places'}"
     )
     if (share := merge.get("same_text_share")) is not None:
         same = round(share * number)
@@ -64,7 +67,9 @@ def describe(merge: dict[str, Any]) -> str:
                 ". Do not worry about the others: the merge rounds otherwise, and after the first other token the rest of an "
                 "answer goes another way"
             )
-    return f"{said}{'' if passed else '. It is another model than its adapter: do not use it unseen'}."
+    if not passed:
+        said += "; that many alike are not enough, as the probabilities decide"
+    return f"{said}."
 
 
 def without(results: dict[str, Any], folded: dict[str, Any]) -> dict[str, Any]:

@@ -41,10 +41,11 @@ def merged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("merge") / "run"
     make_adapter(folder)
     done = run_merge("--adapter", folder, "--output_dir", folder / "merged", "--num_prompts", 8)
+    found = f"{json.loads(done.stdout.splitlines()[-1])['mean_kl']:.2g}"
     assert done.stderr.splitlines()[-4:-3] == [
-        "carelm: check against the adapter: passed. On 8 test questions it picks the same next token (a piece of a word) "
-        "as its adapter every time, and all of the 8 whole answers are the same. (What decides: mean KL "
-        f"{json.loads(done.stdout.splitlines()[-1])['mean_kl']:.2g} nats, 1e-06 are allowed.)"
+        "carelm: check of the merge in fp32 against the adapter: passed. What decides is how far its probabilities of the next "
+        f"token (a piece of a word) are from its adapter's, on 8 test questions: {found} nats on average (mean KL), at most "
+        "1e-06 are allowed. It picks the same token every time, and all of the 8 whole answers are the same."
     ]
     saved = f"--config {folder}/recipe.yaml"  # two commands to paste
     assert done.stderr.splitlines()[-2:] == [
@@ -114,6 +115,37 @@ def test_beyond_its_tolerance_nothing_is_left_and_the_status_says_so(merged, tmp
                    "--tolerance", 1e-9)  # fmt: skip
     assert done.returncode == 1 and "beyond its tolerance" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+BF16 = ("--load_in_4bit", "false", "--precision", "bf16")
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory):
+    """A drawn adapter so large that merged weights in bf16 lose too much of it."""
+    folder = tmp_path_factory.mktemp("bf16") / "run"
+    make_adapter(folder, *BF16, scale=0.3)
+    return folder
+
+
+def test_where_no_dtype_is_named_and_the_runs_own_bits_do_not_pass_it_is_merged_in_fp32_and_says_so(in_bf16, tmp_path):
+    command = ("--adapter", in_bf16, "--output_dir", tmp_path / "m", "--num_prompts", 8)
+    done = run_merge(*command)
+    made = json.loads((tmp_path / "m/merge.json").read_text())
+    assert made["dtype"] == "fp32" and made["mean_kl"] <= made["tolerance"] == 1e-6
+    assert all(w.dtype == torch.float32 for w in load_file(tmp_path / "m/model.safetensors").values())
+    assert json.loads((tmp_path / "m/config.json").read_text())["dtype"] == "float32"
+    first, why, second = (line for line in done.stderr.splitlines() if "merge in " in line or "again in fp32" in line)
+    assert "bf16 against the adapter: not passed" in first and "more than the 0.002 that are allowed" in first
+    assert "twice the size, and checked in fp32 (--dtype bf16 would end here" in why
+    assert "fp32 against the adapter: passed" in second
+    assert "holds this merge; nothing to do" in run_merge(*command).stderr
+
+
+def test_a_dtype_that_is_named_is_kept_and_fails_naming_the_one_that_is_nearer(in_bf16, tmp_path):
+    done = refused("--adapter", in_bf16, "--output_dir", tmp_path / "m", "--num_prompts", 8, "--dtype", "bf16")
+    assert done.returncode == 1 and "--dtype fp32 is nearer and worth trying" in done.stderr
+    assert "again in fp32" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def weights_of(folder, tmp_path, recipe, onto, dtype="fp32"):
