@@ -15,8 +15,10 @@ TIMES_MORE = 20  # as many questions as there are, beyond which nobody would ask
 # most 0.05, after prompt tuning 0.15, in answers that loop 0.29 and more.
 LOOPING = 0.25
 NOTICEABLE = 0.05  # of the answers: below it, numbers that nobody gave them are not spoken of
-ANSWERS = {"better": "Yes", "worse": "No", "unclear": "This test set cannot tell", "few": "This test set cannot tell"}
-IN_SHORT = {"better": "better", "worse": "worse", "unclear": "this test set cannot tell", "few": "too few to tell"}
+ANSWERS = {"better": "Yes", "worse": "No", "unclear": "This test set cannot tell", "few": "This test set cannot tell",
+           "same": "No difference"}  # fmt: skip
+IN_SHORT = {"better": "better", "worse": "worse", "unclear": "this test set cannot tell",
+            "few": "too few conversations to tell"}  # fmt: skip
 
 
 def decide(figure: dict[str, float], conversations: int) -> str:
@@ -62,8 +64,9 @@ def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
 
 
 def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`headline`, the answer to "is the tuned model better?" in a sentence, and `besides`, what else the figures answer: the
-    scores that decide the other way, the other models, the checks, and the tests of `also_test`.
+    """`headline`, the answer to "is the tuned model better?" in a sentence, `answer`, the same in a word (of `decide`, or
+    `same`; None where no models are compared, or neither is fit for use), and `besides`, what else the figures answer: the scores that decide the other
+    way, the other models, the checks, and the tests of `also_test`.
 
     Args:
         results: of `make_results`, with `test` and `tests`; with `runs` where a sweep's are compared.
@@ -74,7 +77,7 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
         return _of_runs(results)
     first, tuned = main_pair(models)
     if tuned is None:
-        return {"headline": _alone(results, first), "besides": []}
+        return {"headline": _alone(results, first), "answer": None, "besides": []}
     names = called(models, first, tuned)
     pairs = {tuple(pair["models"]): pair for pair in results["pairs"]}
     main = pairs.get((first, tuned)) or turned(pairs[tuned, first])
@@ -101,10 +104,21 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
             said = " ".join(filter(None, said))
             besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {said}")
             besides += [f"On {name}: {said}" for said in _other_way(test, there, names)]
-    answer = "No difference" if _is_same(results, main) else ANSWERS[decided]
+    decided = "same" if _is_same(results, main) else decided
+    answer = _answer(results, main, decided)
     if looping and decided == "better":
-        answer += ", but it is not fit for use"
-    return {"headline": f"{answer}. {_in_questions(results, main, names)}", "besides": besides}
+        answer, decided = f"{answer}, but it is not fit for use", None
+    return {"headline": f"{answer}. {_in_questions(results, main, names)}", "answer": decided, "besides": besides}
+
+
+def _answer(results: dict[str, Any], pair: dict[str, Any], decided: str) -> str:
+    """The headline's first words; where nothing can be told, they say why."""
+    score, number = pair["scores"][results["primary_metric"]], results["test"]["conversations"]
+    if decided == "few":
+        return f"{ANSWERS[decided]}: {number} conversations are too few for it, however they come out"
+    if decided == "unclear" and score["low"] < score["high"]:
+        return f"{ANSWERS[decided]}: the difference may be chance"
+    return ANSWERS[decided]
 
 
 def main_pair(models: dict[str, Any]) -> tuple[str, str | None]:
@@ -256,8 +270,6 @@ def _both(results: dict[str, Any], pair: dict[str, Any]) -> str:
             if not score["low"] <= 0 <= score["high"]:
                 among = f": among {score['comparisons']} comparisons chance" if score["comparisons"] > 1 else ": chance"
                 said += f", which is not enough{among} makes such a difference too often"
-        case "few" if not _is_same(results, pair):
-            said += f"; {results['test']['conversations']} conversations are too few"
     return f"{NAMES[metric]} {said}"
 
 
@@ -339,11 +351,11 @@ def _of_runs(results: dict[str, Any]) -> dict[str, Any]:
         losses = "No run has answers or a validation loss yet."
         if not results["has_one_tokenizer"]:
             losses = "No answers are compared, and validation losses under several tokenizers do not compare."
-        return {"headline": losses, "besides": []}
+        return {"headline": losses, "answer": None, "besides": []}
     if not results["models"]:
         loss = results["runs"][best]["eval_loss"]
         said = f"{best} has the lowest validation loss ({loss:.4f}). No answers are compared, only losses."
-        return {"headline": said, "besides": []}
+        return {"headline": said, "answer": None, "besides": []}
     ways: dict[str, list[str]] = {}
     besides = list[str]()
     for pair in (p for p in results["pairs"] if best in p["models"]):
@@ -361,7 +373,7 @@ def _of_runs(results: dict[str, Any]) -> dict[str, Any]:
     if ways.get("unclear"):
         said += f" This test set cannot tell it from {_listed(ways['unclear'])}."
         besides[:0] = _what_would_tell_runs(results, best, ways["unclear"])
-    return {"headline": said, "besides": besides}
+    return {"headline": said, "answer": None, "besides": besides}
 
 
 def _what_would_tell_runs(results: dict[str, Any], best: str, others: list[str]) -> list[str]:

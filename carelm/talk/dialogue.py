@@ -164,7 +164,10 @@ class Dialogue:
     def _save(self, name: str) -> None:
         path, rows = self.session.save(name), self.session.rows()
         good = sum(row["mark"] == "good" for row in rows)
-        ranks.say(f"saved: {len(rows)} {'answer' if len(rows) == 1 else 'answers'}, {good} marked good: {here(path)}")
+        undone = self.session.undone_rows
+        there = f"{len(rows) - undone} {'answer' if len(rows) - undone == 1 else 'answers'}"
+        there += f" and {undone} marked {'one' if undone == 1 else 'ones'} that you took back" if undone else ""
+        ranks.say(f"saved: {there}, {good} marked good: {here(path)}")
         if good:
             say_next(["train/sft.py", *self.session.training_words(here(path), self.words)])
 

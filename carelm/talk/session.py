@@ -48,12 +48,13 @@ class Session:
     Attributes:
         system: the system message, or None.
         undone: how many turns were taken back.
+        undone_rows: how many marked answers were in them; these stay in what is saved.
     """
 
     def __init__(self, recipe: Recipe, models: list[str], system: str | None, started: str):
         self.recipe, self.models, self.system, self.started = recipe, models, system, started
         self.turns: list[Turn] = []
-        self.undone = 0
+        self.undone = self.undone_rows = 0
         self._earlier: list[dict[str, Any]] = []
         self._number = 0
         self._own_name = recipe.output_dir / CHATS / f"chat-{started}.jsonl"
@@ -84,6 +85,7 @@ class Session:
             raise UserError("/undo: there is no turn to take back")
         marked = [row for row in self._rows_of(len(self.turns) - 1) if row["mark"]]
         self._earlier += marked
+        self.undone_rows += len(marked)
         self.turns.pop()
         self.undone += 1
         return len(marked)
@@ -189,6 +191,8 @@ class Session:
         keys = {"dataset_name": str(path), "row_filter": '{"mark": "good"}'}
         keys |= {"validation_fraction": "0", "test_fraction": "0"}
         keys["messages_column"] = recipe.messages_column or "messages"
+        if recipe.early_stopping_patience:  # which needs validation rows
+            keys["early_stopping_patience"] = "null"
         for split in SPLITS:
             if getattr(recipe, f"dataset_{split}_split") != split:
                 keys[f"dataset_{split}_split"] = split

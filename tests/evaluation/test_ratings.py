@@ -87,24 +87,28 @@ def test_what_the_page_saves_is_read_and_names_the_browser_each_time(asked, tmp_
     (script,) = re.findall(r"<script>(.*?)</script>", page.read_text(), re.DOTALL)
     pairs = json.dumps(json.dumps(pairs_of(page)))
     browser = f"""
-      const parts = {{}}, stored = new Map(), saved = [];
+      const parts = {{}}, stored = new Map(), saved = [], names = [];
       const part = id => parts[id] ||= {{classList: {{toggle() {{}}}}, replaceChildren() {{}}, value: "", textContent: ""}};
       part("pairs").textContent = {pairs};
-      globalThis.document = {{getElementById: part, createElement: () => ({{click() {{}}}})}};
+      globalThis.document = {{getElementById: part, createElement: () => ({{click() {{ names.push(this.download); }}}})}};
       globalThis.localStorage = {{getItem: key => stored.get(key) ?? null, setItem: (key, value) => stored.set(key, value)}};
       globalThis.addEventListener = globalThis.scrollTo = () => {{}};
       globalThis.Blob = class {{ constructor(texts) {{ saved.push(texts[0]); }} }};
       URL.createObjectURL = () => "";
       const script = {json.dumps(script)};
       for (const choice of ["c1", "c2"]) {{ new Function(script)(); part(choice).onclick(); part("save").onclick(); }}
-      console.log(JSON.stringify(saved));
+      part("name").value = "Ann Lee";
+      part("save").onclick();
+      console.log(JSON.stringify([saved.slice(0, 2), names]));
     """
     done = subprocess.run(["node", "-e", browser], capture_output=True, text=True, timeout=30)
-    for number, text in enumerate(json.loads(done.stdout or done.stderr)):
+    saved, names = json.loads(done.stdout or done.stderr)
+    for number, text in enumerate(saved):
         (tmp_path / f"ratings ({number}).json").write_text(text)
     assert [one["chosen"] for one in ratings.load(tmp_path)] == ["1", "2"]
     (rater,) = {json.loads(file.read_text())["rater"] for file in tmp_path.glob("ratings*.json")}
     assert len(rater) > 16
+    assert names == [f"ratings-{rater[:6]}.json"] * 2 + ["ratings-Ann_Lee.json"]
 
 
 def test_ratings_of_answers_that_are_no_longer_there_do_not_count_which_is_said(asked, tmp_path):

@@ -190,6 +190,16 @@ def test_an_unknown_command_is_one_line_and_quitting_saves_marks(dialogue, tmp_p
     shutil.rmtree(folder)
 
 
+def test_what_was_taken_back_with_a_mark_is_saved_and_named_apart(dialogue, capsys):
+    for command in ("/bad adapter", "/undo"):
+        dialogue.ask(["Where is my order?"])
+        dialogue.command(command)
+        dialogue.command("/undo") if command != "/undo" else None
+    dialogue.ask(["Where is it?"])
+    dialogue.command("/save")
+    assert "carelm: saved: 2 answers and 1 marked one that you took back, 0 marked good" in capsys.readouterr().err
+
+
 def test_marks_that_cannot_be_saved_keep_the_chat_open_once(dialogue, tmp_path, monkeypatch):
     dialogue.ask(["Where is my order?"])
     dialogue.command("/good base")

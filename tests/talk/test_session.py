@@ -101,6 +101,13 @@ def test_the_next_command_trains_on_the_saved_rows_and_no_longer_on_the_recipes(
     assert session.training_words(path, [*words, *of_the_chat]) == session.training_words(path, words)
 
 
+def test_the_next_command_does_not_stop_early_by_rows_that_it_does_not_hold_out(session):
+    session.recipe = load_recipe(["--early_stopping_patience", "2"], usage="")
+    session.mark("good", "base")
+    recipe = load_recipe(session.training_words(session.save("said.jsonl"), []), usage="")
+    assert recipe.validation_fraction == recipe.test_fraction == 0 and recipe.early_stopping_patience is None
+
+
 def test_every_answer_and_every_mark_is_in_the_file(session):
     session.mark("bad", "adapter")
     rows = [json.loads(line) for line in session.save("said.jsonl").read_text().splitlines()]
