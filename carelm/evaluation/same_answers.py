@@ -55,8 +55,8 @@ def describe(merge: dict[str, Any]) -> str:
     far, allowed = f"{merge['mean_kl']:.2g}", f"{merge['tolerance']:g}"
     said = (
         f"{'passed' if passed else 'not passed'}. What decides is how far its probabilities of the next token (a piece of a "
-        f"word) are from its adapter's, on {number} test questions: {far} nats on average (mean KL), "
-        f"{'at most' if passed else 'more than the'} {allowed} {'' if passed else 'that '}are allowed. It picks the same token "
+        f"word) are from its adapter's: mean KL {far} on {number} test questions, {'at most' if passed else 'more than the'} "
+        f"{allowed} {'' if passed else 'that '}are allowed. It picks the same token "
         f"{'every time' if agreed == 1 else f'in {min(agreed, 0.999):.1%} of the places'}"
     )
     if (share := merge.get("same_text_share")) is not None:

@@ -44,7 +44,7 @@ def merged(tmp_path_factory):
     found = f"{json.loads(done.stdout.splitlines()[-1])['mean_kl']:.2g}"
     assert done.stderr.splitlines()[-4:-3] == [
         "carelm: check of the merge in fp32 against the adapter: passed. What decides is how far its probabilities of the next "
-        f"token (a piece of a word) are from its adapter's, on 8 test questions: {found} nats on average (mean KL), at most "
+        f"token (a piece of a word) are from its adapter's: mean KL {found} on 8 test questions, at most "
         "1e-06 are allowed. It picks the same token every time, and all of the 8 whole answers are the same."
     ]
     saved = f"--config {folder}/recipe.yaml"  # two commands to paste

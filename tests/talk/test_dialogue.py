@@ -190,13 +190,13 @@ def test_an_unknown_command_is_one_line_and_quitting_saves_marks(dialogue, tmp_p
     shutil.rmtree(folder)
 
 
-def test_what_was_taken_back_with_a_mark_is_saved_and_named_apart(dialogue, capsys):
+def test_what_was_taken_back_with_a_mark_is_saved_and_named_apart(dialogue, tmp_path, capsys):
     for command in ("/bad adapter", "/undo"):
         dialogue.ask(["Where is my order?"])
         dialogue.command(command)
         dialogue.command("/undo") if command != "/undo" else None
     dialogue.ask(["Where is it?"])
-    dialogue.command("/save")
+    dialogue.command(f"/save {tmp_path / 'said.jsonl'}")
     assert "carelm: saved: 2 answers and 1 marked one that you took back, 0 marked good" in capsys.readouterr().err
 
 
