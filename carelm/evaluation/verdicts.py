@@ -65,8 +65,8 @@ def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
 
 def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> dict[str, Any]:
     """`headline`, the answer to "is the tuned model better?" in a sentence, `answer`, the same in a word (of `decide`, or
-    `same`; None where no models are compared, or neither is fit for use), and `besides`, what else the figures answer: the scores that decide the other
-    way, the other models, the checks, and the tests of `also_test`.
+    `same`; None where no models are compared, or the better one is not fit for use), and `besides`, what else the figures
+    answer: the scores that decide the other way, the other models, the checks, and the tests of `also_test`.
 
     Args:
         results: of `make_results`, with `test` and `tests`; with `runs` where a sweep's are compared.
