@@ -185,7 +185,11 @@ def test_a_merge_that_answers_like_its_adapter_is_folded_into_its_column_with_th
     found, page, text = evaluate(tmp_path, answers, of_models=of_models)
     sentence = found["same"]["merged"]["sentence"]
     assert sentence.startswith("merged gives the same answer as adapter to all 20 questions") and "nats" not in sentence
-    assert "passed. On 32 test questions" in sentence and "every time, and all of the 32 whole answers" in sentence
+    assert (
+        "passed. What decides is how far" in sentence
+        and "mean KL 2e-10 on 32 test questions, at most 1e-06" in sentence
+    )
+    assert "every time, and all of the 32 whole answers" in sentence
     assert "2e-10 (1e-06)" in page.partition("Speed and size")[2]  # the term stands in the details
     assert sentence in text.replace("\\_", "_") and found["besides"] == []
     for cells in (page.partition("<h2>Scores")[2].partition("</tr>")[0], text.partition("## Scores")[2][:40]):

@@ -129,21 +129,23 @@ def in_bf16(tmp_path_factory):
 
 
 def test_where_no_dtype_is_named_and_the_runs_own_bits_do_not_pass_it_is_merged_in_fp32_and_says_so(in_bf16, tmp_path):
-    command = ("--adapter", in_bf16, "--output_dir", tmp_path / "m", "--num_prompts", 8)
+    command = ("--adapter", in_bf16, "--output_dir", tmp_path / "m", "--num_prompts", 8, "--tolerance", 1e-4)
     done = run_merge(*command)
     made = json.loads((tmp_path / "m/merge.json").read_text())
-    assert made["dtype"] == "fp32" and made["mean_kl"] <= made["tolerance"] == 1e-6
+    assert made["dtype"] == "fp32" and made["mean_kl"] <= made["tolerance"]
     assert all(w.dtype == torch.float32 for w in load_file(tmp_path / "m/model.safetensors").values())
     assert json.loads((tmp_path / "m/config.json").read_text())["dtype"] == "float32"
     first, why, second = (line for line in done.stderr.splitlines() if "merge in " in line or "again in fp32" in line)
-    assert "bf16 against the adapter: not passed" in first and "more than the 0.002 that are allowed" in first
+    assert "bf16 against the adapter: not passed" in first
+    assert "more than the 0.0001 that are allowed" in first
     assert "twice the size, and checked in fp32 (--dtype bf16 would end here" in why
     assert "fp32 against the adapter: passed" in second
     assert "holds this merge; nothing to do" in run_merge(*command).stderr
 
 
 def test_a_dtype_that_is_named_is_kept_and_fails_naming_the_one_that_is_nearer(in_bf16, tmp_path):
-    done = refused("--adapter", in_bf16, "--output_dir", tmp_path / "m", "--num_prompts", 8, "--dtype", "bf16")
+    done = refused("--adapter", in_bf16, "--output_dir", tmp_path / "m", "--num_prompts", 8, "--dtype", "bf16",
+                   "--tolerance", 1e-4)  # fmt: skip
     assert done.returncode == 1 and "--dtype fp32 is nearer and worth trying" in done.stderr
     assert "again in fp32" not in done.stderr and not list(tmp_path.iterdir())
 
