@@ -157,6 +157,13 @@ class Chat:
         held = next((n for n in range(len(trailer), 0, -1) if text.endswith(trailer[:n])), 0)
         return text[: len(text) - held].rstrip()
 
+    def is_thinking(self, ids: list[int]) -> bool:
+        """Whether the first ids of an answer may be reasoning alone, which `spoken` leaves out once it has ended."""
+        if not self._habits.thought:
+            return False
+        (opening, closing), whole = self._habits.thought, self._encoder.decode(ids).lstrip()
+        return closing not in whole and (whole.startswith(opening) or opening.startswith(whole))
+
     def _without_lead(self, ids: list[int]) -> str:
         whole = self._encoder.decode(ids) if self._habits.closings else ""
         for closing in self._habits.closings:

@@ -23,6 +23,7 @@ class Habits:
         end_of_turn_ids: the same with the token that ends a tool call, where that is another.
         closings: what stands right before an answer's text, after its reasoning and without any; each may be in front of it.
         header: the one of them that holds no special token and closes no reasoning, so that it counts at the start only.
+        thought: what opens an answer's reasoning behind the prompt ("" where the prompt does) and what closes it, or None.
         trailer: what stands between an answer's text and its end of turn.
         arguments_as_text: whether tool arguments must be handed over as JSON text.
         own_system: the system message that it writes itself into a conversation that has none; "" for none.
@@ -32,6 +33,7 @@ class Habits:
     end_of_turn_ids: frozenset[int]
     closings: tuple[str, ...]
     header: str
+    thought: tuple[str, str] | None
     trailer: str
     arguments_as_text: bool
     own_system: str
@@ -70,12 +72,17 @@ def find_habits(encoder: "Encoder") -> Habits:
     closing = _between(thinking, THOUGHT, MARK)
     if not closing and before.rstrip().endswith("<think>"):
         closing = "</think>"  # the prompt opens what the template does not write in an answer
+    # A prompt that closes a thought itself, an empty one, lets no other begin.
+    thought = (
+        None if not closing or before.rstrip().endswith(closing) else (_between(thinking, before, THOUGHT), closing)
+    )
     has_special = any(token in encoder.special_ids for token in encoder.encode(lead))
     return Habits(
         end_of_turn_id=ends[0],
         end_of_turn_ids=frozenset(end_ids),
         closings=tuple(filter(None, (closing, lead))),
         header="" if has_special or lead == closing else lead,
+        thought=thought,
         trailer=encoder.decode(tail_ids[: tail_ids.index(ends[0])]).strip(),
         arguments_as_text=as_text,
         own_system=_own_system(encoder),

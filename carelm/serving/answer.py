@@ -13,7 +13,7 @@ class Answer:
 
     Attributes:
         tokens: ids so far.
-        text: what may be shown of it so far.
+        text: what may be shown of it so far, reasoning aside; after `end` all of it, as the evaluation reads it.
         finish_reason: "stop" once it has ended by itself or by a stop text, "length" until then.
     """
 
@@ -29,9 +29,13 @@ class Answer:
         if token in self.ends:
             self.finish_reason = "stop"
             return ""
+        if self.chat.is_thinking(self.tokens):
+            return ""
         text = self._cut(self.chat.spoken_so_far(self.tokens))
         if self.finish_reason == "length":
-            held = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+            held = (
+                n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])
+            )
             text = text[: len(text) - max(held, default=0)]
         return self._grown_to(text)
 
@@ -40,7 +44,10 @@ class Answer:
         text = self.chat.spoken(self.tokens)
         if self.finish_reason == "length":  # it may have ended inside a character
             text = text.rstrip("\ufffd").rstrip()
-        return self._grown_to(self._cut(text))
+        text = self._cut(text)
+        new = self._grown_to(text)
+        self.text = text
+        return new
 
     def _cut(self, text: str) -> str:
         if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
@@ -49,10 +56,9 @@ class Answer:
         return text
 
     def _grown_to(self, text: str) -> str:
-        """What is new. Thoughts that were shown until they ended cannot be taken back: the answer follows them."""
-        if text.startswith(self.text):
-            new = text[len(self.text) :]
-        else:
-            new = f"\n\n{text}" if len(text) > 0 and not self.text.startswith(text) else ""
+        """What is new. Thoughts that nothing opened were shown until they ended: the answer follows them."""
+        if self.text.startswith(text):
+            return ""
+        new = text[len(self.text) :] if text.startswith(self.text) else f"\n\n{text}"
         self.text = text
         return new

@@ -244,10 +244,11 @@ class Turn:
         yield self.answer.end()
 
     async def answer_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        text = "".join([piece async for piece in self.texts()])
+        async for _ in self.texts():
+            pass
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": text},
+            "message": {"role": "assistant", "content": self.answer.text},
             "finish_reason": self.answer.finish_reason,
             "logprobs": None,
         }

@@ -20,7 +20,7 @@ from carelm.models.decoding import Decoding
 from carelm.recipe import Recipe
 
 MOST_MESSAGES = 1000
-MOST_STOPS = 16
+MOST_STOPS, LONGEST_STOP = 16, 256  # texts; characters: each is looked for at each token
 COLDEST = 0.01  # below it the likeliest token is drawn all but always, and a logit divided by it may be no number
 # About the caller and its account, or about what becomes of the answer: no answer depends on them.
 WITHOUT_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "keep_alive"}
@@ -161,8 +161,8 @@ class ChatRequest(Strict):
     @classmethod
     def listed(cls, stop: str | list[str]) -> list[str]:
         stops = [stop] if isinstance(stop, str) else stop
-        if len(stops) > MOST_STOPS or "" in stops:
-            raise ValueError(f"at most {MOST_STOPS} texts, none of them empty")
+        if len(stops) > MOST_STOPS or not all(1 <= len(stop) <= LONGEST_STOP for stop in stops):
+            raise ValueError(f"at most {MOST_STOPS} texts, each of 1 to {LONGEST_STOP} characters")
         return stops
 
     @field_validator("stream_options")

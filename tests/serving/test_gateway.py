@@ -100,6 +100,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(client):
         ("max_completion_tokens", {"max_tokens": 4, "max_completion_tokens": 5}),
         ("seed", {"seed": 2**70}),
         ("stop", {"stop": ["a", ""]}),
+        ("stop", {"stop": "a" * 257}),
         ("stream_options", {"stream_options": {"include_usage": True}}),
         ("tools", {"tools": [{"type": "function"}]}),
         ("tool_choice", {"tool_choice": "required"}),
