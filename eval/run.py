@@ -13,6 +13,7 @@ and what has been answered is not answered again. The last line on standard outp
 exit status: 0 the report is written, 2 something in the recipe, the data, the models or the launch is to be mended.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -45,10 +46,10 @@ def main() -> None:
     ranks.check_gpus(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_cpu(launch)
-    from carelm.evaluation import answers, api, constrained, ratings, report, results, same_answers
+    from carelm.evaluation import answers, api, constrained, pace, ratings, report, results, same_answers
     from carelm.evaluation.label_results import Labelled
     from carelm.models.precision import choose_precision
-    from carelm.training import stops
+    from carelm.training import runs, stops
 
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank())
@@ -59,6 +60,10 @@ def main() -> None:
         ranks.say(f"all models answer in {precision.name} ({precision.reason})")
         models = [model.computing_in(precision.name) for model in models]
     folder = recipe.output_dir / "eval"
+    runs.keep_others_out(folder)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # kill -INT ends it also where a script's & has that ignored
     rated = ratings.load(folder)
 
     def way(model):
@@ -74,13 +79,14 @@ def main() -> None:
     for s in (own, *elsewhere):
         asked[s] = [prepare(s, m, [of_set[k] for of_set in asked.values()]) for k, m in enumerate(models)]
     watch = stops.HangWatch(recipe.stall_timeout)
+    left = pace.Pace(recipe, sum(len(m.file.made_by) - len(m.file.read()) for each in asked.values() for m in each))
     lines, measured = {}, {}
     for one, of_models in asked.items():
         (folder / one.name).mkdir(parents=True, exist_ok=True)
         if ranks.rank() == 0:
             save_recipe(one.recipe, folder / one.name / "recipe.yaml")
         answered = {
-            m.candidate.name: way(m.candidate).answer(one.recipe, m, folder / one.name, watch) for m in of_models
+            m.candidate.name: way(m.candidate).answer(one.recipe, m, folder / one.name, watch, left) for m in of_models
         }
         lines[one.name], measured[one.name] = ({name: pair[k] for name, pair in answered.items()} for k in (0, 1))
     ranks.leave()

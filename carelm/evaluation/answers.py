@@ -17,6 +17,7 @@ from carelm.errors import UserError
 from carelm.evaluation import constrained
 from carelm.evaluation.asked import Prepared
 from carelm.evaluation.candidates import Candidate
+from carelm.evaluation.pace import Pace
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import Question
 from carelm.files import fingerprint, read_json, write_whole
@@ -73,12 +74,12 @@ def prepare(
 
 
 def answer(
-    recipe: Recipe, asked: Prepared, folder: Path, watch: HangWatch
+    recipe: Recipe, asked: Prepared, folder: Path, watch: HangWatch, pace: Pace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The predictions in the order of the questions, and what was measured; on ranks other than 0 both are empty.
 
     What an earlier run left in `folder` and is still what would be made today is not made again. Figures of speed stand with
-    the place where they were measured, and are not mixed with those of another. `watch` is told of every answer.
+    the place where they were measured, and are not mixed with those of another. `watch` and `pace` are told of every answer.
     """
     watch.look()
     name, number = asked.candidate.name, len(asked.prompts)
@@ -102,7 +103,7 @@ def answer(
         device = next(p for p in model.parameters() if p.device.type != "meta").device
         if len(done) < number:
             memory.reset_peak_memory()
-            measured["throughput"] = _answer_share(recipe, asked, model, done, device, watch)
+            measured["throughput"] = _answer_share(recipe, asked, model, done, device, watch, pace)
             measured["peak_memory_bytes"] = max(ranks.gather(memory.peak_memory_bytes()))
         if ranks.rank() == 0:
             write_whole(saved, json.dumps(measured, indent=1))
@@ -110,7 +111,7 @@ def answer(
             if part.form.has_reason and part is not asked:
                 there = ranks.share(part.file.open() if ranks.rank() == 0 else None)
                 if len(there) < len(part.prompts):
-                    _answer_share(recipe, part, model, there, device, watch)
+                    _answer_share(recipe, part, model, there, device, watch, pace)
             spent = constrained.score_labels(recipe, part, part.form, model, device, watch)
             measured |= {"labels": spent} if part is asked else {}
         if ranks.rank() == 0:
@@ -150,7 +151,13 @@ def _make_prompts(
 
 
 def _answer_share(
-    recipe: Recipe, asked: Prepared, model: "PreTrainedModel", done: set[str], device: torch.device, watch: HangWatch
+    recipe: Recipe,
+    asked: Prepared,
+    model: "PreTrainedModel",
+    done: set[str],
+    device: torch.device,
+    watch: HangWatch,
+    pace: Pace,
 ) -> dict[str, Any]:
     """This rank answers every so-manieth of the questions that are left, by length; returns the speed of all ranks."""
     questions, prompts, file = asked.questions, asked.prompts, asked.file
@@ -172,9 +179,11 @@ def _answer_share(
             "finish_reason": answer.finish_reason,
             "made_by": file.made_by[question.id],
         })  # fmt: skip
+        pace.answered()
 
     generate_all(model, asked.chat, [prompts[i] for i in share[-2:]], Decoding(2), device=device, max_batch_tokens=1,
                  done=lambda *_: None)  # fmt: skip
+    pace.begin(len(share))
     spent = generate_all(
         model, asked.chat, [prompts[i] for i in share], asked.decoding, device=device, done=keep,
         max_batch_tokens=recipe.max_batch_tokens, show=asked.candidate.name if ranks.rank() == 0 else None,

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from carelm import ranks
 from carelm.errors import UserError, first_line
+from carelm.evaluation.pace import Pace
 from carelm.evaluation.predictions import PredictionFile
 from carelm.files import fingerprint, read_json, write_whole
 from carelm.recipe import Recipe
@@ -150,7 +151,7 @@ def prepare(recipe: Recipe, model: ApiModel, questions: list["Question"], folder
 
 
 def answer(
-    recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch
+    recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch, pace: Pace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The predictions in the order of the questions, and what was measured, by rank 0; elsewhere both are empty.
 
@@ -163,7 +164,7 @@ def answer(
     if ranks.rank() == 0:
         watch.look()
         try:
-            _ask_all(recipe, asked, folder, watch)
+            _ask_all(recipe, asked, folder, watch, pace)
         except _Unusable as error:
             kept = len(asked.file.read())
             problem = (
@@ -205,7 +206,7 @@ def answer(
     }
 
 
-def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch) -> None:
+def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch, pace: Pace) -> None:
     done = asked.file.open()
     timed = sum(line["wire_ms"] is not None for line in asked.file.read().values())
     left = [q for q in asked.questions if q.id not in done]
@@ -223,9 +224,11 @@ def _ask_all(recipe: Recipe, asked: AskedApi, folder: Path, watch: HangWatch) ->
             line = _ask(asked, question, is_alone)
             asked.file.append(line)
             watch.look()
+            pace.answered()
             bar.update()
             return line["new_tokens"]
 
+        pace.begin(len(left))
         started = time.perf_counter()
         tokens = sum([ask(question, True) for question in alone])
         if several is not alone:

@@ -82,6 +82,8 @@ def _earlier_leaks(recipe: Recipe, tested: Recipe) -> Iterator[str]:
 def _make(name: str, recipe: Recipe, chat: Chat, is_trained_on: bool) -> QuestionSet:
     questions, validation, about = make_questions_of_both(recipe, chat, is_trained_on)
     where = f"{name}: " if name else ""
-    ranks.say(f"{where}{about['questions']} questions of {about['conversations']} conversations")
+    counted = recipe.max_eval_samples and about["questions"] > about["conversations"]
+    ranks.say(f"{where}{about['questions']} questions of {about['conversations']} conversations"
+              f"{', which max_eval_samples counts' if counted else ''}")  # fmt: skip
     form = find_form(recipe, map(Question.expected, questions))
     return QuestionSet(name, recipe, questions, about, ask(recipe, questions), form, validation)

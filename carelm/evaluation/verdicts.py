@@ -15,10 +15,6 @@ TIMES_MORE = 20  # as many questions as there are, beyond which nobody would ask
 # most 0.05, after prompt tuning 0.15, in answers that loop 0.29 and more.
 LOOPING = 0.25
 NOTICEABLE = 0.05  # of the answers: below it, numbers that nobody gave them are not spoken of
-ANSWERS = {"better": "Yes", "worse": "No", "unclear": "This test set cannot tell", "few": "This test set cannot tell",
-           "same": "No difference"}  # fmt: skip
-IN_SHORT = {"better": "better", "worse": "worse", "unclear": "this test set cannot tell",
-            "few": "too few conversations to tell"}  # fmt: skip
 
 
 def decide(figure: dict[str, float], conversations: int) -> str:
@@ -64,9 +60,8 @@ def verdict(pair: dict[str, Any], metric: str, conversations: int) -> str:
 
 
 def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`headline`, the answer to "is the tuned model better?" in a sentence, `answer`, the same in a word (of `decide`, or
-    `same`; None where no models are compared, or the better one is not fit for use), and `besides`, what else the figures
-    answer: the scores that decide the other way, the other models, the checks, and the tests of `also_test`.
+    """`headline`, the answer to "is the tuned model better?" in a sentence, `answer`, the same in a word (of `decide`, `same`
+    or None) and `besides`, what else the figures say: other scores, the other models, the checks, the tests of `also_test`.
 
     Args:
         results: of `make_results`, with `test` and `tests`; with `runs` where a sweep's are compared.
@@ -105,20 +100,18 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
             besides.append(f"Elsewhere, on {name}, {names[tuned]} against {names[first]}: {said}")
             besides += [f"On {name}: {said}" for said in _other_way(test, there, names)]
     decided = "same" if _is_same(results, main) else decided
-    answer = _answer(results, main, decided)
+    answer = _answer(decided, main["scores"][results["primary_metric"]], results["test"]["conversations"])
     if looping and decided == "better":
         answer, decided = f"{answer}, but it is not fit for use", None
     return {"headline": f"{answer}. {_in_questions(results, main, names)}", "answer": decided, "besides": besides}
 
 
-def _answer(results: dict[str, Any], pair: dict[str, Any], decided: str) -> str:
-    """The headline's first words; where nothing can be told, they say why."""
-    score, number = pair["scores"][results["primary_metric"]], results["test"]["conversations"]
-    if decided == "few":
-        return f"{ANSWERS[decided]}: {number} conversations are too few for it, however they come out"
-    if decided == "unclear" and score["low"] < score["high"]:
-        return f"{ANSWERS[decided]}: the difference may be chance"
-    return ANSWERS[decided]
+def _answer(decided: str, score: dict[str, float], number: int) -> str:
+    """The headline's first words; where nothing can be told, they say why. Args: `number` of conversations."""
+    few = f": {number} conversations are too few for it, however they come out" * (decided == "few")
+    chance = ": the difference may be chance" * (decided == "unclear" and score["low"] < score["high"])
+    said = {"better": "Yes", "worse": "No", "same": "No difference"}
+    return said.get(decided, f"This test set cannot tell{few}{chance}")
 
 
 def main_pair(models: dict[str, Any]) -> tuple[str, str | None]:
@@ -255,7 +248,8 @@ def _in_short(results: dict[str, Any], pair: dict[str, Any]) -> str:
         counted = (
             f"closer to the expected reply{by} in {pair['closer']} of {number} questions, farther in {pair['farther']}"
         )
-    word = IN_SHORT[decide(pair["scores"][metric], results["test"]["conversations"])]
+    decided = decide(pair["scores"][metric], results["test"]["conversations"])
+    word = {"unclear": "this test set cannot tell", "few": "too few conversations to tell"}.get(decided, decided)
     return f"{word}; {counted} ({_both(results, pair)})."
 
 

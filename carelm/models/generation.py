@@ -19,7 +19,7 @@ from carelm.chat.chat import Chat
 from carelm.models.batcher import Batcher, halve, stop_ids, unless_out_of_memory, why_not
 from carelm.models.decoding import Decoding, Draws
 from carelm.models.key_values import cache_tokens, causal_model
-from carelm.ranks import rank
+from carelm.ranks import rank, say
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PERCENTILES = (50, 95, 99)
@@ -267,8 +267,13 @@ def latency(
     was_training = model.training
     model.eval()
     batcher = None if why_not(model) else Batcher(model, device=device, max_batch_tokens=1)
-    for ids in prompts[:WARM_UP_PROMPTS]:
+    warm_up, began = prompts[:WARM_UP_PROMPTS], time.perf_counter()
+    for ids in warm_up:
         _time_one(model, chat, ids, decoding, device, batcher)
+    if prompts:
+        seconds = (time.perf_counter() - began) / len(warm_up) * len(prompts)
+        lasts = f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"about {seconds:.0f} s"
+        say(f"latency: {len(prompts)} answers, one at a time, {lasts}; num_latency_prompts: 0 leaves it out")
     first, further, whole = [], [], []
     for ids in tqdm(prompts, desc="latency", unit="example", dynamic_ncols=True):
         started, *times = _time_one(model, chat, ids, decoding, device, batcher)

@@ -35,7 +35,7 @@ from carelm.yaml_file import read_yaml
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-LOCK = ".lock"  # held by the first rank of the run that writes there
+LOCK = ".lock"  # held by the first rank of the run, or of the evaluation, that writes there
 RESTARTED = ".restarted_by_job"
 MADE_BESIDE = {
     "eval",
@@ -131,7 +131,7 @@ def check_free(folder: Path) -> None:
     Raises:
         UserError: where that is not so.
     """
-    is_job = "CARELM_STATUS_FILE" in os.environ  # the lock may be that of its earlier start: `_lock` decides
+    is_job = "CARELM_STATUS_FILE" in os.environ  # the lock may be that of its earlier start: `lock` decides
     if not is_job and is_running(folder / LOCK):
         holder = (folder / LOCK).read_text(encoding="utf-8").strip()
         if f"process {os.getpid()} " not in holder:
@@ -217,7 +217,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
             anew = restarts(recipe)
             if folder.exists() and not anew:
                 newest = checkpoints.newest_whole(folder)
-            if folder.exists() and _lock(folder) and not anew:
+            if folder.exists() and lock(folder) and not anew:
                 newest = checkpoints.newest_whole(folder)  # the run that held it has gone on meanwhile
             if folder.exists() and anew:
                 aside = free_name(folder)
@@ -226,7 +226,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
             if (folder / "recipe.yaml").exists() and _has_saved_nothing(folder):
                 say(f"{folder} holds a run that ended before its first checkpoint; it begins anew")
             folder.mkdir(parents=True, exist_ok=True)
-            _lock(folder)
+            lock(folder)
             if newest is not None:
                 _say_other_length(recipe, read_yaml(folder / "recipe.yaml"))
             if recipe.restart and "SLURM_JOB_ID" in os.environ:
@@ -254,7 +254,7 @@ def _say_other_length(recipe: Recipe, before: dict[str, Any]) -> None:
 _locks: list[IO[str]] = []
 
 
-def _lock(folder: Path) -> bool:
+def lock(folder: Path) -> bool:
     """Keeps other runs out of the folder until this process ends; returns whether another one had to be waited for.
 
     Raises:
@@ -291,6 +291,25 @@ def _lock(folder: Path) -> bool:
     file.write(f"{job}process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return waited
+
+
+def keep_others_out(folder: Path) -> None:
+    """The lock of a folder that is made where there is none, as every rank is told.
+
+    Raises:
+        UserError: where another process writes there, or this one cannot.
+    """
+    problem = None
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock(folder)
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"output_dir: {folder} cannot be written ({error.strerror})"
+    if (problem := share(problem)) is not None:
+        raise UserError(problem)
 
 
 def finish(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

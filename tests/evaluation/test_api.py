@@ -12,6 +12,7 @@ from launching import PROJECT
 
 from carelm.errors import UserError
 from carelm.evaluation import api
+from carelm.evaluation.pace import Pace
 from carelm.evaluation.questions import Question
 from carelm.evaluation.results import _cautions
 from carelm.recipe_file import load_recipe
@@ -94,7 +95,7 @@ def ask(endpoint, folder, *keys, questions=QUESTIONS):
     recipe = load_recipe(["--api_url", endpoint.url, "--num_latency_prompts", "2", *keys], usage="")
     model = api.find_api(recipe, "api:shop/large")
     asked = api.prepare(recipe, model, questions, folder)
-    return api.answer(recipe, asked, folder, HangWatch(0))
+    return api.answer(recipe, asked, folder, HangWatch(0), Pace(recipe, len(asked.questions)))
 
 
 def error_of(*arguments, **keys) -> str:

@@ -1,11 +1,14 @@
 """The evaluator: the same answers whatever the batch and the ranks, nothing answered twice, figures where they belong."""
 
 import io
+import itertools
 import json
 import os
 import re
 import runpy
 import shutil
+import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -14,13 +17,13 @@ import torch
 from drawn import make_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from launching import PROJECT, launch, script
+from launching import PROJECT, environment, launch, script
 from safetensors.torch import load_file, save_file
 
 from carelm.chat.chat import make_chat
 from carelm.data import splits
 from carelm.errors import UserError
-from carelm.evaluation import answers, candidates
+from carelm.evaluation import answers, candidates, pace
 from carelm.evaluation.predictions import PredictionFile
 from carelm.evaluation.questions import make_questions
 from carelm.models import generation
@@ -419,6 +422,53 @@ def test_a_killed_comparison_goes_on_with_what_is_left(compared, tmp_path, monke
     assert f"{number} of {len(text.splitlines())} are there" in out.err
     assert json.loads(out.out.strip().splitlines()[-1])["models"] == last["models"]
     assert file.read_text() == text
+
+
+def test_a_second_evaluation_of_a_run_is_refused_until_the_first_ends_which_hears_kill_int_in_the_background(
+    tmp_path, monkeypatch, capsys
+):
+    few = ("--output_dir", str(tmp_path / "run"), *KEYS, "--models", "base")
+    long = {"--max_eval_samples": "300", "--max_new_tokens": "60", "--num_latency_prompts": "300"}
+    first = subprocess.Popen(
+        [sys.executable, "eval/run.py", *few[:2], *few[-2:], *itertools.chain(*long.items())],
+        cwd=PROJECT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    try:
+        seen = next(line for line in first.stderr if "latency: " in line)  # it has the folder and is at work
+        assert re.search(
+            r"latency: \d+ answers, one at a time, about \d+ (s|minutes); num_latency_prompts: 0 leaves", seen
+        )
+        monkeypatch.setattr(sys, "argv", ["eval/run.py", *few])
+        monkeypatch.chdir(PROJECT)
+        with pytest.raises(UserError, match=f"run/eval is in use by process {first.pid} on .*; wait for it"):
+            runpy.run_path("eval/run.py")["main"]()
+        first.send_signal(signal.SIGINT)
+        assert "error: interrupted" in first.communicate(timeout=30)[1] and first.returncode == 2
+    finally:
+        first.kill()
+    run_here(monkeypatch, capsys, *few)  # a dead lock is no obstacle
+
+
+def test_how_long_the_answers_of_all_models_will_take_is_said_once(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    recipe = load_recipe(["--num_latency_prompts", "50"], usage="")
+    slow = pace.Pace(recipe, left=104)
+    slow.begin(52)
+    for _ in range(52):
+        now[0] += 13
+        slow.answered()
+    assert capsys.readouterr().err.splitlines()[-1:] == [
+        "carelm: about 20 minutes are left for the answers of all models; besides, up to 50 of each are timed one at a time "
+        "(--num_latency_prompts 0: none); for a first look: --max_eval_samples 10, which counts conversations"
+    ]
+    quick = pace.Pace(recipe, left=104)
+    quick.begin(52)
+    for _ in range(52):
+        now[0] += 0.5
+        quick.answered()
+    assert capsys.readouterr().err == ""
 
 
 def test_an_evaluation_that_hangs_says_where_and_ends(tmp_path):
