@@ -68,13 +68,13 @@ def main() -> None:
         for speaker in speakers:
             speaker.check_window(fill(recipe.system_prompt or "", {}) or None)
     gateway = Gateway(recipe, speakers, Engine(recipe, speakers))
+    server.listen(recipe, listening)
     if recipe.certify:
         found = certificate.certify(recipe, speakers, gateway, key, listening)
         for sentence in certificate.sentences(found):
             ranks.say(sentence)
         print(json.dumps(found["models"]), flush=True)
         return
-    listening.listen()  # who connects from here on is waited for
     say_address(server.address_of(listening), gateway.engine.models, key)
     server.serve(gateway, key, listening)
     ranks.say("stopped")

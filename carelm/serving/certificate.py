@@ -120,6 +120,10 @@ def _ask_all(
 ) -> dict[str, list[dict[str, Any]]]:
     """Each model's replies, in the order of the questions."""
 
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # no proxy stands before this machine's own address
+
     def ask(speaker: Speaker, body: dict[str, Any]) -> dict[str, Any]:
         decoding = speaker.decoding
         how = {"temperature": decoding.temperature, "top_p": decoding.top_p or 1.0, "seed": decoding.seed}
@@ -127,7 +131,7 @@ def _ask_all(
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         request = urllib.request.Request(f"{address}/v1/chat/completions", data, headers)
         try:
-            with urllib.request.urlopen(request) as reply:
+            with direct.open(request) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
             return json.load(error)

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from carelm import ranks
@@ -36,6 +37,7 @@ from carelm.talk.speaker import Speaker
 
 PAGE = Path(__file__).parent / "page"
 BODY_SECONDS = 20  # for a body to come
+FAREWELL_SECONDS = 5  # for an error to leave where an answer has begun
 MOST_DRAINED = 2**26  # bytes of a body too large that are read and let go, so that its sender gets to the reply
 GONE = 499  # in the counts: a request whose client has gone
 AGAIN_SECONDS = 2  # after which one who was told to come again may
@@ -81,6 +83,7 @@ class Gateway:
         app.exception_handler(HTTPException)(
             lambda request, error: reply(Problem(error.status_code, f"there is no such route ({error.status_code})"))
         )
+        app.exception_handler(ClientDisconnect)(lambda request, error: Response(status_code=GONE))  # in mid-body
         app.exception_handler(Exception)(
             lambda request, error: reply(Problem(500, "the server failed at this request"))
         )
@@ -276,7 +279,9 @@ class Turn:
         if not self.has_begun:
             raise problem
         if self.asked.stream:
-            await self._event(send, problem.body(), is_last=True)
+            with suppress(TimeoutError):  # a client that reads nothing keeps no place
+                async with asyncio.timeout(FAREWELL_SECONDS):
+                    await self._event(send, problem.body(), is_last=True)
 
     async def _begin(self, send: Send) -> None:
         self.has_begun = True
@@ -301,7 +306,7 @@ class Turn:
 
     def note(self, how: str, status: int) -> None:
         """Counts the answer, and says how it ended: an id, counts and times."""
-        if self.has_begun != (status == 200):  # a reply that nobody has had, or that was broken off
+        if status == GONE or (self.has_begun and status != 200):  # nobody has had it, or it was broken off
             self.gateway.note_reply(ROUTES[0], status)
         metrics, name, total = self.gateway.metrics, self.speaker.name, time.monotonic() - self.began
         metrics.prompt_tokens.labels(name).inc(len(self.prompt.ids))

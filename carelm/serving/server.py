@@ -4,30 +4,44 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from carelm.errors import UserError
 from carelm.recipe import Recipe
-from carelm.serving.gateway import Gateway
+from carelm.serving.gateway import BODY_SECONDS, FAREWELL_SECONDS, Gateway
 
-KEEP_ALIVE_SECONDS = 30  # for the next request of a connection
+KEEP_ALIVE_SECONDS = 30  # for the head of a connection's next request to come, the first one too
 
 
 def bind(recipe: Recipe) -> socket.socket:
     """The address; raises UserError where it is taken, or none of this machine's."""
     listening = socket.socket(socket.AF_INET6 if ":" in recipe.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
+    with having(recipe):
         listening.bind((recipe.host.strip("[]"), recipe.port))
+    return listening
+
+
+def listen(recipe: Recipe, listening: socket.socket) -> None:
+    """From here on, who connects is waited for; raises UserError where another server has begun to listen since `bind`."""
+    with having(recipe):
+        listening.listen()
+
+
+@contextmanager
+def having(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"port: {recipe.host} port {recipe.port} cannot be had ({error.strerror}); stop what listens there, or name "
             "another one, as --port 8001 (0 takes a free one)"
         ) from None
-    return listening
 
 
 def address_of(listening: socket.socket) -> str:
@@ -35,12 +49,30 @@ def address_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Connection(H11Protocol):
+    """A client's connection, which is closed where the head of a request takes too long: uvicorn waits for it without end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._head = self.loop.call_later(KEEP_ALIVE_SECONDS, self._give_up)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._head.cancel()
+        self._head = self.loop.call_later(KEEP_ALIVE_SECONDS, self._give_up)
+
+    def _give_up(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
 def serve(gateway: Gateway, key: str | None, listening: socket.socket, ask: Callable[[], Any] | None = None) -> Any:
     """Serves until SIGTERM or Ctrl-C, or until `ask` has come back, whose value is returned. What has been asked by then is
     answered first."""
     config = uvicorn.Config(
         gateway.app(key), log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
-        proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, http=Connection,
+        timeout_graceful_shutdown=gateway.recipe.answer_timeout + BODY_SECONDS + FAREWELL_SECONDS,
     )  # fmt: skip
     if threading.current_thread() is threading.main_thread():
         for stop in (signal.SIGINT, signal.SIGTERM):

@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 from carelm.evaluation import candidates
 from carelm.serving.engine import BatcherEngine
 from carelm.serving.gateway import Gateway
+from carelm.serving.server import Connection
 from carelm.talk.speaker import Speaker
 
 KEYS = ["--max_new_tokens", "24", "--max_length", "96", "--load_in_4bit", "false"]
@@ -33,7 +34,7 @@ def ask(client, messages=ASKED, model="base", **more):
 @contextlib.contextmanager
 def listening(gateway, key=None):
     """A real server in this process; its port."""
-    server = uvicorn.Server(uvicorn.Config(gateway.app(key), port=0, log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(gateway.app(key), port=0, log_config=None, lifespan="off", http=Connection))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -55,6 +55,9 @@ def test_an_answer_that_is_another_is_counted_and_its_first_other_token_named(ru
     decoding = ChatRequest.decoding
     shorter = lambda self, *rest: Decoding(decoding(self, *rest).max_new_tokens - 20)  # noqa: E731
     monkeypatch.setattr(ChatRequest, "decoding", shorter)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing is there, and this machine is asked without it
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     recipe = dataclasses.replace(run, certify=3, port=0)
     found = certificate.certify(recipe, list(gateway.speakers.values()), gateway, None, server.bind(recipe))
     of_base = found["models"]["base"]

@@ -1,5 +1,7 @@
 """Clients of others work unchanged, and bad ones end nothing: over real connections."""
 
+import asyncio
+import dataclasses
 import json
 import re
 import signal
@@ -16,8 +18,10 @@ from langchain_openai import ChatOpenAI
 from launching import PROJECT, environment, script
 from served import ASKED, CHAT, KEYS, listening, make_gateway
 
+from carelm.errors import UserError
 from carelm.models.batcher import Batcher
 from carelm.serving import gateway as rooms
+from carelm.serving import server
 
 KEY = "a-key-of-the-tests"
 
@@ -163,6 +167,80 @@ def test_a_half_closed_connection_and_one_without_a_whole_body_end_nothing(gatew
     slow.sendall(head.encode() + b'{"model": ')
     assert slow.recv(9**5).startswith(b"HTTP/1.1 408 ")
     assert client.chat.completions.create(model="base", messages=ASKED).choices and gateway.in_flight == 0
+
+
+def counted(gateway, status):
+    return gateway.metrics.requests.labels(CHAT, status)._value.get()
+
+
+def test_a_client_that_goes_is_counted_as_gone_and_is_no_failure(gateway, port, monkeypatch, capsys):
+    step, gone, failed = Batcher.step, counted(gateway, 499), counted(gateway, 500)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(head.encode() + b"{")
+    until(lambda: gateway.in_flight == 1)
+    connection.close()
+    until(lambda: counted(gateway, 499) == gone + 1)
+    monkeypatch.setattr(Batcher, "step", lambda batcher: time.sleep(0.05) or step(batcher))
+    connection = send(port, {"model": "base", "messages": ASKED, "max_tokens": 500})
+    until(lambda: gateway.in_flight == 1 and gateway.engine._served["base"].asked)
+    connection.close()
+    until(lambda: counted(gateway, 499) == gone + 2)
+    assert counted(gateway, 500) == failed and "ClientDisconnect" not in capsys.readouterr().err
+
+
+def test_a_client_that_reads_nothing_keeps_no_place(gateway, monkeypatch):
+    """The connection's buffer is full: what is sent waits without end."""
+    monkeypatch.setattr(gateway.recipe, "answer_timeout", 0.2)
+    monkeypatch.setattr(rooms, "FAREWELL_SECONDS", 0.1)
+    body = json.dumps({"model": "base", "messages": ASKED, "stream": True}).encode()
+
+    async def ask_and_read_nothing():
+        received, sent = iter([{"type": "http.request", "body": body}]), []
+
+        async def receive():
+            return next(received, None) or await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+            if len(sent) > 2:
+                await asyncio.Event().wait()
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        await asyncio.wait_for(rooms.Chat(gateway)(scope, receive, send), 5)
+        return sent
+
+    assert b"timeout" in asyncio.run(ask_and_read_nothing())[-1]["body"] and gateway.in_flight == 0
+
+
+def test_a_connection_on_which_no_whole_head_comes_is_closed(gateway, monkeypatch):
+    monkeypatch.setattr(server, "KEEP_ALIVE_SECONDS", 0.3)
+    body = json.dumps({"model": "base", "messages": ASKED}).encode()
+    with listening(gateway) as port:
+        for begun in (b"", b"POST /v1/chat"):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:
+                slow.sendall(begun)
+                assert slow.recv(9) == b""
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as slow:  # after a whole one too
+            slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he")
+            assert b"ok" in b"".join(iter(lambda: slow.recv(9**5), b""))
+        step = Batcher.step
+        monkeypatch.setattr(Batcher, "step", lambda batcher: time.sleep(0.05) or step(batcher))
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as asks:  # an answer may take longer
+            asks.sendall(
+                f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            )
+            assert asks.recv(9**5).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_port_that_another_server_has_taken_meanwhile_is_one_line(run):
+    first = server.bind(dataclasses.replace(run, port=0))
+    recipe = dataclasses.replace(run, port=first.getsockname()[1])
+    second = server.bind(recipe)  # both are there while neither listens
+    with first, second:
+        server.listen(recipe, first)
+        with pytest.raises(UserError, match=f"^port: 127.0.0.1 port {recipe.port} cannot be had"):
+            server.listen(recipe, second)
 
 
 def test_a_body_of_ten_megabytes_gets_to_its_413(port):
