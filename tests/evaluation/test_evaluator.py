@@ -368,7 +368,7 @@ def test_results_hold_every_promised_key(compared):
     assert results["models"]["adapter"]["trained_parameters"] == 1_196_032
     assert results["models"]["base"]["trained_parameters"] is None
     pair = results["pairs"][0]["scores"][results["primary_metric"]]
-    assert {"difference", "low", "high", "p_value", "p_value_holm", "comparisons"} == pair.keys()
+    assert {"difference", "standard_error", "low", "high", "p_value", "p_value_holm", "comparisons"} == pair.keys()
     assert last["verdicts"] == results["verdicts"] and len(results["verdicts"]) == 1
     assert {"decoding", "max_new_tokens", "num_resamples"} <= results["conditions"].keys()
 
@@ -491,7 +491,8 @@ def test_reports_open_offline_and_escape_what_data_and_models_say(compared, tmp_
     (tmp_path / "data/test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     run = tmp_path / "run"
     shutil.copytree(folder, run, ignore=shutil.ignore_patterns("eval"))
-    run_here(monkeypatch, capsys, "--output_dir", str(run), "--dataset_name", str(tmp_path / "data"), *KEYS)
+    keys = ("--config", "recipes/demo.yaml", "--output_dir", str(run), "--dataset_name", str(tmp_path / "data"))
+    run_here(monkeypatch, capsys, *keys, *KEYS)
     page, text = ((run / f"eval/report.{kind}").read_text() for kind in ("html", "md"))
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "<script" not in text
     assert page.count("<svg") == 1  # the scores are bars of the page itself
@@ -539,7 +540,7 @@ def test_a_recipe_with_labels_has_its_confusion_table_in_the_report(tmp_path, mo
         (("--primary_metric", "accuracy"), "needs labels"),
         (("--num_shots", "5000", "--models", "base"), "is more than the"),
         (("--models", "demo@home"), "there is no folder|after @ stands none of"),
-        (("--labels", "yes", "no", "--primary_metric", "accuracy", "--models", "base"), "labels: the reference of"),
+        (("--labels", "yes", "no", "--primary_metric", "accuracy", "--models", "base"), "of 403 references hold none of"),
     ],
     ids=str,
 )  # fmt: skip
