@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from carelm.data.masking import clean, clean_turns
 from carelm.recipe import Recipe
 from carelm.serving.requests import MOST_MESSAGES, Message, Strict, to_messages
 
@@ -27,13 +28,14 @@ class Feedback(Strict):
 
     def row(self, recipe: Recipe, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """The row under the recipe's own keys: of the conversation, as training has it, the answer alone is trained, as edited
-        where it was; one that was bad, and not edited, is not trained."""
+        where it was; one that was bad, and not edited, is not trained. What people say is masked as the recipe has it."""
         before = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]
         answer: dict[str, Any] = {"role": "assistant", "content": self.edited or self.answer}
         if self.rating == "down" and not self.edited:
             answer["train"] = False
         names = {"role": recipe.role_key or "role", "content": recipe.content_key or "content"}
         row: dict[str, Any] = {recipe.category_column: None} if recipe.category_column else {}
+        (answer,) = clean_turns(recipe, [answer])
         row |= {
             recipe.id_column or "id": f"feedback/{time.time_ns()}",
             recipe.messages_column or "messages": [
@@ -41,8 +43,9 @@ class Feedback(Strict):
             ],
         }
         if self.edited:
-            row["draft"] = self.answer
-        return row | {"rating": self.rating, "comment": self.comment, "model": self.model}
+            row["draft"] = clean(recipe, self.answer)
+        comment = self.comment and clean(recipe, self.comment)
+        return row | {"rating": self.rating, "comment": comment, "model": self.model}
 
 
 def append(folder: Path, row: dict[str, Any]) -> Path:

@@ -116,6 +116,7 @@ class Gateway:
 
     async def keep_feedback(self, request: Request) -> JSONResponse:
         said = parse(feedback.Feedback, await read_body(request, self.recipe.max_body_bytes))
+        self.speaker(said.model)  # it must be one of ours
         row = said.row(self.recipe, self._as_trained(said.messages))
         try:
             path = await asyncio.to_thread(feedback.append, self.recipe.output_dir, row)

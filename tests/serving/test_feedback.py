@@ -1,5 +1,6 @@
 """What people think of answers becomes rows that the data step reads."""
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,6 +45,20 @@ def test_a_row_is_the_conversation_with_the_answer_and_an_edit_beside_its_draft(
                      "rating": "up", "comment": None, "model": "base"} and plain["id"] != edited["id"]  # fmt: skip
     assert edited["messages"][-1] == {"role": "assistant", "content": "On Monday."} and edited["draft"] == "Soon."
     assert edited["messages"][1]["train"] is False and edited["comment"] == "No date"
+
+
+def test_what_people_say_of_an_answer_is_masked_as_what_they_ask_is(gateway):
+    recipe = dataclasses.replace(gateway.recipe, mask_personal_data=True)
+    mail = "write to anna@example.org"
+    said = feedback.Feedback.model_validate(SAID | {"answer": mail, "edited": f"Please {mail}", "comment": f"I {mail}"})
+    row = said.row(recipe, said.messages)
+    assert row["messages"][-1]["content"] == "Please write to [EMAIL]" and row["comment"] == "I write to [EMAIL]"
+    assert "anna" not in json.dumps(row) and row["draft"] == "write to [EMAIL]"
+
+
+def test_feedback_on_a_model_that_is_not_served_is_a_404(gateway):
+    reply = make_client(gateway).post("/v1/feedback", json=SAID | {"model": "../other"})
+    assert reply.status_code == 404 and reply.json()["error"]["param"] == "model" and "other" not in reply.text
 
 
 def test_the_data_step_trains_on_the_answers_that_were_liked_or_mended(rows, gateway):
