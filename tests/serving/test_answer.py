@@ -71,6 +71,15 @@ def test_thoughts_that_nothing_opened_stay_apart_from_the_answer_in_a_stream(tok
     assert whole == evaluated == "At nine." and "".join(pieces).endswith("\n\nAt nine.")
 
 
+def test_an_answer_cut_inside_a_character_ends_before_it(tokenizer):
+    chat = make_chat(tokenizer, HEAD, "")
+    ids = chat.tokenizer("At nine 🙂", add_special_tokens=False)["input_ids"][:-1]
+    assert chat.tokenizer.decode(ids).endswith("\ufffd")
+    answer = Answer(chat, {chat.end_of_turn_id}, [])
+    pieces = [*(answer.add(token) for token in ids), answer.end()]
+    assert "".join(pieces) == answer.text == "At nine" and answer.finish_reason == "length"
+
+
 @pytest.mark.parametrize("stop", ["🙂", " nine", "en at", "n", "\nUser:", "."])
 def test_a_stop_text_over_several_tokens_is_never_shown(tokenizer, stop):
     text = "We open at nine 🙂.\nUser: x"

@@ -165,6 +165,15 @@ def test_a_seed_draws_the_same_answer_again_and_none_draws_another(client):
     assert len({drawn() for _ in range(4)}) > 1
 
 
+def test_what_a_request_says_of_drawing_and_length_counts(client):
+    greedy = ask(client).json()["choices"][0]["message"]["content"]
+    for more in ({"temperature": 1.5, "top_p": 1e-6}, {"temperature": 1e-9}):  # the likeliest token alone
+        assert ask(client, seed=7, **more).json()["choices"][0]["message"]["content"] == greedy
+    for field in ("max_tokens", "max_completion_tokens"):
+        short = ask(client, **{field: 5}).json()
+        assert short["usage"]["completion_tokens"] == 5 and short["choices"][0]["finish_reason"] == "length"
+
+
 def test_answers_asked_at_once_are_those_asked_one_by_one(client):
     questions = [[{"role": "user", "content": f"{n} parcels, where?"}] for n in range(6)]
     models = ["base", "adapter"] * 3
@@ -301,7 +310,14 @@ def test_what_the_server_says_and_counts_holds_no_text(client, capsys):
     said = capsys.readouterr().err
     assert re.search(r"^carelm: chatcmpl-\w+: base, answered: \d+ \+ \d+ tokens, first after", said, re.M)
     assert "latypus" not in said + counted
-    for name in ("requests_total", "prompt_tokens_total", "answer_tokens_total", "first_token_seconds_count", "queue"):
+    for name in (
+        "requests_total",
+        "prompt_tokens_total",
+        "answer_tokens_total",
+        "first_token_seconds_count",
+        "answer_seconds_count",
+        "queue",
+    ):
         assert re.search(rf"^carelm_{name}\S* [\d.]+$", counted, re.M), name
 
 

@@ -22,6 +22,8 @@ def test_without_the_key_no_route_but_health_and_the_page_answers(gateway):
         {},
         {"authorization": "Bearer wrong"},
         {"authorization": "secret-key"},
+        {"authorization": "Bearer secret-ke"},
+        {"authorization": "Bearer secret-keys"},
         {"authorization": "Bearer é"},
     ):
         raw = {name: value.encode("latin-1") for name, value in headers.items()}
