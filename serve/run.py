@@ -24,7 +24,9 @@ from carelm import environment, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
+from carelm.files import here
 from carelm.keys import SERVING_KEYS
+from carelm.next_steps import say_next, words_of
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
 
@@ -77,6 +79,8 @@ def main() -> None:
         return
     say_address(server.address_of(listening), gateway.engine.models, key)
     server.serve(gateway, key, listening)
+    if gateway.marks:
+        say_feedback(recipe, gateway.marks, words_of(recipe, sys.argv[1:]))
     ranks.say("stopped")
 
 
@@ -98,6 +102,17 @@ def say_address(address: str, models: list[str], key: str | None) -> None:
     asked = f'{{"model": "{models[-1]}", "messages": [{{"role": "user", "content": "Where is my order?"}}]}}'
     ranks.say(f"serving {', '.join(models)}: the page is {address}, the API {address}/v1; Ctrl-C stops it")
     ranks.say(f"try: curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{asked}'")
+
+
+def say_feedback(recipe: Recipe, marks: list[str | None], words: list[str]) -> None:
+    """What was thought of answers, and the command that trains on the good ones."""
+    from carelm.serving import feedback
+    from carelm.talk.marked import training_words
+
+    file, good = here(recipe.output_dir / feedback.FILE), marks.count("good")
+    ranks.say(f"feedback: {len(marks)} rows more, {good} of them good: {file}")
+    if good:
+        say_next(["train/sft.py", *training_words(recipe, file, words, "feedback")])
 
 
 if __name__ == "__main__":

@@ -22,16 +22,17 @@ class Feedback(Strict):
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(to_messages)]
     answer: Annotated[str, Field(min_length=1)]
-    rating: Literal["up", "down"] | None = None
+    mark: Literal["good", "bad"] | None = None
     comment: str | None = None
     edited: Annotated[str, Field(min_length=1)] | None = None
 
     def row(self, recipe: Recipe, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """The row under the recipe's own keys: of the conversation, as training has it, the answer alone is trained, as edited
-        where it was; one that was bad, and not edited, is not trained. What people say is masked as the recipe has it."""
+        where it was, which makes it good; one that was bad, and not edited, is not trained. What people say is masked as the
+        recipe has it."""
         before = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]
         answer: dict[str, Any] = {"role": "assistant", "content": self.edited or self.answer}
-        if self.rating == "down" and not self.edited:
+        if self.mark == "bad" and not self.edited:
             answer["train"] = False
         names = {"role": recipe.role_key or "role", "content": recipe.content_key or "content"}
         row: dict[str, Any] = {recipe.category_column: None} if recipe.category_column else {}
@@ -45,7 +46,8 @@ class Feedback(Strict):
         if self.edited:
             row["draft"] = clean(recipe, self.answer)
         comment = self.comment and clean(recipe, self.comment)
-        return row | {"rating": self.rating, "comment": comment, "model": self.model}
+        mark = "good" if self.edited else self.mark
+        return row | {"mark": mark, "comment": comment, "model": self.model}
 
 
 def append(folder: Path, row: dict[str, Any]) -> Path:

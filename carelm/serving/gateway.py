@@ -63,6 +63,7 @@ class Gateway:
         self.metrics = Metrics()
         self.started = int(time.time())
         self.in_flight = 0
+        self.marks: list[str | None] = []  # of the rows of feedback that have come
         self.system, self.tagged_system = system_message(recipe)
         # Long texts take their time, and a tokenizer is used by one thread at a time.
         self.rendering = ThreadPoolExecutor(1, "rendering")
@@ -122,6 +123,7 @@ class Gateway:
             path = await asyncio.to_thread(feedback.append, self.recipe.output_dir, row)
         except OSError:
             raise Problem(503, "the feedback cannot be written; look at the disk and at who may write there") from None
+        self.marks.append(row["mark"])
         return JSONResponse({"saved": str(path)}, 201)
 
     # What the chat route is made of

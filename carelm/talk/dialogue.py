@@ -14,6 +14,7 @@ from carelm.errors import UserError
 from carelm.files import here
 from carelm.models.generation import Answer
 from carelm.next_steps import say_next
+from carelm.talk.marked import training_words
 from carelm.talk.session import Said, Session
 from carelm.talk.speaker import Speaker
 from carelm.talk.terminal import Screen, read_message
@@ -162,14 +163,15 @@ class Dialogue:
         ranks.say(f"a new conversation, {'under this system message' if system else 'without a system message'}")
 
     def _save(self, name: str) -> None:
-        path, rows = self.session.save(name), self.session.rows()
+        session = self.session
+        path, rows = session.save(name), session.rows()
         good = sum(row["mark"] == "good" for row in rows)
-        undone = self.session.undone_rows
+        undone = session.undone_rows
         there = f"{len(rows) - undone} {'answer' if len(rows) - undone == 1 else 'answers'}"
         there += f" and {undone} marked {'one' if undone == 1 else 'ones'} that you took back" if undone else ""
         ranks.say(f"saved: {there}, {good} marked good: {here(path)}")
         if good:
-            say_next(["train/sft.py", *self.session.training_words(here(path), self.words)])
+            say_next(["train/sft.py", *training_words(session.recipe, here(path), self.words, "chat")])
 
 
 def help_text(columns: int) -> str:

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from carelm.data.masking import clean
-from carelm.data.split_names import SPLITS
-from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import write_whole
-from carelm.next_steps import without
 from carelm.recipe import CHATS, Recipe
 
 
@@ -172,38 +169,3 @@ class Session:
         self._written.pop(path, None)
         self._written[path] = text
         return path
-
-    def training_words(self, path: Path, words: list[str]) -> list[str]:
-        """`words`, which name the session's recipe on a command line, with other rows: the good answers of this file, and the
-        adapter to go on from where there is one. What the recipe asks of its own rows and this file does not have is taken
-        out."""
-        folder = self.recipe.output_dir
-        keys = {**self.training_keys(path), "output_dir": f"{folder}-chat"}
-        if (folder / "adapter_config.json").exists() and self.recipe.method == "lora":
-            keys["adapter"] = str(folder)
-        kept = without(words, *keys, "max_new_tokens", "temperature", "top_p")  # of the chat
-        return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]
-
-    def training_keys(self, path: Path) -> dict[str, str]:
-        """The keys that train on the good answers of this file, under the session's recipe: what the recipe asks of its own
-        rows and this file does not have is taken out. All of them are trained: there are few."""
-        recipe = self.recipe
-        keys = {"dataset_name": str(path), "row_filter": '{"mark": "good"}'}
-        keys |= {"validation_fraction": "0", "test_fraction": "0"}
-        keys["messages_column"] = recipe.messages_column or "messages"
-        if recipe.early_stopping_patience:  # which needs validation rows
-            keys["early_stopping_patience"] = "null"
-        for split in SPLITS:
-            if getattr(recipe, f"dataset_{split}_split") != split:
-                keys[f"dataset_{split}_split"] = split
-        keys |= {
-            key: "[]"
-            for key in ("optional_columns", "reference_columns", "overlap_columns", "urgent_words")
-            if getattr(recipe, key)
-        }
-        keys |= {key: "" for key in ("tools_column", "tag_column") if getattr(recipe, key)}
-        if recipe.predicted_columns:
-            keys["predicted_columns"] = "{}"
-        if template_columns(recipe.system_prompt or "", "system_prompt"):
-            keys["system_prompt"] = ""
-        return keys

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import runpy
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import PROJECT
 from drawn import make_adapter
 from served import ASKED, KEYS, make_client, make_gateway
 
@@ -12,7 +15,7 @@ from carelm.data.splits import make_examples
 from carelm.recipe_file import load_recipe
 from carelm.serving import feedback
 
-SAID = {"model": "base", "messages": ASKED, "answer": "Soon.", "rating": "up"}
+SAID = {"model": "base", "messages": ASKED, "answer": "Soon.", "mark": "good"}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +42,10 @@ def rows(gateway):
 def test_a_row_is_the_conversation_with_the_answer_and_an_edit_beside_its_draft(rows):
     history = [*ASKED, {"role": "assistant", "content": "Which?"}, {"role": "user", "content": "7"}]
     plain, edited = rows(
-        SAID, SAID | {"messages": history, "rating": "down", "comment": "No date", "edited": "On Monday."}
+        SAID, SAID | {"messages": history, "mark": "bad", "comment": "No date", "edited": "On Monday."}
     )
     assert plain == {"category": None, "id": plain["id"], "messages": [*ASKED, {"role": "assistant", "content": "Soon."}],
-                     "rating": "up", "comment": None, "model": "base"} and plain["id"] != edited["id"]  # fmt: skip
+                     "mark": "good", "comment": None, "model": "base"} and plain["id"] != edited["id"]  # fmt: skip
     assert edited["messages"][-1] == {"role": "assistant", "content": "On Monday."} and edited["draft"] == "Soon."
     assert edited["messages"][1]["train"] is False and edited["comment"] == "No date"
 
@@ -61,13 +64,26 @@ def test_feedback_on_a_model_that_is_not_served_is_a_404(gateway):
     assert reply.status_code == 404 and reply.json()["error"]["param"] == "model" and "other" not in reply.text
 
 
-def test_the_data_step_trains_on_the_answers_that_were_liked_or_mended(rows, gateway):
-    rows(SAID, SAID | {"rating": "down", "answer": "Never."})
-    keys = {"dataset_name": gateway.recipe.output_dir / feedback.FILE, "row_filter": '{"rating": "up"}',
-            "messages_column": "messages", "validation_fraction": 0, "test_fraction": 0}  # fmt: skip
-    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-    examples, _ = make_examples(load_recipe(["--config", "recipes/demo.yaml", *words], usage=""))
-    assert [e.completion[0]["content"] for e in examples["train"]] == ["Soon."]
+@pytest.mark.parametrize(
+    "words", [[], ["--config", "recipes/intents.yaml"], ["--config", "recipes/customer_service.yaml"]]
+)
+def test_the_command_at_the_servers_end_trains_on_what_is_good_or_was_edited_and_leaves_the_rest(
+    rows, gateway, words, monkeypatch, capsys
+):
+    rows(SAID, SAID | {"mark": "bad", "answer": "Never."}, SAID | {"mark": None, "answer": "Later."},
+         SAID | {"mark": None, "edited": "On Monday."}, SAID | {"mark": "bad", "edited": "On Tuesday."})  # fmt: skip
+    monkeypatch.chdir(PROJECT)
+    words = [*words, "--output_dir", str(gateway.recipe.output_dir)]
+    say_feedback = runpy.run_path("serve/run.py")["say_feedback"]
+    say_feedback(load_recipe(words, usage=""), gateway.marks[-5:], [*words, "--port", "8001"])
+    said = capsys.readouterr().err
+    assert f"carelm: feedback: 5 rows more, 3 of them good: {gateway.recipe.output_dir}/feedback.jsonl\n" in said
+    python, file, *command = shlex.split(said.split("next: ")[1])
+    recipe = load_recipe(command, usage="")
+    assert (python, file, str(recipe.adapter)) == ("python", "train/sft.py", str(gateway.recipe.output_dir))
+    assert str(recipe.output_dir) == f"{gateway.recipe.output_dir}-feedback" and recipe.port == 8000
+    examples, _ = make_examples(recipe)
+    assert sorted(e.completion[0]["content"] for e in examples["train"]) == ["On Monday.", "On Tuesday.", "Soon."]
 
 
 def test_rows_written_at_once_stand_whole_each_on_its_line(tmp_path):
@@ -92,7 +108,7 @@ def test_a_disk_that_is_full_leaves_the_rows_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("param", "change"),
     [
-        ("rating", {"rating": "so-so"}),
+        ("mark", {"mark": "so-so"}),
         ("answer", {"answer": ""}),
         ("messages", {"messages": []}),
         ("more", {"more": 1}),

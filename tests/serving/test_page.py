@@ -228,15 +228,15 @@ def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on
     assert answers(page)[1] == api_answer(page, "adapter", PICTURE, "We show no pictures. 📦", ORDER)
     page.locator(".down").last.click()
     page.locator(".feedback .main").last.click()
-    expect(page.locator(".said").last).to_contain_text("feedback.jsonl")
+    expect(page.locator(".said").last).to_contain_text("feedback.jsonl. To change it, change its row there.")
 
     edited, rated = map(json.loads, saved.read_text(encoding="utf-8").splitlines())
-    assert (edited["draft"], edited["rating"], edited["comment"], edited["model"]) == (
-        MARKUP, "up", "say it plainly", "adapter",
+    assert (edited["draft"], edited["mark"], edited["comment"], edited["model"]) == (
+        MARKUP, "good", "say it plainly", "adapter",
     )  # fmt: skip
-    assert "draft" not in rated and (rated["rating"], rated["comment"]) == ("down", None)
+    assert "draft" not in rated and (rated["mark"], rated["comment"]) == ("bad", None)
     recipe = replace(
-        gateway.recipe, dataset_name=str(saved), max_empty_share=0.5, validation_fraction=0, test_fraction=0
+        gateway.recipe, dataset_name=str(saved), row_filter={"mark": "good"}, validation_fraction=0, test_fraction=0
     )
     examples, reports = splits.make_examples(recipe)
     (example,) = examples["train"]
@@ -244,7 +244,7 @@ def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on
         ("user", PICTURE), ("assistant", "We show no pictures. 📦"),
     ]  # fmt: skip
     assert [m["content"] for m in rated["messages"]] == [PICTURE, "We show no pictures. 📦", ORDER, answers(page)[1]]
-    assert reports["train"].dropped == {"no trained turn": 1}  # the bad answer
+    assert reports["train"].dropped == {}  # the bad answer
 
 
 def test_nothing_and_an_empty_edit_are_not_sent(url, gateway, open_page):

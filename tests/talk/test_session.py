@@ -11,6 +11,7 @@ from carelm.chat.question import compose, decode, parse
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
+from carelm.talk.marked import training_keys, training_words
 from carelm.talk.session import Said, Session
 
 DEMO = load_recipe([], usage="")
@@ -54,6 +55,10 @@ OTHER = {
 }
 
 
+def of_a_chat(session, file, words):
+    return training_words(session.recipe, file, words, "chat")
+
+
 @pytest.mark.parametrize("name", [*RECIPES, *OTHER])
 def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session, name, tmp_path):
     file = PROJECT / f"recipes/{name}.yaml"
@@ -67,7 +72,7 @@ def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session,
     session.begin_anew("Other.")
     session.add("new?", {"base": Said("yes 🧡", "length"), "adapter": Said("no", "stop")})
     session.mark("good", "base")
-    keys = ["--config", str(file), *words_of_keys(session.training_keys(session.save()))]
+    keys = ["--config", str(file), *words_of_keys(training_keys(session.recipe, session.save()))]
     examples, _ = make_examples(load_recipe(keys, usage=""))
     found = {e.completion[-1]["content"]: [m["content"] for m in e.prompt] for e in examples["train"]}
     assert all(len(e.completion) == 1 for e in examples["train"])
@@ -85,7 +90,7 @@ def test_the_next_command_trains_on_the_saved_rows_and_no_longer_on_the_recipes(
         session.recipe = load_recipe([*words, "--output_dir", "run"], usage="")
         session.mark("good", "base")
         path = session.save(f"{names}.jsonl")
-        recipe = load_recipe(session.training_words(path, [*words, "--output_dir", "run"]), usage="")
+        recipe = load_recipe(of_a_chat(session, path, [*words, "--output_dir", "run"]), usage="")
         assert (recipe.dataset_name, str(recipe.output_dir), recipe.row_filter) == (
             str(path),
             "run-chat",
@@ -96,15 +101,15 @@ def test_the_next_command_trains_on_the_saved_rows_and_no_longer_on_the_recipes(
         assert [e.completion[0]["content"] for e in examples["train"]] == ["base on two?"]  # none is held out
     (tmp_path / "run").mkdir()
     (tmp_path / "run/adapter_config.json").write_text("{}")
-    assert session.training_words(path, words)[-2:] == ["--adapter", "run"]
+    assert of_a_chat(session, path, words)[-2:] == ["--adapter", "run"]
     of_the_chat = ["--max_new_tokens", "60", "--temperature", "0.7", "--top_p=0.9"]
-    assert session.training_words(path, [*words, *of_the_chat]) == session.training_words(path, words)
+    assert of_a_chat(session, path, [*words, *of_the_chat]) == of_a_chat(session, path, words)
 
 
 def test_the_next_command_does_not_stop_early_by_rows_that_it_does_not_hold_out(session):
     session.recipe = load_recipe(["--early_stopping_patience", "2"], usage="")
     session.mark("good", "base")
-    recipe = load_recipe(session.training_words(session.save("said.jsonl"), []), usage="")
+    recipe = load_recipe(of_a_chat(session, session.save("said.jsonl"), []), usage="")
     assert recipe.validation_fraction == recipe.test_fraction == 0 and recipe.early_stopping_patience is None
 
 

@@ -194,7 +194,7 @@ function newAnswer(turn, model, side) {
     ["text", "draft", "note", "retry", "actions", "copy", "edit", "up", "down", "said", "feedback", "edited", "comment", "error", "cancel"]
       .map(name => [name, box.querySelector(`.${name}`)]),
   );
-  const answer = { turn, model, side, box, parts, text: "", edited: null, rating: null };
+  const answer = { turn, model, side, box, parts, text: "", edited: null, mark: null };
   box.querySelector("h3").textContent = model;
   parts.retry.onclick = () => {
     at("question").focus();  // the button goes
@@ -202,8 +202,8 @@ function newAnswer(turn, model, side) {
   };
   parts.copy.onclick = () => copy(answer);
   parts.edit.onclick = () => openEdit(answer);
-  parts.up.onclick = () => rate(answer, "up");
-  parts.down.onclick = () => rate(answer, "down");
+  parts.up.onclick = () => mark(answer, "good");
+  parts.down.onclick = () => mark(answer, "bad");
   parts.cancel.onclick = () => closeFeedback(answer);
   parts.feedback.onsubmit = event => {
     event.preventDefault();
@@ -225,16 +225,16 @@ async function copy({ edited, text, parts }) {
   }
 }
 
-function rate(answer, rating) {
-  answer.rating = answer.rating === rating ? null : rating;
-  showRating(answer);
+function mark(answer, mark) {
+  answer.mark = answer.mark === mark ? null : mark;
+  showMark(answer);
   answer.parts.feedback.hidden = false;
   answer.parts.comment.focus();
 }
 
-function showRating({ rating, parts }) {
-  parts.up.setAttribute("aria-pressed", rating === "up");
-  parts.down.setAttribute("aria-pressed", rating === "down");
+function showMark({ mark, parts }) {
+  parts.up.setAttribute("aria-pressed", mark === "good");
+  parts.down.setAttribute("aria-pressed", mark === "bad");
 }
 
 function openEdit({ text, parts }) {
@@ -247,8 +247,8 @@ function openEdit({ text, parts }) {
 
 function resetFeedback(answer) {
   const { parts } = answer;
-  answer.rating = null;
-  showRating(answer);
+  answer.mark = null;
+  showMark(answer);
   parts.feedback.reset();
   parts.error.textContent = "";
   parts.feedback.hidden = parts.edited.hidden = true;
@@ -261,16 +261,16 @@ function closeFeedback(answer) {
 }
 
 async function sendFeedback(answer) {
-  const { parts, text, rating } = answer;
+  const { parts, text, mark } = answer;
   const field = parts.edited.querySelector("textarea"), comment = parts.comment.value.trim() || null;
   const edited = parts.edited.hidden || field.value === text ? null : field.value;
   parts.error.textContent = "";
   if (edited !== null && !edited.trim()) return void (parts.error.textContent = "Write an answer, or cancel.");
-  if (!edited && !rating && !comment) return void (parts.error.textContent = "Change the answer, rate it or write a comment.");
+  if (!edited && !mark && !comment) return void (parts.error.textContent = "Change the answer, rate it or write a comment.");
   const send = parts.feedback.querySelector(".main");
   send.disabled = true;
   try {
-    const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side), answer: text, rating, comment, edited };
+    const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side), answer: text, mark, comment, edited };
     const response = await request("v1/feedback", { body });
     const { saved } = await response.json();
     showSaved(answer, edited, saved);
@@ -289,7 +289,7 @@ function showSaved(answer, edited, saved) {
     parts.feedback.hidden = true;
     parts.retry.remove();
     for (const button of [parts.edit, parts.up, parts.down]) button.disabled = true;
-    parts.said.textContent = `Saved to ${saved}.`;
+    parts.said.textContent = `Saved to ${saved}. To change it, change its row there.`;
     if (edited === null) return;
     answer.edited = parts.text.textContent = edited;
     parts.draft.hidden = false;
