@@ -55,8 +55,8 @@ def check(recipe: Recipe) -> None:
     if recipe.engine_url and recipe.engine != "vllm":
         raise UserError("engine_url: it is for engine: vllm; set that too")
     for origin in recipe.cors_origins:
-        if not re.fullmatch(r"https?://[^/*\s]+", origin):
-            raise UserError(f"cors_origins: {origin!r} is no page's address; write each as https://shop.example")
+        if not re.fullmatch(r"https?://[^/*\s]+/?", origin):
+            raise UserError(f"cors_origins: {origin!r} is no web page's origin; write each as https://shop.example")
     if recipe.port > 65535:
         raise UserError(f"port: {recipe.port} is above 65535")
     if (given.get("lora_dropout") or 0) >= 1:

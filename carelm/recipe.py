@@ -286,6 +286,11 @@ class Recipe:
         return self.training["max_length"]
 
     @property
+    def virtual_tokens(self) -> int:
+        """Positions that a trained prompt takes, 0 of other methods."""
+        return self.num_virtual_tokens if self.method == "prompt_tuning" else 0
+
+    @property
     def seed(self) -> int:
         return self.training.get("seed", 42)
 

@@ -15,12 +15,15 @@ exit status: 0 it was stopped, or the certificate is written; 2 something in the
 import dataclasses
 import importlib.util
 import json
+import shlex
+import socket
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, ranks  # noqa: F401
+from carelm.chat.question import form_of
 from carelm.data.sources import stay_offline
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
@@ -69,6 +72,8 @@ def main() -> None:
     if not template_columns(recipe.system_prompt or "", "system_prompt"):
         for speaker in speakers:
             speaker.check_window(fill(recipe.system_prompt or "", {}) or None)
+    for sentence in dict.fromkeys(speaker.window() for speaker in speakers):
+        ranks.say(sentence)
     gateway = Gateway(recipe, speakers, Engine(recipe, speakers))
     server.listen(recipe, listening)
     if recipe.certify:
@@ -77,7 +82,7 @@ def main() -> None:
             ranks.say(sentence)
         print(json.dumps(found["models"]), flush=True)
         return
-    say_address(server.address_of(listening), gateway.engine.models, key)
+    say_address(recipe, server.address_of(listening), gateway.engine.models, key)
     server.serve(gateway, key, listening)
     if gateway.marks:
         say_feedback(recipe, gateway.marks, words_of(recipe, sys.argv[1:]))
@@ -97,11 +102,17 @@ def for_serving(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, num_shots=0)
 
 
-def say_address(address: str, models: list[str], key: str | None) -> None:
+def say_address(recipe: Recipe, address: str, models: list[str], key: str | None) -> None:
+    """Where it is asked, and a command that asks; one that works with this recipe's template."""
     header = " -H 'Authorization: Bearer KEY'" if key else ""
-    asked = f'{{"model": "{models[-1]}", "messages": [{{"role": "user", "content": "Where is my order?"}}]}}'
+    message = {"role": "user", "content": form_of(recipe) or "Where is my order?"}
+    asked = shlex.quote(json.dumps({"model": models[-1], "messages": [message]}, ensure_ascii=False))
     ranks.say(f"serving {', '.join(models)}: the page is {address}, the API {address}/v1; Ctrl-C stops it")
-    ranks.say(f"try: curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{asked}'")
+    if recipe.host.strip("[]") in ("0.0.0.0", "::"):
+        ranks.say(f"from other machines it is http://{socket.gethostname()}:{address.rpartition(':')[2]}")
+    if form := form_of(recipe):
+        ranks.say(f"prompt_template has several columns: what a user says is sent as JSON, {form}, each time")
+    ranks.say(f"try: curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json' -d {asked}")
 
 
 def say_feedback(recipe: Recipe, marks: list[str | None], words: list[str]) -> None:

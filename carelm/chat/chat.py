@@ -356,10 +356,9 @@ def make_chat(recipe: Recipe) -> Chat:
         trust_remote_code=recipe.training.get("trust_remote_code", False),
         template_file=locate(template) if template else None,
     )
-    virtual = recipe.num_virtual_tokens if recipe.method == "prompt_tuning" else 0
     return Chat(
         tokenizer,
         trained_turns=recipe.trained_turns,
-        max_length=recipe.max_length - virtual,
+        max_length=recipe.max_length - recipe.virtual_tokens,
         too_long=recipe.too_long,
     )

@@ -81,6 +81,12 @@ def as_trained(
     return [{"role": "system", "content": system}, *asked] if system else asked
 
 
+def form_of(recipe: Recipe) -> str | None:
+    """The JSON object that a message is where the template has several columns; None where it is plain text."""
+    columns = asked_columns(recipe)
+    return json.dumps(dict.fromkeys(columns, "..."), ensure_ascii=False) if len(columns) > 1 else None
+
+
 def parse(recipe: Recipe, text: str) -> list[str]:
     """The texts that `compose` takes, from one text: where the template has several columns it is a JSON object of them.
 
@@ -95,8 +101,7 @@ def parse(recipe: Recipe, text: str) -> list[str]:
     except ValueError:
         values = None
     if not isinstance(values, dict) or not all(isinstance(values.get(column), str) for column in columns):
-        form = ", ".join(f'"{column}": "..."' for column in columns)
-        raise UserError(f"prompt_template has several columns: give the message as JSON, {{{form}}}")
+        raise UserError(f"prompt_template has several columns: give the message as JSON, {form_of(recipe)}")
     return [values[column] for column in columns]
 
 

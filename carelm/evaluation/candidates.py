@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from carelm.adapter_folder import adapter_fingerprint
+from carelm.adapter_folder import adapter_fingerprint, decided_keys
 from carelm.chat.chat import Chat
 from carelm.chat.tokenizer import load_tokenizer
 from carelm.data.sources import changed_files, hash_files
@@ -164,7 +164,9 @@ class Candidate:
 
         config = load_config(self.recipe)
         check_vocabulary(chat, config)
-        return (getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31) - recipe.num_virtual_tokens
+        own = decided_keys(self.adapter).get("num_virtual_tokens", 0) if self.adapter else 0
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+        return positions - max(own, recipe.virtual_tokens)
 
     def stops(self, chat: Chat) -> set[int]:
         """The tokens that end an answer, known without its weights."""

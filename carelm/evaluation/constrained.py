@@ -42,7 +42,7 @@ def score_labels(
     positions = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None) or 2**31
     asked = []
     for i in share:
-        room = positions - recipe.num_virtual_tokens - len(part.prompts[i])
+        room = positions - recipe.virtual_tokens - len(part.prompts[i])
         reason = form.reason(answers.get(part.questions[i].id, ""))
         asked.append((i, *_answers(part.chat, form, part.questions[i], reason, room)))
 

@@ -18,13 +18,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from carelm import ranks
 from carelm.chat.chat import Prompt
-from carelm.chat.question import as_trained, system_message
+from carelm.chat.question import as_trained, asked_columns, form_of, system_message
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.serving import feedback
@@ -32,7 +31,7 @@ from carelm.serving.answer import Answer
 from carelm.serving.engine import EngineError
 from carelm.serving.metrics import Metrics
 from carelm.serving.requests import ChatRequest, Problem, parse
-from carelm.serving.security import Guard, is_loopback, reply
+from carelm.serving.security import ROUTES, Guard, Pages, is_loopback, reply
 from carelm.talk.speaker import Speaker
 
 PAGE = Path(__file__).parent / "page"
@@ -41,7 +40,6 @@ FAREWELL_SECONDS = 5  # for an error to leave where an answer has begun
 MOST_DRAINED = 2**26  # bytes of a body too large that are read and let go, so that its sender gets to the reply
 GONE = 499  # in the counts: a request whose client has gone
 AGAIN_SECONDS = 2  # after which one who was told to come again may
-ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/feedback", "/health", "/metrics")
 
 
 class ClientGone(Exception):
@@ -80,19 +78,15 @@ class Gateway:
         app.get("/")(lambda: FileResponse(PAGE / "page.html"))
         app.get("/page.js")(lambda: FileResponse(PAGE / "page.js"))
         app.get("/page.css")(lambda: FileResponse(PAGE / "page.css"))
-        app.exception_handler(Problem)(lambda request, problem: reply(problem))
-        app.exception_handler(HTTPException)(
-            lambda request, error: reply(Problem(error.status_code, f"there is no such route ({error.status_code})"))
-        )
+        app.exception_handler(Problem)(lambda request, problem: reply(problem, request.scope["path"]))
+        app.exception_handler(HTTPException)(lambda request, error: reply(to_problem(error), request.scope["path"]))
         app.exception_handler(ClientDisconnect)(lambda request, error: Response(status_code=GONE))  # in mid-body
         app.exception_handler(Exception)(
-            lambda request, error: reply(Problem(500, "the server failed at this request"))
+            lambda request, error: reply(Problem(500, "the server failed at this request"), request.scope["path"])
         )
-        origins = self.recipe.cors_origins
+        origins = [origin.rstrip("/").lower() for origin in self.recipe.cors_origins]  # as browsers write it
         guarded = Guard(app, key=key, is_local=is_loopback(self.recipe.host), origins=origins, noted=self.note_reply)
-        if not origins:
-            return guarded
-        return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+        return Pages(guarded, origins) if origins else guarded
 
     def note_reply(self, path: str, status: int) -> None:
         self.metrics.requests.labels(path if path in ROUTES else "other", status).inc()
@@ -106,7 +100,8 @@ class Gateway:
         return self._model(self.speaker(name).name)
 
     def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "carelm"}
+        columns = {"columns": asked_columns(self.recipe)} if form_of(self.recipe) else {}
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "carelm", **columns}
 
     async def health(self) -> JSONResponse:
         ready = await self.engine.ready()
@@ -122,7 +117,9 @@ class Gateway:
         try:
             path = await asyncio.to_thread(feedback.append, self.recipe.output_dir, row)
         except OSError:
-            raise Problem(503, "the feedback cannot be written; look at the disk and at who may write there") from None
+            raise Problem(
+                503, "the feedback cannot be written; look at the disk and its permissions", code="disk"
+            ) from None
         self.marks.append(row["mark"])
         return JSONResponse({"saved": str(path)}, 201)
 
@@ -157,7 +154,9 @@ class Gateway:
         try:
             return as_trained(self.recipe, turns, self.system, self.tagged_system)
         except UserError as error:  # it names columns and holds no text
-            raise Problem(400, f"messages: {error}", param="messages", code="messages") from None
+            form = form_of(self.recipe)
+            content = f'; each message of a user\'s is sent as "content": {json.dumps(form)}' if form else ""
+            raise Problem(400, f"messages: {error}{content}", param="messages", code="messages") from None
 
     def render(self, asked: ChatRequest, speaker: Speaker) -> tuple[Prompt, int]:
         """The prompt, and how many messages have gone so that it fits the window.
@@ -166,9 +165,12 @@ class Gateway:
             Problem: 400, where the template refuses the conversation, or the window has no room.
         """
         limit = speaker.limit_for(asked.longest_answer)
+        fits = (
+            f"with {speaker.positions - speaker.limit} or less the whole window of {speaker.limit} tokens is left to it"
+        )
         if limit < 1:
             raise Problem(
-                400, f"max_tokens: it leaves no room for a prompt in the {speaker.positions} positions of {speaker.name}",
+                400, f"max_tokens: no room is left for a prompt in the {speaker.positions} positions of {speaker.name}; {fits}",
                 param="max_tokens", code="context_length_exceeded",
             )  # fmt: skip
         messages = self._as_trained(asked.messages)
@@ -177,14 +179,28 @@ class Gateway:
         except UserError as error:
             if str(error).startswith("max_length"):
                 raise Problem(
-                    400, f"messages: no part of them fits the window of {limit} tokens that max_length and max_tokens leave",
+                    400, f"messages: no part of them fits the window of {limit} tokens that max_length and max_tokens leave; "
+                    f"as max_tokens {fits}",
                     param="messages", code="context_length_exceeded",
+                ) from None  # fmt: skip
+            if asked.tools and self._takes(messages, speaker, limit):
+                raise Problem(
+                    400, "tools: the model's chat template has no place for them; leave them out",
+                    param="tools", code="chat_template",
                 ) from None  # fmt: skip
             raise Problem(
                 400, "messages: the model's chat template does not take this conversation: its roles, their order, or a text "
                 "that it would change or leave out", param="messages", code="chat_template",
             ) from None  # fmt: skip
         return prompt, len(messages) - len(prompt.messages)
+
+    def _takes(self, messages: list[dict[str, Any]], speaker: Speaker, limit: int) -> bool:
+        """Whether the template takes this conversation without tools."""
+        try:
+            speaker.chat.fit_prompt(messages, limit)
+        except UserError:
+            return False
+        return True
 
 
 class Chat:
@@ -212,7 +228,7 @@ class Chat:
                     send, Problem(503, f"no whole answer in {gateway.recipe.answer_timeout} s", code="timeout")
                 )
             except EngineError as error:
-                turn.note("the engine broke", 503)
+                turn.note(str(error), 503)
                 await turn.fail(send, Problem(503, str(error), code="engine_error"))
 
 
@@ -321,6 +337,13 @@ class Turn:
             f"{self.id}: {name}, {how}: {len(self.prompt.ids)} + {len(self.answer.tokens)} tokens, "
             f"first after {self.first_token or total:.2f} s, all after {total:.2f} s"
         )
+
+
+def to_problem(error: HTTPException) -> Problem:
+    """What is said of a path or a method that there is none of."""
+    if error.status_code == 405 and (method := (error.headers or {}).get("Allow")):
+        return Problem(405, f"this route is asked by {method}", code="method", allow=method)
+    return Problem(error.status_code, f"there is no such route ({error.status_code})")
 
 
 async def read_body(request: Request, most: int) -> bytes:

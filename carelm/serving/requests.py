@@ -1,5 +1,6 @@
 """What clients may ask, in OpenAI's shapes: a request is understood as a whole, or refused with the field that is not."""
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -53,6 +54,8 @@ def only(value: Any) -> Any:
 
 def join_parts(content: Any) -> Any:
     """Text parts of a message, joined as in training."""
+    if isinstance(content, dict):
+        raise ValueError(f"it is text; a JSON object is sent as text too: {json.dumps(json.dumps({'column': '...'}))}")
     if not isinstance(content, list):
         return content
     for part in content:

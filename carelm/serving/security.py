@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from carelm import ranks
@@ -20,6 +21,8 @@ from carelm.serving.requests import Problem
 
 KEY_VARIABLE = "CARELM_API_KEY"
 OPEN = {"/health", "/", "/page.js", "/page.css"}  # without a key: no text of anyone's, and the page that asks for it
+ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/feedback", "/health", "/metrics")
+TOLD = ("x-request-id", "x-dropped-messages", "x-message-cut", "retry-after")  # headers that pages elsewhere may read
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -103,24 +106,52 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
+        path, host, origin = scope["path"], headers.get("host", ""), headers.get("origin")
         if self.is_local and not is_loopback(re.sub(r":\d+$", "", host)):
-            return reply(Problem(403, "this server is asked as localhost alone", code="host"))
+            return reply(
+                Problem(
+                    403, "this server is asked as localhost alone; let the proxy before it pass on Host: 127.0.0.1",
+                    code="host",
+                ), path,
+            )  # fmt: skip
         if origin is not None and origin not in self.origins and origin.partition("://")[2] != host:
             return reply(
-                Problem(403, "only web pages that cors_origins names may ask this server from elsewhere", code="origin")
+                Problem(
+                    403, "only web pages that cors_origins names may ask this server from elsewhere", code="origin"
+                ),
+                path,
             )
-        if self.key is None or scope["path"] in OPEN:
+        if self.key is None or path in OPEN:
             return None
         if not hmac.compare_digest(headers.get("authorization", "").encode(), self.key):
             return reply(
                 Problem(
                     401, "the key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key",
                     www_authenticate="Bearer",
-                )
+                ), path,
             )  # fmt: skip
         return None
 
 
-def reply(problem: Problem) -> JSONResponse:
+class Pages(CORSMiddleware):
+    """Lets web pages elsewhere ask. A preflight that is refused is said: the browser tells its page nothing."""
+
+    def __init__(self, app: ASGIApp, origins: list[str]):
+        super().__init__(
+            app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=TOLD
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code >= 400:
+            ranks.say(
+                f"preflight: {response.status_code}, only web pages that cors_origins names may ask, by GET and POST"
+            )
+        return response
+
+
+def reply(problem: Problem, path: str) -> JSONResponse:
+    """The reply that says why. So does one line here, without a text of a client's; what breaks in mid-answer is said there."""
+    if problem.status < 500 or problem.code == "disk":
+        ranks.say(f"{path if path in ROUTES else 'another path'}: {problem.status}, {problem.message}")
     return JSONResponse(problem.body(), problem.status, problem.headers)

@@ -45,7 +45,9 @@ def having(recipe: Recipe) -> Iterator[None]:
 
 
 def address_of(listening: socket.socket) -> str:
+    """Where it is asked from this machine."""
     host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

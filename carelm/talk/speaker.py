@@ -55,6 +55,14 @@ class Speaker:
         window = self.candidate.recipe.max_length
         return self.limit if max_new_tokens is None else min(window, self.positions - max_new_tokens)
 
+    def window(self) -> str:
+        """How long a conversation it reads, and why."""
+        own = self.candidate.recipe
+        why = "max_length, as in training"
+        if self.limit < own.max_length:
+            why = f"{self.positions} positions less max_new_tokens {self.decoding.max_new_tokens}"
+        return f"window: {self.limit} tokens of a conversation are read ({why}), {self.positions} with the answer"
+
     def check_window(self, system: str | None) -> None:
         """Raises UserError where a turn has no room behind this system message."""
         messages = [{"role": "system", "content": system}] if system else []

@@ -38,8 +38,7 @@ def make_prompts(recipe: Recipe, chat: Chat, config: "PretrainedConfig") -> list
             f"card_questions: system_prompt is made of the column '{others[0]}', which no question has; write it as plain text"
         )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-    virtual = recipe.num_virtual_tokens if recipe.method == "prompt_tuning" else 0
-    limit, prompts = max(0, min(recipe.max_length, positions - virtual - recipe.max_new_tokens)), []
+    limit, prompts = max(0, min(recipe.max_length, positions - recipe.virtual_tokens - recipe.max_new_tokens)), []
     for number, question in enumerate(recipe.card_questions, 1):
         try:
             texts = parse(recipe, question)

@@ -286,7 +286,10 @@ def test_a_server_finishes_what_runs_once_it_is_told_to_stop(run):
             ["--models", "base", "--port", "0", "--system_prompt", "word " * 400],
             "error: max_length: base reads 384 tokens, and the system message with a turn of one letter takes",
         ),
-        (["--cors_origins", "*"], "error: cors_origins: '*' is no page's address"),
+        (
+            ["--cors_origins", "*"],
+            "error: cors_origins: '*' is no web page's origin; write each as https://shop.example",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_one_line_before_any_weights(keys, line):

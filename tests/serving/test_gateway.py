@@ -2,10 +2,13 @@
 
 import json
 import re
+import runpy
+import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import PROJECT
 from drawn import make_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -265,12 +268,45 @@ def test_templates_tags_system_message_and_masks_are_those_of_training(gateway, 
     assert ask(make_client(served), sent, return_token_ids=True).json()["prompt_token_ids"] == ids
 
 
-def test_a_template_of_several_columns_takes_a_message_of_json(gateway, make, tmp_path):
+def test_a_template_of_several_columns_takes_a_message_of_json_and_says_how(
+    gateway, make, tmp_path, monkeypatch, capsys
+):
     recipe = make(tmp_path, prompt_template="{topic}: {question}", completion_template="{answer}")
     client = make_client(Gateway(recipe, list(gateway.speakers.values()), gateway.engine))
+    assert client.get("/v1/models").json()["data"][0]["columns"] == ["topic", "question"]
     error = ask(client).json()["error"]
-    assert error["param"] == "messages" and '{"topic": "...", "question": "..."}' in error["message"]
-    assert ask(client, [{"role": "user", "content": '{"topic": "Refund", "question": "When?"}'}]).status_code == 200
+    content = json.loads("{" + error["message"].split(" is sent as ")[1] + "}")["content"]
+    assert error["param"] == "messages" and json.loads(content) == {"topic": "...", "question": "..."}
+    assert ask(client, [{"role": "user", "content": content}]).status_code == 200
+    error = ask(client, [{"role": "user", "content": {"topic": "Refund", "question": "When?"}}]).json()["error"]
+    assert error["message"].startswith("messages.0.content: it is text") and '"{\\"column' in error["message"]
+
+    monkeypatch.chdir(PROJECT)
+    runpy.run_path("serve/run.py")["say_address"](recipe, "http://127.0.0.1:8000", ["base"], None)
+    printed = shlex.split(capsys.readouterr().err.split("try: ")[1])
+    assert client.post(CHAT, content=printed[-1]).status_code == 200  # the line that is printed works as it stands
+
+
+def test_a_max_tokens_that_is_too_large_is_told_the_one_that_leaves_the_window_whole(gateway, client):
+    speaker = gateway.speakers["adapter"]
+    assert speaker.positions == 1024 and "window: 96 tokens of a conversation are read (max_length" in speaker.window()
+    for number in (1024, 1020):
+        error = ask(client, model="adapter", max_tokens=number).json()["error"]
+        assert (
+            error["code"] == "context_length_exceeded" and "with 928 or less the whole window of 96" in error["message"]
+        )
+    reply = ask(
+        client, [{"role": "user", "content": "word " * 200}], "adapter", max_tokens=928, stop=["e", "o", "a", " "]
+    )
+    assert reply.status_code == 200 and reply.json()["usage"]["prompt_tokens"] > 90
+
+
+def test_tools_for_a_template_without_them_and_a_wrong_method_are_named(client):
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+    error = ask(client, tools=tools).json()["error"]
+    assert (error["param"], error["code"]) == ("tools", "chat_template") and error["message"].startswith("tools: ")
+    reply = client.get(CHAT)
+    assert reply.status_code == 405 and reply.json()["error"]["message"] == "this route is asked by POST"
 
 
 def test_an_engine_that_breaks_in_mid_answer_ends_it_with_an_error_and_the_next_one_works(

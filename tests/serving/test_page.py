@@ -14,7 +14,7 @@ from served import listening, make_gateway
 
 from carelm.data import splits
 from carelm.models.batcher import Batcher
-from carelm.serving.gateway import AGAIN_SECONDS
+from carelm.serving.gateway import AGAIN_SECONDS, Gateway
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which shows the page")
@@ -207,6 +207,17 @@ def test_two_models_answer_side_by_side_and_each_goes_on_with_what_it_said(url, 
     assert answers(page)[2:] == [
         api_answer(page, name, PICTURE, said, ORDER) for name, said in zip(("adapter", "base"), first)
     ]
+
+
+def test_the_page_says_what_a_template_of_several_columns_is_asked_with(gateway, open_page):
+    recipe = replace(gateway.recipe, prompt_template="{topic}: {question}", completion_template="{answer}")
+    with listening(Gateway(recipe, list(gateway.speakers.values()), gateway.engine)) as port:
+        page = open_page(f"http://127.0.0.1:{port}")
+        shown = page.get_attribute("#question", "placeholder")
+        assert shown == 'JSON, as {"topic":"...","question":"..."}'
+        ask(page, shown.removeprefix("JSON, as "))
+        finish(page)
+        assert len(answers(page)) == 1 and page.locator(".note").is_hidden()
 
 
 def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on_with(url, gateway, open_page):

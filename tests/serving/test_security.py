@@ -69,13 +69,35 @@ def test_web_pages_elsewhere_ask_only_where_they_are_named(gateway):
         make_client(gateway).get("/health", headers={"origin": "http://127.0.0.1", "host": "127.0.0.1"}).status_code
         == 200
     )
-    recipe = dataclasses.replace(gateway.recipe, cors_origins=["https://shop.example"])
+    recipe = dataclasses.replace(gateway.recipe, cors_origins=["https://Shop.example/"])  # as an address bar has it
     named = make_client(Gateway(recipe, list(gateway.speakers.values()), gateway.engine))
     asked = named.options(CHAT, headers={**shop, "access-control-request-method": "POST"})
     assert asked.headers["access-control-allow-origin"] == "https://shop.example"
     answered = named.post(CHAT, json={"model": "base", "messages": ASKED}, headers=shop)
     assert answered.status_code == 200 and answered.headers["access-control-allow-origin"] == "https://shop.example"
     assert named.get("/health", headers={"origin": "https://other.example"}).status_code == 403
+    told = {name.strip() for name in answered.headers["access-control-expose-headers"].split(",")}
+    assert told == {"x-request-id", "x-dropped-messages", "x-message-cut", "retry-after"}
+
+
+def test_who_is_refused_is_a_line_without_a_text_of_theirs(gateway, monkeypatch, capsys):
+    elsewhere = {"origin": "https://secret.example", "access-control-request-method": "POST"}
+    client = make_client(gateway)
+    client.options(CHAT, headers=elsewhere)
+    client.post("/secret", json={})
+    client.post(CHAT, json={"model": "secret", "messages": ASKED})
+    client.get("/health", headers={"host": "secret.example"})
+    recipe = dataclasses.replace(gateway.recipe, cors_origins=["https://shop.example"])
+    make_client(Gateway(recipe, list(gateway.speakers.values()), gateway.engine)).options(CHAT, headers=elsewhere)
+    make_client(gateway, "key").get("/v1/models", headers={"authorization": "Bearer secret"})
+    monkeypatch.setattr(gateway, "in_flight", gateway.recipe.max_queue)
+    ask(client)
+    said = capsys.readouterr().err
+    assert "secret" not in said and [line.split(",")[0] for line in said.splitlines()] == [
+        f"carelm: {CHAT}: 403", "carelm: another path: 404", f"carelm: {CHAT}: 404", "carelm: /health: 403",
+        "carelm: preflight: 400", "carelm: /v1/models: 401", f"carelm: {CHAT}: 429",
+    ]  # fmt: skip
+    assert said.count("cors_origins") == 2 and "Host: 127.0.0.1" in said
 
 
 def test_a_key_is_one_word_of_a_file_or_of_the_environment(gateway, tmp_path, monkeypatch):

@@ -300,10 +300,11 @@ function showSaved(answer, edited, saved) {
 }
 
 async function loadModels() {
-  let names;
+  let names, columns;
   try {
     const { data } = await (await request("v1/models")).json();
     names = data.map(model => model.id);
+    columns = data[0].columns;
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     const again = document.createElement("button");
@@ -320,6 +321,7 @@ async function loadModels() {
   for (const select of [at("model"), at("other")]) select.append(...names.map(name => new Option(name, name)));
   at("model").value = names.find(name => name !== "base") ?? names[0];
   at("beside").hidden = names.length < 2;
+  if (columns) at("question").placeholder = `JSON, as ${JSON.stringify(Object.fromEntries(columns.map(name => [name, "..."])))}`;
   at("send").disabled = false;
   modelsChosen();
 }
