@@ -238,11 +238,11 @@ def test_a_full_disk_in_an_evaluation_has_words_of_its_own():
     )
 
 
-def test_a_finished_run_ends_with_the_next_two_commands_which_are_about_it(finished):
+def test_a_finished_run_ends_with_the_next_three_commands_which_are_about_it(finished):
     folder, done = finished
-    last = [line.split() for line in done.stderr.splitlines()[-2:]]
+    last = [line.split() for line in done.stderr.splitlines()[-3:]]
     assert [line[:4] for line in last] == [
-        ["carelm:", "next:", "python", file] for file in ("eval/run.py", "train/chat.py")
+        ["carelm:", "next:", "python", file] for file in ("eval/run.py", "train/chat.py", "serve/run.py")
     ]
     for line in last:
         recipe = load_recipe(line[4:], usage="", first=("models",))

@@ -4,9 +4,9 @@
     python train/export.py --model outputs/shop/merged --output_dir exported
     python train/export.py --model outputs/shop --output_dir exported
 
-Without --model it is the run's merge, or what the run has trained where there is none. A merged model or a full fine-tune is
-linked, or copied where it cannot be; an adapter is copied, and vLLM computes it on its base. What vLLM does not compute as it
-was trained is to be merged first (python train/merge.py).
+Without --model it is the run's merge, or what the run has trained where there is none; without --config too, the demo's. A
+merged model or a full fine-tune is linked, or copied where it cannot be; an adapter is copied, and vLLM computes it on its
+base. What vLLM does not compute as it was trained is to be merged first (python train/merge.py).
 
     bash exported/vllm.sh                                    # vLLM at http://127.0.0.1:8000/v1
     ollama create shop -f exported/Modelfile                 # of whole models
@@ -19,6 +19,7 @@ exit status: 0 the folder is there, 2 something is to be mended.
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -50,9 +51,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     options, keys = parse()
-    if not any(key.partition("=")[0] == "--config" for key in keys):
-        if options.model is None:
-            raise UserError("--model: name a merged model or a finished run, or its recipe with --config")
+    if options.model and not any(key.partition("=")[0] == "--config" for key in keys):
         saved = find_recipe(options.model)
         if saved is None:
             raise UserError(f"--model: {options.model} belongs to no recipe.yaml; name its recipe with --config")
@@ -113,15 +112,21 @@ def main() -> None:
         shutil.rmtree(aside, ignore_errors=True)
     say_what_clients_do(recipe, system, tagged)
     ranks.say(f"vLLM: bash {shlex.quote(str(options.output_dir / 'vllm.sh'))}")
+    if candidate.adapter and Path(base := base_of(candidate)).is_dir():
+        ranks.say(
+            f"vLLM: the base stays in {base}, as vllm.sh names it; on another machine copy it too, and mend that path"
+        )
     if untold:
         ranks.say(f"Ollama: no Modelfile is written: {untold}")
     else:
-        ranks.say(f"Ollama: ollama create {candidate.name} -f {shlex.quote(str(options.output_dir / 'Modelfile'))}")
+        create = f"ollama create {name_for_ollama(recipe)} -f {shlex.quote(str(options.output_dir / 'Modelfile'))}"
+        if reason := why_not_imported(options.output_dir):
+            ranks.say(f"Ollama: not from these files: {reason}. Make a GGUF file of the folder with llama.cpp's "
+                      f"convert_hf_to_gguf.py, set FROM in the Modelfile to it, then: {create}")  # fmt: skip
+        else:
+            ranks.say(f"Ollama: {create}")
         if 'eq .Role "system"' not in text:
             ranks.say("Ollama: a system message is left out there: the chat template takes none")
-        if reason := why_not_imported(options.output_dir):
-            ranks.say(f"Ollama: this folder is not imported as it is meant: {reason}; convert it to GGUF with llama.cpp's "
-                      "convert_hf_to_gguf.py, which names what it does not know, and set FROM to that file")  # fmt: skip
     print(json.dumps({"folder": str(options.output_dir), "model": candidate.name, "modelfile": not untold}), flush=True)
 
 
@@ -136,6 +141,11 @@ def name_of(recipe: Recipe, folder: Path | None) -> str:
     if (recipe.output_dir / "merged" / "merge.json").exists():
         return "merged"
     return str(recipe.output_dir) if recipe.method == "full" else "adapter"
+
+
+def name_for_ollama(recipe: Recipe) -> str:
+    """The run's name; Ollama takes letters, digits and some signs."""
+    return re.sub(r"[^\w.-]", "-", recipe.output_dir.name, flags=re.ASCII)
 
 
 def base_of(candidate) -> str:

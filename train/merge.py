@@ -194,6 +194,7 @@ def make() -> None:
     say_next(
         ["eval/run.py", *keys, *(["--models", *models] if models else [])],
         ["train/chat.py", *keys, "--models", str(options.output_dir)],
+        ["serve/run.py", *keys, *(["--models", *models] if models else [])],
     )
 
 

@@ -141,7 +141,7 @@ def report(recipe: Recipe, metrics: dict) -> None:
             ranks.say(sentence)
         words = words_of(recipe, sys.argv[1:])
         has_test = files.read_json(recipe.output_dir / "data_report.json").get("test", {}).get("used") != 0
-        say_next(*[["eval/run.py", *words]] * has_test, ["train/chat.py", *words])
+        say_next(*[["eval/run.py", *words]] * has_test, ["train/chat.py", *words], ["serve/run.py", *words])
 
 
 if __name__ == "__main__":

@@ -42,15 +42,16 @@ def merged(tmp_path_factory):
     make_adapter(folder)
     done = run_merge("--adapter", folder, "--output_dir", folder / "merged", "--num_prompts", 8)
     found = f"{json.loads(done.stdout.splitlines()[-1])['mean_kl']:.2g}"
-    assert done.stderr.splitlines()[-4:-3] == [
+    assert done.stderr.splitlines()[-5:-4] == [
         "carelm: check of the merge in fp32 against the adapter: passed. What decides is how far its probabilities of the next "
         f"token (a piece of a word) are from its adapter's: mean KL {found} on 8 test questions, at most "
         "1e-06 are allowed. It picks the same token every time, and all of the 8 whole answers are the same."
     ]
-    saved = f"--config {folder}/recipe.yaml"  # two commands to paste
-    assert done.stderr.splitlines()[-2:] == [
+    saved = f"--config {folder}/recipe.yaml"  # three commands to paste
+    assert done.stderr.splitlines()[-3:] == [
         f"carelm: next: python eval/run.py {saved}",
         f"carelm: next: python train/chat.py {saved} --models {folder}/merged",
+        f"carelm: next: python serve/run.py {saved}",
     ]
     return folder, json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -135,9 +135,9 @@ def test_a_whole_model_is_exported_with_its_template_stop_tokens_and_greedy_draw
                                      "PARAMETER num_predict 64"} < {*lines}  # fmt: skip
     stops = [line.split('"')[1] for line in lines if line.startswith("PARAMETER stop")]
     assert tokenizer.convert_tokens_to_ids(stops) == config["eos_token_id"]
-    assert (
-        "does not know how this tokenizer parts text" in said
-    )  # numbers of one and two digits are words in the demo's
+    # numbers of one and two digits are words in the demo's
+    assert "Ollama: not from these files: it does not know how this tokenizer parts text" in said
+    assert f"then: ollama create demo -f {folder}/Modelfile" in said and said.count("ollama create") == 1
 
 
 def test_a_fixed_system_prompt_and_drawn_answers_go_into_the_modelfile(export, base, tmp_path):
@@ -177,6 +177,7 @@ def test_an_adapter_is_exported_with_the_command_that_computes_it_on_its_base(ex
     result, said = export("--model", recipe.output_dir)
     folder = tmp_path / "exported"
     assert result["model"] == "adapter" and not result["modelfile"] and "merge it first" in said
+    assert f"the base stays in {base}, as vllm.sh names it" in said
     script = (folder / "vllm.sh").read_text()
     assert f"vllm serve {base} --served-model-name base" in script
     assert "--enable-lora --max-lora-rank 16 --max-loras 1 --lora-modules adapter=adapter" in script
@@ -188,7 +189,7 @@ def test_an_adapter_is_exported_with_the_command_that_computes_it_on_its_base(ex
         assert [model["id"] for model in models] == ["base", "adapter"]
 
 
-def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(export, tmp_path):
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(export, tmp_path, monkeypatch):
     recipe = make_adapter(tmp_path / "run")
     with pytest.raises(
         UserError, match="^models: vLLM can serve none of them; merge it first"
@@ -196,8 +197,9 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(export, tmp_path
         export("--model", recipe.output_dir)
     with pytest.raises(UserError, match="^--model: .* belongs to no recipe.yaml"):
         export("--model", tmp_path)
-    with pytest.raises(UserError, match="^--model: name a merged model"):
-        export()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^models: 'adapter': there is no folder outputs/demo; train first"):
+        export()  # the demo's
     with pytest.raises(UserError, match="^--output_dir: .* is there already"):
         export("--model", recipe.output_dir, to=tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("exported")]

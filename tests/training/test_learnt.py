@@ -130,7 +130,7 @@ def test_a_person_reads_rounded_figures_below_the_json_line(tmp_path, monkeypatc
         f"{tmp_path}/out/train_metrics.json",
         f"carelm: {metrics['caution']}",
     ]
-    assert [line[:14] for line in said[3:]] == ["carelm: next: "] * 2
+    assert [line[:14] for line in said[3:]] == ["carelm: next: "] * 3
 
 
 def test_without_test_rows_the_next_command_is_no_evaluation_and_a_terminal_shows_no_json(tmp_path, monkeypatch, capfd):
@@ -142,5 +142,6 @@ def test_without_test_rows_the_next_command_is_no_evaluation_and_a_terminal_show
     sft["report"](recipe, METRICS | {"caution": None})
     out, err = capfd.readouterr()
     assert out == "" and [line.split("next: ")[1].split()[1] for line in err.splitlines() if "next: " in line] == [
-        "train/chat.py"
+        "train/chat.py",
+        "serve/run.py",
     ]
