@@ -8,7 +8,7 @@ import sys
 import pytest
 from launching import PROJECT
 
-LAUNCHED = [*(PROJECT / "train").glob("*.py"), PROJECT / "eval/run.py"]
+LAUNCHED = [*(PROJECT / "train").glob("*.py"), PROJECT / "eval/run.py", PROJECT / "serve/run.py"]
 
 
 def outside(*words, cwd=PROJECT):
@@ -38,12 +38,22 @@ def test_an_environment_that_is_there_is_to_be_activated_and_not_installed(tmp_p
     assert line.endswith("; activate its environment: source ../.venv/bin/activate\n") and "install" not in line
 
 
-def told_by_make(target, **variables):
-    """The commands that `make` would run, without running them."""
-    variables = {key: value for key, value in os.environ.items() if key not in ("VENV", "PYTHONPATH")} | variables
-    done = subprocess.run(["make", "-n", target], cwd=PROJECT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def told_by_make(tmp_path):
+    """The commands that `make` would run in a checkout without an environment, without running them."""
+    checkout = tmp_path / "checkout"
+    (checkout / "carelm").mkdir(parents=True)
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", "carelm/__init__.py", "carelm/environment.py"):
+        shutil.copy(PROJECT / name, checkout / name)
+
+    def told(target, **variables):
+        own = ("VENV", "PYTHONPATH", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")  # of the make that runs the tests
+        variables = {key: value for key, value in os.environ.items() if key not in own} | variables
+        done = subprocess.run(["make", "-n", target], cwd=checkout, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return told
 
 
 @pytest.fixture
@@ -57,7 +67,7 @@ def bare_path(tmp_path):
     return f"{folder}:/usr/bin:/bin"
 
 
-def test_make_uses_the_environment_that_is_active_and_installs_only_where_none_has_all(bare_path):
+def test_make_uses_the_environment_that_is_active_and_installs_only_where_none_has_all(told_by_make, bare_path):
     active = f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
     assert told_by_make("train", PATH=active) == ["python train/sft.py"]
     assert told_by_make("install", PATH=active)[-1].endswith('installed; next: make train" >&2')
@@ -68,7 +78,7 @@ def test_make_uses_the_environment_that_is_active_and_installs_only_where_none_h
         assert lines[-1].endswith(f'installed; next: source {folder}/bin/activate, make train" >&2')
 
 
-def test_make_installs_nothing_for_a_real_base_that_is_in_the_cache(bare_path, tmp_path):
+def test_make_installs_nothing_for_a_real_base_that_is_in_the_cache(told_by_make, bare_path, tmp_path):
     source = tmp_path / "bases/smollm2-135m-instruct/source.json"
     source.parent.mkdir(parents=True)
     assert any(
