@@ -131,5 +131,5 @@ def test_what_was_prefetched_trains_without_a_network(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "train 1960 rows, validation 150 rows, test 300 rows" in done.stderr
     few = ("--max_steps", 1, "--max_samples", 24, "--max_eval_samples", 4, "--num_sample_answers", 0)
-    done = launch(*keys, *few, HF_ENDPOINT=address, HF_HUB_OFFLINE="1", **home)
+    done = launch("--config", "recipes/demo.yaml", *keys, *few, HF_ENDPOINT=address, HF_HUB_OFFLINE="1", **home)
     assert json.loads(done.stdout.splitlines()[-1])["global_step"] == 1

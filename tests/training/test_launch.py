@@ -21,7 +21,8 @@ def test_a_default_accelerate_configuration_is_reported(tmp_path):
     (tmp_path / "accelerate").mkdir()
     file = tmp_path / "accelerate/default_config.yaml"
     file.write_text("distributed_type: 'NO'\nnum_machines: 1\nnum_processes: 1\nuse_cpu: true\n")
-    done = launch("--dataset_name", "none.csv", "--output_dir", tmp_path / "out", check=False, HF_HOME=str(tmp_path))
+    keys = ("--config", "recipes/demo.yaml", "--dataset_name", "none.csv", "--output_dir", tmp_path / "out")
+    done = launch(*keys, check=False, HF_HOME=str(tmp_path))
     assert f"your accelerate default {file} applies" in done.stderr
     assert "error: dataset_name: there is no file, folder or glob none.csv" in done.stderr and done.returncode != 0
 
