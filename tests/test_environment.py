@@ -49,7 +49,9 @@ def told_by_make(tmp_path):
     def told(target, **variables):
         own = ("VENV", "PYTHONPATH", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")  # of the make that runs the tests
         variables = {key: value for key, value in os.environ.items() if key not in own} | variables
-        done = subprocess.run(["make", "-n", target], cwd=checkout, env=variables, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "--no-print-directory", "-n", target], cwd=checkout, env=variables, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 

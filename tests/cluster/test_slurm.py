@@ -115,7 +115,7 @@ def test_the_node_that_is_not_like_the_others_is_named(jobs, cluster, tmp_path):
     frozen.write_text("#!/bin/sh\nsleep 600\n")
     frozen.chmod(0o755)
     faults = (
-        (("mount", "-t", "tmpfs", "tmpfs", copies), ("umount", copies), "on node2: recipe .code/1/given"),
+        (("mount", "-t", "tmpfs", "tmpfs", copies), ("umount", copies), "on node2: recipe .code/"),
         (("mount", "--bind", older, package), ("umount", package), "node2 has another peft than node1 (0.1.2, "),
         (("mount", "-t", "tmpfs", "tmpfs", jobs.folder), ("umount", jobs.folder), "node2 does not see what node1 writes there"),
         (("mount", "--bind", stale, rows), ("umount", rows), "dataset_name: node2 has other rows than node1"),
