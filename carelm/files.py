@@ -4,6 +4,9 @@ import difflib
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,27 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+@contextmanager
+def made_whole(folder: Path, *errors: type[Exception]) -> Iterator[Path]:
+    """A name beside `folder`, for one that takes its place once all within has gone well; of one that fails nothing is left.
+
+    Raises:
+        UserError: for an OSError or one of `errors` within, which names `--output_dir`.
+    """
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
+    try:
+        yield aside
+        aside.rename(folder)
+    except (OSError, *errors) as error:
+        raise UserError(
+            f"--output_dir: {folder} is not made, nothing of it is left ({error}); see that the disk has room and the "
+            "folder can be written to"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def code_fingerprint(*places: str) -> str:

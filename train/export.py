@@ -31,7 +31,7 @@ from carelm import environment, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
-from carelm.files import write_whole
+from carelm.files import made_whole, write_whole
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_recipe
 from carelm.training.checkpoint_folders import find_recipe
@@ -75,10 +75,8 @@ def main() -> None:
     stops, positions = candidate.stops(chat), candidate.positions(recipe, chat)
     window = min(positions, recipe.max_length + recipe.max_new_tokens)
     system, tagged = system_message(recipe)
-    aside = options.output_dir.with_name(options.output_dir.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
     untold = None
-    try:
+    with made_whole(options.output_dir) as aside:
         aside.mkdir(parents=True)
         chat.tokenizer.save_pretrained(aside)
         draws = vllm_command.drawing(recipe) | {
@@ -102,14 +100,6 @@ def main() -> None:
                 untold = f"the chat template cannot be told in Go's language: {error}"
         write_whole(aside / "generation_config.json", json.dumps(draws, indent=2) + "\n")
         write_whole(aside / "vllm.sh", vllm_command.script(words))
-        aside.rename(options.output_dir)
-    except OSError as error:
-        raise UserError(
-            f"--output_dir: {options.output_dir} is not made, nothing of it is left ({error}); see that the disk has room and "
-            "the folder can be written to"
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     say_what_clients_do(recipe, system, tagged)
     ranks.say(f"vLLM: bash {shlex.quote(str(options.output_dir / 'vllm.sh'))}")
     if candidate.adapter and Path(base := base_of(candidate)).is_dir():

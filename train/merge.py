@@ -32,7 +32,7 @@ from carelm.adapter_folder import adapter_fingerprint
 from carelm.command_line import own_options
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
-from carelm.files import write_whole
+from carelm.files import made_whole, write_whole
 from carelm.next_steps import say_next
 from carelm.recipe_file import load_recipe
 from carelm.training.checkpoint_folders import find_recipe
@@ -142,9 +142,7 @@ def make() -> None:
         questions, _ = make_questions(recipe, adapter.make_chat())
         questions = questions[:: max(1, len(questions) // options.num_prompts)][: options.num_prompts]
 
-    aside = options.output_dir.with_name(options.output_dir.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a merge that was killed
-    try:
+    with made_whole(options.output_dir, SafetensorError) as aside:
         for dtype in dtypes:
             merge.merge_weights(held, options.adapter, aside, onto, dtype)
             merge.save_beside(held, options.adapter, adapter.make_chat(), aside)
@@ -176,14 +174,6 @@ def make() -> None:
             earlier = free_name(options.output_dir)
             options.output_dir.rename(earlier)
             ranks.say(f"the merge of an earlier adapter is kept as {earlier}")
-        aside.rename(options.output_dir)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--output_dir: {options.output_dir} is not made, nothing of it is left ({error}); see that the disk has room and "
-            "the folder can be written to"
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     ranks.print_result(result)
     ranks.say(f"merged: {options.output_dir}")
     models = (

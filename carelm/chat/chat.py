@@ -229,14 +229,14 @@ class Chat:
 
     def expected_answers(self, example: Example) -> list[str]:
         """What each of them is to say; the last one of a row with several references, the first of these."""
-        messages, expected = example.prompt + example.completion, []
-        for i in self.trained_answers(example):
-            is_last = i == max(k for k, message in enumerate(messages) if message["role"] == "assistant")
-            if is_last and example.references:
-                expected.append(example.references[0])
-            else:
-                expected.append(self.answer_text(messages[:i], messages[i], tools=example.tools))
-        return expected
+        return [self.references(example, turn)[0] for turn in self.trained_answers(example)]
+
+    def references(self, example: Example, turn: int) -> list[str]:
+        """What the answer at this place of the example may say: the row's references for its last one, else its own text."""
+        messages = example.prompt + example.completion
+        is_last = turn == max(k for k, message in enumerate(messages) if message["role"] == "assistant")
+        own = list(example.references) if is_last else []
+        return own or [self.answer_text(messages[:turn], messages[turn], tools=example.tools)]
 
     def _lay_out(self, example: Example, *, is_whole: bool = True) -> Layout:
         """The example's text up to its last trained answer, with the stretches of the trained ones; `is_whole` says that all

@@ -114,10 +114,9 @@ def _ask(recipe: Recipe, chat: Chat, examples: list[Example], shots: list[dict[s
         messages = example.prompt + example.completion
         turns = [i for i in range(len(example.prompt), len(messages)) if messages[i]["role"] == "assistant"]
         for turn in chat.trained_answers(example):
-            before, answer = messages[:turn], messages[turn]
-            references = list(example.references) if turn == turns[-1] else []
+            before = messages[:turn]
             try:
-                references = references or [chat.answer_text(before, answer, tools=example.tools)]
+                references = chat.references(example, turn)
             except UserError as error:
                 raise UserError(f"{example.source}: {error}") from None
             asked = next((m["content"] for m in reversed(before) if m["role"] == "user"), "")

@@ -31,6 +31,14 @@ def ask(client, messages=ASKED, model="base", **more):
     return client.post(CHAT, json={"model": model, "messages": messages, **more})
 
 
+def until(is_so, seconds=10):
+    """Waits; fails where it is not so after these seconds."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def listening(gateway, key=None):
     """A real server in this process; its port."""

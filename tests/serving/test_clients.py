@@ -16,7 +16,7 @@ import pytest
 from drawn import make_adapter
 from langchain_openai import ChatOpenAI
 from launching import PROJECT, environment, script
-from served import ASKED, CHAT, KEYS, listening, make_gateway
+from served import ASKED, CHAT, KEYS, listening, make_gateway, until
 
 from carelm.errors import UserError
 from carelm.models.batcher import Batcher
@@ -55,13 +55,6 @@ def send(port, body, path=CHAT):
     connection = socket.create_connection(("127.0.0.1", port), timeout=10)
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
-
-
-def until(is_so, seconds=10):
-    end = time.time() + seconds
-    while not is_so():
-        assert time.time() < end
-        time.sleep(0.01)
 
 
 def test_openais_client_asks_streams_and_lists(client):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import uvicorn
 from conftest import PROJECT
 from drawn import make_adapter
+from served import until
 from starlette.testclient import TestClient
 from vllm_server import make_app
 
@@ -103,13 +103,6 @@ def is_alive(pid):
     except ProcessLookupError:
         return False
     return True
-
-
-def wait_for(is_so, seconds=20.0):
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 # What is asked and answered
@@ -224,7 +217,7 @@ def test_a_process_that_is_killed_ends_its_answers_with_an_error_and_is_started_
         with pytest.raises(EngineError, match="middle of this answer"):
             asyncio.run(asyncio.wait_for(broken(), 30))
         engine._client = None
-        wait_for(lambda: asyncio.run(once_ready(engine)))
+        until(lambda: asyncio.run(once_ready(engine)), 20)
         assert ask(engine, "base", prompt, Decoding(4)) == [9, 8, 7, 9]
         assert "is started again" in capsys.readouterr().err
     finally:
@@ -247,7 +240,7 @@ def test_one_that_dies_again_and_again_is_given_up_and_answers_end_with_an_error
     monkeypatch.setattr(vllm_process, "LOOK_S", 0.1)
     monkeypatch.setattr(vllm_process, "MOST_STARTS", 2)
     engine = started(run, tmp_path, f"{program} --seconds-to-live 1.5", ["base"])
-    wait_for(lambda: engine._server.given_up)
+    until(lambda: engine._server.given_up, 20)
     with pytest.raises(EngineError, match="died too often"):
         ask(engine, "base", [1], Decoding(1))
     assert not asyncio.run(engine.ready())
@@ -290,7 +283,7 @@ def test_no_process_outlives_the_one_that_started_it_however_that_ends(tmp_path,
         pid = int(httpx.get(f"{us.stdout.readline().strip()}/pid").text)
         (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         us.send_signal(stop)
-    wait_for(lambda: not is_alive(pid) and not is_alive(int(child)))
+    until(lambda: not is_alive(pid) and not is_alive(int(child)), 20)
 
 
 # What can be served
