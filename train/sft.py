@@ -73,6 +73,7 @@ def main() -> None:
     from carelm.training import callbacks, checkpoints
     from carelm.training.arguments import make_training_args
     from carelm.training.optional import check_optional
+    from carelm.training.speed import Speed
     from carelm.training.trainer import Trainer
 
     if not torch.cuda.is_available():
@@ -98,7 +99,7 @@ def main() -> None:
               f"{trainable:,} of {total:,} parameters are trained ({trainable / total:.4%})")  # fmt: skip
 
     ceiling = flops.matmul_ceiling_of_all(arguments.device, precision.dtype)
-    speed = callbacks.Speed(base.flops_per_token(model), ceiling)
+    speed = Speed(base.flops_per_token(model), ceiling)
     fingerprint = base.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
     run = Trainer(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
                   callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip

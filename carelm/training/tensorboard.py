@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from carelm.keys import COMPARED, COMPARED_OF, in_effect
 from carelm.models.generation import Answer, Decoding, generate
 from carelm.recipe import Recipe
+from carelm.training.speed import Speed
 
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-    from carelm.training.callbacks import Speed
 
 LAYOUT = {
     "Training": {
@@ -47,7 +47,7 @@ class TensorBoard(TrainerCallback):
         "eval_loss": "eval/loss",
     }
 
-    def __init__(self, folder: Path, speed: "Speed"):
+    def __init__(self, folder: Path, speed: Speed):
         self.folder, self.speed, self.writer = folder, speed, None
         self.last_steps = dict[str, int]()  # of each tag, by an earlier part of the run too
 

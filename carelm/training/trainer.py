@@ -25,8 +25,8 @@ from carelm.ranks import say, share
 from carelm.recipe import Recipe
 from carelm.training import checkpoints, divergence, learnt
 from carelm.training.batches import Collate, GlobalBatches, Rows
-from carelm.training.callbacks import Speed
 from carelm.training.prepared import Prepared
+from carelm.training.speed import Speed
 from carelm.training.state import (
     dynamic_loss_scaler,
     gather_state,
