@@ -16,7 +16,7 @@ from carelm.recipe import Recipe
 def check(recipe: Recipe) -> None:
     """What can be wrong between keys, found without torch."""
     for key in ("global_batch_size", "num_virtual_tokens", "sample_max_new_tokens", "max_new_tokens", "max_batch_tokens",
-                "num_resamples", "max_queue", "answer_timeout", "max_body_bytes"):  # fmt: skip
+                "num_resamples", "max_queue", "answer_timeout", "max_body_bytes", "chunk_tokens", "num_passages"):  # fmt: skip
         if getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1")
     for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -83,8 +83,8 @@ def check(recipe: Recipe) -> None:
         )
     if len(labels) == 1:
         raise UserError(f"labels: {labels[0]!r} is the only one, so that every answer has it; list two at least")
-    for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p"):
-        if not 0 <= getattr(recipe, key) <= 1:
+    for key in ("validation_fraction", "test_fraction", "max_empty_share", "top_p", "dense_weight", "answer_threshold"):
+        if not 0 <= (getattr(recipe, key) or 0) <= 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not between 0 and 1")
     if recipe.validation_fraction + recipe.test_fraction >= 1:
         raise UserError("validation_fraction and test_fraction leave nothing to train on; their sum must be under 1")

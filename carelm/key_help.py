@@ -3,7 +3,17 @@
 import argparse
 from collections.abc import Sequence
 
-from carelm.keys import DEFAULTS, EVALUATION_KEYS, FREE_KEYS, NOT_ABOUT_DATA, REFUSED, SERVING_KEYS, Key, known_keys
+from carelm.keys import (
+    DEFAULTS,
+    EVALUATION_KEYS,
+    FREE_KEYS,
+    NOT_ABOUT_DATA,
+    REFUSED,
+    RETRIEVAL_KEYS,
+    SERVING_KEYS,
+    Key,
+    known_keys,
+)
 
 # Of a training those that most recipes set, in the order in which one comes to them.
 MOST_SET = (
@@ -40,12 +50,15 @@ def format_help(usage: str, first: Sequence[str] = ()) -> str:
     else:
         groups = {
             "keys that most recipes set": MOST_SET,
-            "other keys of a training": [name for name in own if name not in (*EVALUATION_KEYS, *SERVING_KEYS)],
+            "other keys of a training": [
+                name for name in own if name not in (*EVALUATION_KEYS, *SERVING_KEYS, *RETRIEVAL_KEYS)
+            ],
             "keys of the base and of LoRA (TRL's ModelConfig)": [n for n, key in keys.items() if key.owner == "model"],
             "keys of the optimizer and its steps (TRL's SFTConfig, transformers' TrainingArguments)": [
                 name for name, key in keys.items() if key.owner == "training"
             ],
             "keys that serving reads (serve/run.py)": SERVING_KEYS,
+            "keys of documents and their index (serve/index.py, eval/retrieval.py)": RETRIEVAL_KEYS,
             "keys that the evaluation reads (eval/run.py)": EVALUATION_KEYS,
         }
     parser = argparse.ArgumentParser(

@@ -34,6 +34,11 @@ SERVING_KEYS = (
     "host", "port", "api_key_file", "cors_origins", "max_queue", "answer_timeout", "max_body_bytes", "certify",
     "engine", "engine_command", "engine_url",
 )  # fmt: skip
+# Keys that serve/index.py, eval/retrieval.py and the shop assistant alone read.
+RETRIEVAL_KEYS = (
+    "documents", "passage_template", "product_column", "title_column", "filter_columns", "chunk_tokens", "index", "embedder",
+    "retriever", "dense_weight", "num_passages", "answer_threshold", "tickets", "matcher", "gold_passages",
+)  # fmt: skip
 CARD_KEYS = ("card_notes", "card_questions")
 # Keys that may change when a run goes on: where it runs, how much, what it shows.
 FREE_PREFIXES = (
@@ -53,6 +58,7 @@ FREE_KEYS = {
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "num_sample_answers", "skip_memory_metrics",
     "max_empty_share", "max_hours", "stall_timeout", "torch_empty_cache_steps", "precision", "tf32", "debug",
     "include_num_input_tokens_seen", "attn_implementation", *CARD_KEYS, *EVALUATION_KEYS, *SERVING_KEYS,
+    *RETRIEVAL_KEYS,
 }  # fmt: skip
 # Which modules LoRA changes and how its weights start: CareLM's own keys, for method: lora alone.
 LORA_KEYS = (
@@ -62,6 +68,7 @@ NOT_ABOUT_DATA = {
     "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
     "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", "adapter", *LORA_KEYS,
     *CARD_KEYS, *EVALUATION_KEYS, *SERVING_KEYS,
+    *RETRIEVAL_KEYS,
 }  # fmt: skip
 # What people change between runs, first the keys that all have, then those of a method.
 COMPARED = (

@@ -254,6 +254,47 @@ class Recipe:
         None,
         "For engine: vllm, one that runs already, as http://gpu-box:8000; its key is VLLM_API_KEY of the environment.",
     )
+    # retrieval
+    documents: list[str] = _key(
+        [],
+        "What passages are cut from: files, folders or globs of PDF, DOCX, HTML, Markdown, text, and of rows (CSV, JSONL), "
+        "each of which is a document.",
+    )
+    passage_template: str | None = _key(
+        None, 'The text of such a row, e.g. "{Brand} {Model}: {Description}" (default: its columns, one a line).'
+    )
+    product_column: str | None = _key(None, "Column of such rows with the product that they are about.")
+    title_column: str | None = _key(None, "Column of such rows with their title.")
+    filter_columns: list[str] = _key(
+        [], "Columns of such rows that a search can be narrowed to a value of; product is always one."
+    )
+    chunk_tokens: int = _key(200, "Tokens of a passage at most, by the base's tokenizer.")
+    index: str | None = _key(None, "Folder of the index (default: index in output_dir).")
+    embedder: str = _key(
+        "auto",
+        "A sentence-transformers model, as a folder or Hub id; auto: embedders/all-minilm-l6-v2 of CareLM's cache, which "
+        "demo/embedder.py makes.",
+    )
+    retriever: str = _key(
+        "hybrid", "How passages are found: by words, by meaning, or by both.", ("bm25", "dense", "hybrid")
+    )
+    dense_weight: float = _key(0.5, "Share of the meaning in a hybrid score; the rest is the words'.")
+    num_passages: int = _key(4, "Passages that are put in front of a question.")
+    answer_threshold: float | None = _key(
+        None, "Say that one does not know where the best passage's confidence (0 to 1) is below this."
+    )
+    tickets: str | None = _key(
+        None,
+        "A recipe whose training rows are past tickets: its prompt is the question, its completion the resolution.",
+    )
+    matcher: str | None = _key(
+        None, "Folder of a finished ticket-matching run, which says whether two tickets are the same."
+    )
+    gold_passages: dict[str, str] = _key(
+        {},
+        "For eval/retrieval.py, when a passage is right for a test row: a column of the passage (or document, page, product, "
+        "id) and the row's column that has the same value, {page: page}, {intent: intent}.",
+    )
     # the model card
     card_notes: str | None = _key(
         None, "Text that stands on top of the model card, as Markdown: what it is for, its data, its limits."

@@ -285,6 +285,10 @@ def test_a_value_of_the_wrong_type_names_the_key_and_the_value(load, key, value)
         ("max_grad_norm", "inf"),
         ("temperature", "nan"),
         ("save_steps", "inf"),
+        ("chunk_tokens", "0"),
+        ("num_passages", "0"),
+        ("dense_weight", "1.5"),
+        ("answer_threshold", "-0.1"),
     ],
 )
 def test_a_number_that_makes_no_run_is_named(load, key, value):
@@ -583,6 +587,7 @@ def test_a_folder_with_another_run_is_refused_and_the_key_named(load, tmp_path, 
         {"output_dir": "elsewhere"},
         {"save_steps": 5},
         {"gradient_checkpointing": True},
+        {"documents": ["manuals"], "chunk_tokens": 100, "retriever": "bm25"},
     ],
     ids=lambda c: next(iter(c)),
 )

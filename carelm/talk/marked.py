@@ -4,7 +4,7 @@ from pathlib import Path
 
 from carelm.data.split_names import SPLITS
 from carelm.data.templates import template_columns
-from carelm.keys import SERVING_KEYS
+from carelm.keys import RETRIEVAL_KEYS, SERVING_KEYS
 from carelm.next_steps import without
 from carelm.recipe import Recipe
 
@@ -16,7 +16,9 @@ def training_words(recipe: Recipe, file: Path, words: list[str], ending: str) ->
     keys = {**training_keys(recipe, file), "output_dir": f"{folder}-{ending}"}
     if (folder / "adapter_config.json").exists() and recipe.method == "lora":
         keys["adapter"] = str(folder)
-    kept = without(words, *keys, *SERVING_KEYS, "max_new_tokens", "temperature", "top_p")  # what training does not read
+    kept = without(
+        words, *keys, *SERVING_KEYS, *RETRIEVAL_KEYS, "max_new_tokens", "temperature", "top_p"
+    )  # what training does not read
     return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]
 
 
