@@ -17,7 +17,7 @@ comma := ,
 # DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: install train eval serve test test-long assistants bench bench-gpu real-base check style
+.PHONY: install train eval serve test test-long assistants bench bench-gpu real-base embedder check style
 
 install: $(READY)
 	@echo "make: installed; next: $(if $(READY),source $(VENV)/bin/activate$(comma) )make train" >&2
@@ -62,6 +62,10 @@ bench-gpu: $(READY)
 real-base: $(if $(wildcard $(BASE)),,$(READY))
 	@test -f "$(BASE)" || python -c "import gguf" 2>/dev/null || pip install gguf
 	@python3 demo/real_base.py
+
+# An embedder, all-MiniLM-L6-v2, into the cache: once, then offline.
+embedder: $(READY)
+	@python demo/embedder.py
 
 check: $(READY_DEV)
 	ruff check .

@@ -18,6 +18,7 @@ PROJECT = ROOT if (ROOT / "train/sft.py").is_file() else None  # none of it lies
 ORIGIN = Path((ROOT / "ORIGIN").read_text(encoding="utf-8")) if (ROOT / "ORIGIN").is_file() else None
 OWN_CACHE = "~/.cache/carelm"
 REAL_BASE = "bases/smollm2-135m-instruct"  # in the cache, once demo/real_base.py has made it, and as a recipe names it
+OWN_EMBEDDER = "embedders/all-minilm-l6-v2"  # in the cache, once demo/embedder.py has made it
 CODE = (".py", ".j2", ".json", ".yaml", ".sh", ".html", ".js", ".css")
 
 

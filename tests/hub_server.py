@@ -52,8 +52,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def files(self, kind: str, owner: str, name: str) -> dict[str, bytes]:
         folder = self.folders.get(f"{kind}/{owner}/{name}")
-        files = sorted(p for p in folder.iterdir() if p.is_file()) if folder else []
-        return {file.name: file.read_bytes() for file in files}
+        files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder else []
+        return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
     def answer(self, content: bytes | None) -> None:
         self.send_response(self.refused[0] if content is None else 200)

@@ -55,7 +55,8 @@ def messages_of(path: Path) -> Iterator[str]:
 def messages() -> list[str]:
     """What stands behind `error: `, GAP for what differs. One that only hands on another has no letters."""
     paths = [p for place in ("carelm", "train", "eval", "serve") for p in (PROJECT / place).rglob("*.py")]
-    found = [text for path in [*paths, PROJECT / "demo/real_base.py"] for text in messages_of(path)]
+    paths += [PROJECT / "demo" / name for name in ("in_cache.py", "real_base.py", "embedder.py")]
+    found = [text for path in paths for text in messages_of(path)]
     found.append(INTERRUPTED)
     for path in (PROJECT / "slurm").glob("*.sh"):
         found += [re.sub(r"\$\w+", GAP, text) for text in re.findall(r'echo "error: (.*?)"', path.read_text())]
