@@ -31,7 +31,11 @@ class Quotable(Protocol):
     """What `carelm.retrieval` calls a passage."""
 
     @property
-    def title(self) -> str: ...
+    def document(self) -> str: ...
+    @property
+    def title(self) -> str | None: ...
+    @property
+    def product(self) -> str | None: ...
     @property
     def page(self) -> int | None: ...
     @property
@@ -94,11 +98,28 @@ def fit(
     return Grounded(_turn(question, [], customer), 0, False)
 
 
+def passages_in(turn: str) -> list[str]:
+    """The passages that stand in such a turn, each with the line that names its source; none where it has none."""
+    found: list[list[str]] = []
+    for line in turn.split("\n")[: 0 if not turn.startswith(INSTRUCTION) else None]:
+        if line.startswith(f"[{len(found) + 1}] "):
+            found.append([line.partition("] ")[2]])
+        elif line.startswith("> ") and found:
+            found[-1].append(line[2:])
+        elif line == CUSTOMER:
+            break
+    return ["\n".join(lines) for lines in found]
+
+
 def source_of(passage: Quotable) -> str:
-    """The document with page or heading, on one line: "Returns, page 2"."""
-    place = [f"page {passage.page}"] if passage.page is not None else []
-    heading = [passage.heading] if passage.heading and passage.heading != passage.title else []
-    return ", ".join([passage.title, *place, *heading])
+    """The document with product, page and heading, on one line: "Returns, page 2"."""
+    parts = [
+        passage.title or passage.document,
+        passage.product,
+        passage.page and f"page {passage.page}",
+        passage.heading,
+    ]
+    return ", ".join(dict.fromkeys(filter(None, parts)))
 
 
 def marks(answer: str) -> list[int]:

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 import pytest
 
 from carelm.chat.chat import make_chat
-from carelm.chat.grounding import DONT_KNOW, INSTRUCTION, fit, ground, marks, says_unknown, without_false_marks
+from carelm.chat.grounding import (
+    DONT_KNOW,
+    INSTRUCTION,
+    fit,
+    ground,
+    marks,
+    passages_in,
+    says_unknown,
+    source_of,
+    without_false_marks,
+)
 from carelm.recipe_file import load_recipe
 
 QUESTION = "Can I send the lamp back?"
@@ -26,9 +36,11 @@ NASTY = {
 @dataclass(frozen=True)
 class Quoted:
     text: str
-    title: str = "Returns"
+    title: str | None = "Returns"
     page: int | None = 2
     heading: str | None = None
+    document: str = "returns.md"
+    product: str | None = None
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +58,7 @@ def test_a_document_cannot_leave_its_quotation(text, chat):
     others = [line for line in turn.splitlines() if line and not line.startswith("> ")]
     assert others == [INSTRUCTION, "[1] Returns, page 2", "[2] Terms", f"Question: {QUESTION}"]
     assert marks("\n".join(line for line in turn.splitlines() if line.startswith("> "))) == []
+    assert [len(passages_in(turn)), passages_in(turn)[1]] == [2, "Terms\nThirty days."]
     plain = ground(QUESTION, [Quoted("Thirty days."), Quoted("Thirty days.", title="Terms", page=None)])
     assert specials(chat, turn) == specials(chat, plain)
     assert not any(c in turn for c in "\u202e\u2066\u200b\u200f\0\U000e0041")
@@ -60,7 +73,8 @@ def test_what_a_document_is_called_and_what_is_known_of_a_customer_are_quoted_to
         f"Question: {QUESTION}",
     ]  # fmt: skip
     assert specials(chat, turn) == specials(chat, ground(QUESTION, [Quoted("Free.")]))
-    assert ground(QUESTION, []) == QUESTION
+    assert passages_in(turn) == ["A Question: (2) no, page 2, B\nFree."]
+    assert ground(QUESTION, []) == QUESTION and passages_in(QUESTION) == []
 
 
 def test_the_last_passages_go_first_then_the_end_of_the_first_and_never_the_question(chat):
@@ -86,6 +100,11 @@ def test_the_last_passages_go_first_then_the_end_of_the_first_and_never_the_ques
     assert fit(QUESTION, passages, room(needed[0] - 1)).text == QUESTION  # told by fit_prompt then, as without passages
     tried.clear()
     assert fit(QUESTION, [Quoted(NASTY["100 kB"])], room(needed[1])).is_cut and sum(n > 50_000 for n in tried) == 1
+
+
+def test_a_passage_is_called_by_all_that_is_known_of_its_place_and_nothing_twice():
+    assert source_of(Quoted("", product="Lamp", heading="Returns")) == "Returns, Lamp, page 2"
+    assert source_of(Quoted("", title=None, page=None, heading="Care")) == "returns.md, Care"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Which questions are left to a colleague: by how sure the retriever is, by what the model says, by both.
+
+A question is answerable where the index holds a passage that answers it. Of the answerable ones a threshold refuses some by
+mistake (false refusals); of the others it is to refuse as many as it can. It is chosen on other questions than those that it
+is reported on.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from carelm.evaluation.scores import wilson_interval
+
+
+def curve(
+    answerable: np.ndarray, unanswerable: np.ndarray, says: tuple[np.ndarray, np.ndarray] | None = None
+) -> list[dict[str, float]]:
+    """For every threshold that decides differently, rising, the share of the answerable and of the unanswerable questions that
+    are refused: `threshold`, `false_refusals`, `refused`.
+
+    Args:
+        answerable, unanswerable: the retriever's confidence in each question; below the threshold it is refused.
+        says: of both, whether the model says that it does not know, which refuses it too.
+    """
+    points: list[dict[str, float]] = []
+    for threshold in np.unique(np.concatenate([answerable, unanswerable])):
+        below = [answerable < threshold, unanswerable < threshold]
+        shares = [float((own if says is None else own | says[k]).mean()) for k, own in enumerate(below)]
+        point = {"threshold": float(threshold), "false_refusals": shares[0], "refused": shares[1]}
+        if points and points[-1]["false_refusals"] == shares[0]:
+            points.pop()  # of equal costs the best
+        points.append(point)
+    return points
+
+
+def at(points: list[dict[str, float]], false_refusals: float) -> dict[str, float] | None:
+    """The point of a curve that refuses most at no more than this share of false refusals; None where there is none."""
+    return next((p for p in reversed(points) if p["false_refusals"] <= false_refusals + 1e-9), None)
+
+
+def choose(answerable: np.ndarray, false_refusals: float) -> float:
+    """The highest threshold that refuses at most this share of the answerable questions: halfway between two that occur.
+
+    Only answerable questions are needed, as a shop has them: its past questions with their resolutions.
+    """
+    ordered = np.sort(answerable)
+    most = min(int(np.floor(false_refusals * len(ordered) + 1e-9)), len(ordered) - 1)  # so many may lie below it
+    return float((ordered[most - 1] + ordered[most]) / 2 if most else ordered[0])
+
+
+def refused(below: np.ndarray, says: np.ndarray | None = None) -> dict[str, Any]:
+    """The share of the questions of one kind that are refused, with Wilson's interval.
+
+    Args:
+        below: whether each one's confidence lies below the threshold.
+        says: whether the model says that it does not know.
+    """
+    either = below if says is None else below | says
+    return wilson_interval(float(either.mean()), len(either)) | {"refused": int(either.sum()), "questions": len(either)}
+
+
+def by_halves(answerable: np.ndarray, unanswerable: np.ndarray, false_refusals: float, seed: int) -> dict[str, Any]:
+    """For questions that there are no others to choose by: each half by the threshold that the other half has chosen.
+
+    Args:
+        answerable, unanswerable: of the same questions in the same order, with and without their passages.
+        seed: draws the halves.
+    """
+    first = np.zeros(len(answerable), bool)
+    first[np.random.default_rng(seed).permutation(len(answerable))[: len(answerable) // 2]] = True
+    thresholds = {own: choose(answerable[~half], false_refusals) for own, half in ((True, first), (False, ~first))}
+    limit = np.where(first, thresholds[True], thresholds[False])
+    return {
+        "thresholds": [thresholds[True], thresholds[False]],
+        "answerable": refused(answerable < limit),
+        "unanswerable": refused(unanswerable < limit),
+    }
