@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from carelm import ranks
-from carelm.chat.question import as_trained, asked_columns, compose, parse
+from carelm.chat.question import asked_columns, compose, parse
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill
 from carelm.errors import UserError
@@ -28,7 +28,7 @@ from carelm.serving.gateway import Gateway
 from carelm.serving.server import address_of, serve
 from carelm.talk.speaker import Speaker
 
-AT_ONCE = 8  # requests, so that answers are made beside others, as they are served
+AT_ONCE = 8  # requests, or as many as the queue holds, so that answers are made beside others, as they are served
 
 
 def certify(
@@ -49,7 +49,8 @@ def certify(
             "that a conversation leaves empty (optional_columns), or its system_prompt is made of columns"
         )
     ranks.say(f"certifying {', '.join(gateway.engine.models)} on {len(bodies)} of {len(questions)} test questions")
-    served = serve(gateway, key, listening, lambda: _ask_all(address_of(listening), key, speakers, bodies))
+    at_once = min(AT_ONCE, recipe.max_queue)
+    served = serve(gateway, key, listening, lambda: _ask_all(address_of(listening), key, speakers, bodies, at_once))
     gateway.engine = None
     for speaker in speakers:
         speaker.__dict__.pop("model", None)
@@ -87,8 +88,8 @@ def to_body(gateway: Gateway, question: Question) -> dict[str, Any] | None:
         body = {"model": "", "messages": messages} | ({"tools": question.tools} if question.tools else {})
         try:
             asked = requests.parse(requests.ChatRequest, json.dumps(body).encode())
-            made = as_trained(gateway.recipe, asked.messages, gateway.system, gateway.tagged_system)
-        except (requests.Problem, UserError):
+            made = gateway.prompts.as_trained(asked.messages)
+        except requests.Problem:
             continue
         if made == wanted:
             return body
@@ -116,7 +117,7 @@ def to_words(recipe: Recipe, content: str) -> str | None:
 
 
 def _ask_all(
-    address: str, key: str | None, speakers: list[Speaker], bodies: list[tuple[Question, dict[str, Any]]]
+    address: str, key: str | None, speakers: list[Speaker], bodies: list[tuple[Question, dict[str, Any]]], at_once: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Each model's replies, in the order of the questions."""
 
@@ -136,7 +137,7 @@ def _ask_all(
         except urllib.error.HTTPError as error:
             return json.load(error)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         return {s.name: list(pool.map(lambda pair, s=s: ask(s, pair[1]), bodies)) for s in speakers}
 
 

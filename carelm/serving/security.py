@@ -22,6 +22,9 @@ from carelm.serving.requests import Problem
 KEY_VARIABLE = "CARELM_API_KEY"
 OPEN = {"/health", "/", "/page.js", "/page.css"}  # without a key: no text of anyone's, and the page that asks for it
 ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/feedback", "/health", "/metrics")
+WATCHED = {"/health", "/metrics"}  # by those who look after the server: answered however many ask
+LONGEST_HEAD = 2**14  # bytes of a request's headers
+AGAIN_SECONDS = 2  # after which one who was told to come again may
 TOLD = ("x-request-id", "x-dropped-messages", "x-message-cut", "retry-after")  # headers that pages elsewhere may read
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -77,7 +80,7 @@ class Guard:
         is_local: whether it listens at a loopback address: then it is asked by its names alone, so that a name elsewhere that
             leads to it (DNS rebinding) does not let a web page in.
         origins: web pages elsewhere that may ask.
-        noted: is told of each reply's path and status.
+        noted: is told of each request's path and status once it is over: the `outcome` in its scope, or the reply's.
     """
 
     def __init__(
@@ -90,12 +93,15 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
+        status = None
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
-                self.noted(scope["path"], message["status"])
+                status = message["status"]
             await send(message)
 
         try:
@@ -103,10 +109,24 @@ class Guard:
         except Exception as error:  # the app has replied; its traceback may hold a client's text
             at = traceback.extract_tb(error.__traceback__)[-1]
             ranks.say(f"{scope['path']}: {type(error).__name__} at {Path(at.filename).name}:{at.lineno}")
+        finally:
+            if found := scope.get("outcome", status):
+                self.noted(scope["path"], found)
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers = Headers(scope=scope)
         path, host, origin = scope["path"], headers.get("host", ""), headers.get("origin")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > LONGEST_HEAD:
+            return reply(
+                Problem(431, f"the headers are larger than {LONGEST_HEAD} bytes", code="headers_too_large"), path
+            )
+        if scope.get("is_crowded") and path not in WATCHED:
+            return reply(
+                Problem(
+                    503, "too many connections are open; come again", code="connections",
+                    retry_after=str(AGAIN_SECONDS), connection="close",
+                ), path,
+            )  # fmt: skip
         if self.is_local and not is_loopback(re.sub(r":\d+$", "", host)):
             return reply(
                 Problem(
@@ -152,6 +172,6 @@ class Pages(CORSMiddleware):
 
 def reply(problem: Problem, path: str) -> JSONResponse:
     """The reply that says why. So does one line here, without a text of a client's; what breaks in mid-answer is said there."""
-    if problem.status < 500 or problem.code == "disk":
+    if problem.status < 500 or problem.code in ("disk", "connections"):
         ranks.say(f"{path if path in ROUTES else 'another path'}: {problem.status}, {problem.message}")
     return JSONResponse(problem.body(), problem.status, problem.headers)

@@ -9,13 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from carelm.errors import UserError
 from carelm.recipe import Recipe
-from carelm.serving.gateway import BODY_SECONDS, FAREWELL_SECONDS, Gateway
+from carelm.serving.gateway import Gateway
+from carelm.serving.security import LONGEST_HEAD
+from carelm.serving.turn import FAREWELL_SECONDS
+from carelm.serving.wire import BODY_SECONDS
 
 KEEP_ALIVE_SECONDS = 30  # for the head of a connection's next request to come, the first one too
+MOST_CONNECTIONS = 512  # open at once: half of the files that Linux lets a process open
 
 
 def bind(recipe: Recipe) -> socket.socket:
@@ -52,20 +57,47 @@ def address_of(listening: socket.socket) -> str:
 
 
 class Connection(H11Protocol):
-    """A client's connection, which is closed where the head of a request takes too long: uvicorn waits for it without end."""
+    """A client's connection. It is closed where the head of a request takes too long (uvicorn waits for it without end), and
+    where too many are open the one that has waited longest for its next request makes room. Where none waits, the newcomer's
+    requests are told that it is crowded."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._head = self.loop.call_later(KEEP_ALIVE_SECONDS, self._give_up)
+        self._await_head()
+        if len(self.connections) <= MOST_CONNECTIONS:
+            return
+        waiting = [other for other in self.connections if other is not self and other.is_waiting]
+        if waiting:
+            min(waiting, key=lambda other: other.waits_since).transport.close()
+        elif len(self.connections) > MOST_CONNECTIONS + 64:
+            transport.abort()
+        else:
+            self.app = _crowded(self.app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._head.cancel()
+        self._await_head()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _await_head(self) -> None:
+        self.waits_since = self.loop.time()
         self._head = self.loop.call_later(KEEP_ALIVE_SECONDS, self._give_up)
 
     def _give_up(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self.is_waiting:
             self.transport.close()
+
+
+def _crowded(app: ASGIApp) -> ASGIApp:
+    async def tell(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "is_crowded": True}, receive, send)
+
+    return tell
 
 
 def serve(gateway: Gateway, key: str | None, listening: socket.socket, ask: Callable[[], Any] | None = None) -> Any:
@@ -73,7 +105,7 @@ def serve(gateway: Gateway, key: str | None, listening: socket.socket, ask: Call
     answered first."""
     config = uvicorn.Config(
         gateway.app(key), log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
-        proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, http=Connection,
+        proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, http=Connection, h11_max_incomplete_event_size=LONGEST_HEAD,
         timeout_graceful_shutdown=gateway.recipe.answer_timeout + BODY_SECONDS + FAREWELL_SECONDS,
     )  # fmt: skip
     if threading.current_thread() is threading.main_thread():

@@ -20,8 +20,7 @@ from served import ASKED, CHAT, KEYS, listening, make_gateway, until
 
 from carelm.errors import UserError
 from carelm.models.batcher import Batcher
-from carelm.serving import gateway as rooms
-from carelm.serving import server
+from carelm.serving import completions, server, turn, wire
 
 KEY = "a-key-of-the-tests"
 
@@ -154,7 +153,7 @@ def test_a_half_closed_connection_and_one_without_a_whole_body_end_nothing(gatew
     connection = send(port, {"model": "base", "messages": ASKED})
     connection.shutdown(socket.SHUT_WR)
     until(lambda: gateway.in_flight == 0)
-    monkeypatch.setattr(rooms, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(wire, "BODY_SECONDS", 0.2)
     slow = socket.create_connection(("127.0.0.1", port), timeout=10)
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n"
     slow.sendall(head.encode() + b'{"model": ')
@@ -186,7 +185,7 @@ def test_a_client_that_goes_is_counted_as_gone_and_is_no_failure(gateway, port, 
 def test_a_client_that_reads_nothing_keeps_no_place(gateway, monkeypatch):
     """The connection's buffer is full: what is sent waits without end."""
     monkeypatch.setattr(gateway.recipe, "answer_timeout", 0.2)
-    monkeypatch.setattr(rooms, "FAREWELL_SECONDS", 0.1)
+    monkeypatch.setattr(turn, "FAREWELL_SECONDS", 0.1)
     body = json.dumps({"model": "base", "messages": ASKED, "stream": True}).encode()
 
     async def ask_and_read_nothing():
@@ -201,7 +200,7 @@ def test_a_client_that_reads_nothing_keeps_no_place(gateway, monkeypatch):
                 await asyncio.Event().wait()
 
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
-        await asyncio.wait_for(rooms.Chat(gateway)(scope, receive, send), 5)
+        await asyncio.wait_for(completions.Completions(gateway)(scope, receive, send), 5)
         return sent
 
     assert b"timeout" in asyncio.run(ask_and_read_nothing())[-1]["body"] and gateway.in_flight == 0
@@ -240,6 +239,51 @@ def test_a_port_that_another_server_has_taken_meanwhile_is_one_line(run):
 def test_a_body_of_ten_megabytes_gets_to_its_413(port):
     connection = send(port, b"x" * 10_000_000)
     assert connection.recv(9**5).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("more", ["", "Expect: 100-continue\r\n"])
+def test_a_body_that_is_said_to_be_far_too_large_is_refused_before_it_comes(port, more):
+    length = 2 * 10**6 if more else 2 * 10**9  # one who waits to be told to go on sends nothing before
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n{more}Content-Length: {length}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(9**5).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(("length", "status"), [(10_000, b"200"), (30_000, b"431"), (200_000, b"4")])
+def test_headers_have_a_largest_size(port, length, status):
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(f"GET /health HTTP/1.1\r\nHost: localhost\r\nX-More: {'x' * length}\r\n\r\n".encode())
+        assert connection.recv(9**5).startswith(b"HTTP/1.1 " + status)
+
+
+def test_where_too_many_connections_are_open_those_that_wait_make_room_and_the_server_can_be_watched(
+    gateway, monkeypatch
+):
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(Batcher, "step", lambda batcher: time.sleep(0.02) or [])
+    look = "GET {} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    def connect(path):
+        connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+        connection.sendall(look.format(path).encode())
+        return connection, connection.recv(9**5)
+
+    with listening(gateway) as port:
+        waiting = [connect("/health")[0] for _ in range(3)]
+        assert connect("/v1/models")[1].startswith(b"HTTP/1.1 200") and waiting[0].recv(9) == b""
+        asking = [send(port, {"model": "base", "messages": ASKED, "max_tokens": 500}) for _ in range(3)]
+        until(lambda: gateway.in_flight == 3)
+        assert waiting[1].recv(9) == waiting[2].recv(9) == b""
+        crowded, refused = connect("/v1/models")
+        assert refused.startswith(b"HTTP/1.1 503") and b"retry-after: 2" in refused and crowded.recv(9) == b""
+        for path in ("/health", "/metrics"):
+            connection, reply = connect(path)
+            assert reply.startswith(b"HTTP/1.1 200")
+            connection.close()
+        for connection in asking:
+            connection.close()
+        until(lambda: gateway.in_flight == 0)
 
 
 def test_a_server_finishes_what_runs_once_it_is_told_to_stop(run):

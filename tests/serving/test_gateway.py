@@ -19,9 +19,9 @@ from carelm.chat.tokenizer import load_tokenizer
 from carelm.evaluation import candidates
 from carelm.models.batcher import Batcher
 from carelm.models.generation import generate_all
-from carelm.serving import gateway as rooms
 from carelm.serving.gateway import Gateway
 from carelm.serving.requests import ChatRequest
+from carelm.serving.security import AGAIN_SECONDS
 from carelm.talk.speaker import Speaker
 
 
@@ -54,6 +54,7 @@ def test_models_are_listed_and_the_server_is_well(client):
     listed = client.get("/v1/models").json()
     assert listed["object"] == "list" and [m["id"] for m in listed["data"]] == ["base", "adapter"]
     assert client.get("/v1/models/base").json() == listed["data"][0]
+    assert (listed["data"][0]["max_model_len"], listed["data"][0]["max_prompt_len"]) == (1024, 96)
     assert client.get("/v1/models/other").status_code == 404
     assert client.get("/health").json() == {"status": "ok"}
 
@@ -141,7 +142,7 @@ def test_a_body_is_counted_as_it_comes(gateway, client):
 def test_a_full_queue_says_when_to_come_again(gateway, client, monkeypatch):
     monkeypatch.setattr(gateway, "in_flight", gateway.recipe.max_queue)
     reply = ask(client)
-    assert reply.status_code == 429 and reply.headers["retry-after"] == str(rooms.AGAIN_SECONDS)
+    assert reply.status_code == 429 and reply.headers["retry-after"] == str(AGAIN_SECONDS)
     monkeypatch.undo()
     assert ask(client).status_code == 200 and gateway.in_flight == 0
 
@@ -313,6 +314,7 @@ def test_an_engine_that_breaks_in_mid_answer_ends_it_with_an_error_and_the_next_
     gateway, client, monkeypatch, capsys
 ):
     steps, step = iter(range(100)), Batcher.step
+    broken, well = (gateway.metrics.requests.labels(CHAT, status)._value.get() for status in (503, 200))
 
     def breaks(batcher):
         if next(steps) == 5:
@@ -326,6 +328,11 @@ def test_an_engine_that_breaks_in_mid_answer_ends_it_with_an_error_and_the_next_
     assert sum("content" in chunk["choices"][0]["delta"] for chunk in chunks[:-1]) > 2
     said = capsys.readouterr().err
     assert "RuntimeError" in said and "secret" not in said and "secret" not in reply.text
+    counted = gateway.metrics.requests.labels
+    assert (counted(CHAT, 503)._value.get(), counted(CHAT, 200)._value.get()) == (
+        broken + 1,
+        well,
+    )  # it is counted once
     assert ask(client).json()["choices"][0]["message"]["content"]
     steps = iter([5])
     failed = ask(client)

@@ -14,7 +14,8 @@ from served import listening, make_gateway
 
 from carelm.data import splits
 from carelm.models.batcher import Batcher
-from carelm.serving.gateway import AGAIN_SECONDS, Gateway
+from carelm.serving.gateway import Gateway
+from carelm.serving.security import AGAIN_SECONDS
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which shows the page")
