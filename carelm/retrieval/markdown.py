@@ -1,0 +1,93 @@
+"""Markdown and plain text as documents. Imports no torch."""
+
+import re
+
+import yaml
+
+from carelm.retrieval.content import Document, FileReport, Headings, clean, one_line, only_top, sections_of, under
+
+_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\n(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.S)
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#+)?[ \t]*")
+_UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
+_NO_PARAGRAPH = re.compile(r"[ \t]*(?:[-*+>|#]|\d+[.)]\s|$)|.*\|")  # what an underline does not make a heading of
+_RULES = re.compile(
+    r"^[ \t]*\|?(?:[ \t]*:?-{3,}:?[ \t]*\|)+(?:[ \t]*:?-{3,}:?[ \t]*)?\n?", re.M
+)  # below a table's header
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
+_PICTURE = re.compile(r"!\[([^\[\]]*)\]\([^()\s]*(?:\s\"[^\"]*\")?\)")
+_LINK = re.compile(r"\[([^\[\]]+)\]\(<?([^()<>\s]+)>?(?:\s\"[^\"]*\")?\)")
+_STRONG = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
+
+
+def read_text(text: str, report: FileReport) -> Document:
+    """Plain text, with what `clean` leaves of it."""
+    return Document("", sections_of([([], text, None)], None, report))
+
+
+def read_markdown(text: str, report: FileReport) -> Document:
+    """Its text below its headings (`#`, or underlined), code as it is, without comments. What stands in front between two lines
+    of --- becomes title and columns."""
+    text = re.sub(r"\r\n?", "\n", text)
+    columns: dict[str, str] = {}
+    if front := _FRONT_MATTER.match(text):
+        try:
+            values = yaml.safe_load(front[1])
+        except yaml.YAMLError:
+            values = None
+        if isinstance(values, dict):
+            text = text[front.end() :]
+            columns = {
+                str(k): str(v) for k, v in values.items() if isinstance(v, (str, int, float)) or hasattr(v, "year")
+            }
+    stretches = _stretches(text)
+    title = columns.get("title") or only_top(headings for headings, _ in stretches)
+    sections = sections_of([(headings, "\n".join(lines), None) for headings, lines in stretches], title, report)
+    return Document("", sections, title, columns=columns)
+
+
+def _stretches(text: str) -> list[tuple[Headings, list[str]]]:
+    """The lines below each heading, with the headings that hold there; words as they are read, code as it stands."""
+    stretches: list[tuple[Headings, list[str]]] = [([], [])]
+    words, fence = [], ""
+
+    def close() -> None:
+        plain = _plain("\n".join(words)).split("\n") if words else []
+        stretches[-1][1].extend(plain)
+        words.clear()
+
+    def begin(level: int, heading: str) -> None:
+        close()
+        if heading := one_line(_plain(heading)) or "":
+            stretches.append((under(stretches[-1][0], level, heading), []))
+
+    for line in text.split("\n"):
+        marks = _FENCE.match(line)
+        if fence:
+            stretches[-1][1].append(clean(line, indented=True))
+            if marks and marks[1].startswith(fence) and not line.strip(" `~"):
+                fence = ""
+        elif marks:
+            close()
+            fence = marks[1]
+            stretches[-1][1].append(clean(line, indented=True))
+        elif heading := _HEADING.fullmatch(line):
+            begin(len(heading[1]), heading[2] or "")
+        elif (rule := _UNDERLINE.fullmatch(line)) and words and not _NO_PARAGRAPH.match(words[-1]):
+            begin(1 if rule[1][0] == "=" else 2, words.pop())
+        else:
+            words.append(line)
+    close()
+    return stretches
+
+
+def _plain(text: str) -> str:
+    """A table's lines without what draws it, links as their words and addresses, pictures as their words, no comments."""
+    text = _COMMENT.sub("", text)
+    text = _PICTURE.sub(r"\1", text)
+    text = _LINK.sub(
+        lambda link: link[1] if link[2].startswith("#") or link[2] in link[1] else f"{link[1]} ({link[2]})", text
+    )
+    text = _STRONG.sub(r"\2", _RULES.sub("", text))
+    text = re.sub(r"^[ \t]*\|(.*)\|[ \t]*$", lambda row: row[1].strip(), text, flags=re.M)
+    return clean(text, indented=True)
