@@ -26,6 +26,7 @@ from carelm.models.attention import use_recomputed_attention
 from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config, no_language_model
 from carelm.models.lora import use_fused_lora
 from carelm.models.loss import use_chunked_loss
+from carelm.models.norms import use_fused_norms
 from carelm.models.precision import Precision
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -180,6 +181,8 @@ def load_model(
     align_special_tokens(base, chat)
     if precision.name == "bf16" and base.device.type == "cpu":
         use_recomputed_attention(base)
+    if torch.cuda.is_available():
+        use_fused_norms(base)
     model = base if recipe.method == "full" else add_adapter(base, recipe, zero_stage)
     if recipe.adapter and not begun:
         start.load_start(model, recipe)

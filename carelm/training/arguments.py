@@ -50,6 +50,10 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
         "ddp_find_unused_parameters": values.get("ddp_find_unused_parameters", False),
     }
     is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    is_alone = world_size() == 1 and not is_deepspeed and not values.get("torch_compile")
+    if is_alone and values.get("gradient_checkpointing_kwargs") is None:
+        # The graph of a block is made once and not twice, which counts where a GPU waits for its processor.
+        derived["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
     if is_deepspeed and not torch.cuda.is_available():
         _leave_out_shm_comm()  # one rank alone would compile it too
     if world_size() > 1 and not torch.cuda.is_available():

@@ -1,9 +1,11 @@
-"""LoRA as one operation on a CPU, beside PEFT's own forward."""
+"""LoRA as one operation, on whole weights and on those in 4 bits, beside PEFT's own forward."""
 
 import copy
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from carelm.chat.chat import make_chat
@@ -22,7 +24,7 @@ SHAPE = {
 IDS = torch.arange(60).view(3, 20)
 
 
-def with_lora(*keys: str, kind=(LlamaForCausalLM, LlamaConfig), dtype=torch.float32):
+def with_lora(*keys: str, kind=(LlamaForCausalLM, LlamaConfig), dtype=torch.float32, bits=None, nested=True):
     """A small model under PEFT's LoRA on all linear layers, its updates not zero."""
     model_class, config_class = kind
     torch.manual_seed(0)
@@ -30,6 +32,8 @@ def with_lora(*keys: str, kind=(LlamaForCausalLM, LlamaConfig), dtype=torch.floa
     for name, parameter in base.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
+    if bits == 4:
+        in_4_bits(base, dtype, nested)
     keys = keys if "--lora_dropout" in keys else (*keys, "--lora_dropout", "0")
     recipe = load_recipe(["--config", "recipes/demo.yaml", *keys], usage="")
     model = adapters.add_adapter(base, recipe).train()
@@ -37,6 +41,17 @@ def with_lora(*keys: str, kind=(LlamaForCausalLM, LlamaConfig), dtype=torch.floa
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def in_4_bits(base, dtype, nested: bool) -> None:
+    """Holds the layers of a base's body as bitsandbytes does, which is kept from its CPU kernels (carelm/models/base.py)."""
+    base.is_loaded_in_4bit = True
+    for name, module in list(base.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            held = Linear4bit(module.in_features, module.out_features, module.bias is not None, dtype, nested, "nf4")
+            held.weight = Params4bit(module.weight.data, False, compress_statistics=nested, quant_type="nf4").to("cpu")
+            held.bias, held.support_avx512bf16_for_cpu = module.bias, False
+            base.model.set_submodule(name, held)
 
 
 def fused(model):
@@ -80,13 +95,64 @@ def test_it_has_the_output_and_gradients_of_pefts_own(monkeypatch, kind, keys):
     assert len(calls) == (5 if "down_proj" in keys else 14)
 
 
-def test_it_has_them_with_gradient_checkpointing(monkeypatch):
-    calls, model = calls_of(monkeypatch), with_lora("--lora_dropout", "0.3")
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("keys", [(), ("--lora_dropout", "0.3")])
+@pytest.mark.parametrize("kind", [(LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config)])
+def test_it_has_them_on_4_bits(monkeypatch, kind, keys, nested):
+    calls, model = calls_of(monkeypatch), with_lora(*keys, kind=kind, bits=4, nested=nested)
+    assert_computes_as(fused(model), model)
+    assert len(calls) == 14
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_it_has_them_with_gradient_checkpointing(monkeypatch, bits, reentrant):
+    """Twice, with other weights the second time: what a first forward leaves for the second is not taken later."""
+    calls, model = calls_of(monkeypatch), with_lora("--lora_dropout", "0.3", bits=bits)
     for each in (model, other := fused(model)):
-        each.enable_input_require_grads()
-        each.gradient_checkpointing_enable()
+        each.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_computes_as(other, model)
     assert len(calls) == 2 * 14
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_first_forward_that_no_second_one_follows_leaves_nothing_for_later(reentrant):
+    """The trained matrices as they are cast go from the first forward of a checkpointed block to its second, not farther."""
+    model = fused(with_lora("--lora_r", "4", dtype=torch.bfloat16, bits=4))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            model(IDS)
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.mul_(1.5)
+        again = copy.deepcopy(model)
+        for module in again.modules():
+            module.__dict__.pop("cast", None)
+        found, wanted = logits_and_gradients(model), logits_and_gradients(again)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not any(getattr(module, "cast", None) for module in model.modules())
+
+
+def test_a_weight_in_4_bits_is_kept_whole_from_the_second_forward_of_a_block_alone():
+    model = fused(with_lora(bits=4))
+    held = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(tuple(x.shape)) or x, lambda x: x):
+            loss = model(IDS).logits.sum()
+        assert (32, 48) not in held and (48, 32) not in held
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(tuple(x.shape)) or x, lambda x: x):
+        loss.backward()
+    assert held.count((32, 48)) == 2 and held.count((48, 32)) == 4
+
+
+def test_4_bits_are_answered_with_by_bitsandbytes(monkeypatch):
+    """Whose kernels for a few tokens do not make the weight whole."""
+    model = fused(with_lora(bits=4)).eval()
+    calls = calls_of(monkeypatch)
+    model(IDS)
+    assert not calls
 
 
 def two_adapters(model):
@@ -139,6 +205,24 @@ def test_in_bf16_it_is_nearer_to_the_exact_result_than_pefts_own():
     assert distance(ours) < distance(theirs)
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_a_layer_in_4_bits_has_the_gradients_of_the_weight_that_its_bits_stand_for(dtype, most):
+    """In 16 bits under autocast, with trained weights in fp32, beside the same products in fp64."""
+    layer = fused(with_lora(dtype=dtype, bits=4)).base_model.model.model.layers[0].mlp.up_proj
+    weight = dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state).double()
+    x, gradient = torch.randn(3, 5, 32, dtype=dtype, requires_grad=True), torch.randn(3, 5, 48, dtype=dtype)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    y.backward(gradient)
+    exact = [each.detach().double().requires_grad_() for each in (x, a, b)]
+    wanted = exact[0] @ weight.T + layer.scaling["default"] * exact[0] @ exact[1].T @ exact[2].T
+    wanted.backward(gradient.double())
+    assert (y.dtype, a.grad.dtype, b.grad.dtype) == (dtype, torch.float32, torch.float32)
+    for found, true in [(y, wanted), *((each.grad, one.grad) for each, one in zip((x, a, b), exact))]:
+        assert (found - true).norm() < most * true.norm()
+
+
 def test_the_adapter_and_its_merge_stay_what_they_are(tmp_path):
     model = with_lora()
     other = fused(model)
@@ -168,4 +252,4 @@ def test_its_output_can_be_changed_in_place(shape):
 def test_training_takes_it_where_parameters_are_not_gathered_around_each_forward(zero_stage, is_fused):
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
     model = adapters.load_model(recipe, make_chat(recipe), Precision("fp32", "test"), zero_stage=zero_stage)
-    assert any(isinstance(module, lora.FusedLinear) for module in model.modules()) == is_fused
+    assert any(isinstance(module, lora.FusedLora) for module in model.modules()) == is_fused

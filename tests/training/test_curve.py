@@ -39,7 +39,7 @@ def rungs(tmp_path_factory):
     run("one")
     # No evaluation in mid-run here: one that changed the weights or the random draws would show in the losses.
     run("accumulated", "--per_device_train_batch_size", 2, "--eval_strategy", "no", "--eval_on_start", "false",
-        "--per_device_eval_batch_size", 7)  # fmt: skip
+        "--per_device_eval_batch_size", 7, "--gradient_checkpointing", "true")  # fmt: skip
     for number in (2, 4):
         torchrun(number, "--output_dir", folder / f"torchrun{number}", *TWELVE_STEPS)
     run("zero1", config_file=PROJECT / "accelerate_configs/cpu_zero1.yaml")

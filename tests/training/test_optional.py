@@ -1,18 +1,20 @@
 """What only some recipes need and is not there, or lacks an argument, is one line before any weights load."""
 
 import types
+from contextlib import suppress
 
 import pytest
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from trl import SFTConfig
 
 from carelm import files
 from carelm.errors import UserError
 from carelm.models.precision import Precision
 from carelm.recipe_file import load_recipe
-from carelm.training import callbacks
+from carelm.training import arguments, callbacks
 from carelm.training.arguments import make_training_args
 from carelm.training.optional import check_optional
 
@@ -25,8 +27,8 @@ SCHEDULE_ARGUMENTS = {
 
 def check(*keys):
     recipe = load_recipe(["--config", "recipes/demo.yaml", *keys], usage="")
-    arguments = make_training_args(recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"))
-    check_optional(arguments, torch.nn.Sequential(torch.nn.Linear(8, 8, device="meta")))
+    made = make_training_args(recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"))
+    check_optional(made, torch.nn.Sequential(torch.nn.Linear(8, 8, device="meta")))
 
 
 def works_or_is_one_line(key, *keys):
@@ -37,6 +39,28 @@ def works_or_is_one_line(key, *keys):
     except UserError as error:
         assert str(error).startswith(key) and "\n" not in str(error)
         return False
+
+
+@pytest.mark.parametrize(
+    "variables, keys, wanted",
+    [
+        ({}, (), {"use_reentrant": True}),
+        ({"WORLD_SIZE": "2"}, (), None),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, (), None),
+        ({}, ("--gradient_checkpointing_kwargs", '{"use_reentrant": false}'), {"use_reentrant": False}),
+    ],
+)
+def test_one_process_makes_the_graph_of_a_checkpointed_block_once(monkeypatch, variables, keys, wanted):
+    """Several make it twice, in a way that DDP and DeepSpeed take; what the recipe says stays."""
+    made = []
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(arguments, "SFTConfig", lambda **values: made.append(values) or SFTConfig(output_dir="unused"))
+    monkeypatch.setattr(arguments, "_leave_out_shm_comm", lambda: None)
+    recipe = load_recipe(["--config", "recipes/demo.yaml", *keys], usage="")
+    with suppress(UserError):  # two ranks are not there
+        make_training_args(recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"))
+    assert made[0].get("gradient_checkpointing_kwargs") == wanted
 
 
 @pytest.mark.parametrize("name", [member.value for member in OptimizerNames])
