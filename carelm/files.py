@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 
 ROOT = Path(__file__).resolve().parent.parent  # where the package lies
 PROJECT = ROOT if (ROOT / "train/sft.py").is_file() else None  # none of it lies beside an installed wheel
@@ -70,11 +70,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def made_whole(folder: Path, *errors: type[Exception]) -> Iterator[Path]:
+def made_whole(folder: Path, *errors: type[Exception], key: str = "--output_dir") -> Iterator[Path]:
     """A name beside `folder`, for one that takes its place once all within has gone well; of one that fails nothing is left.
 
     Raises:
-        UserError: for an OSError or one of `errors` within, which names `--output_dir`.
+        UserError: for an OSError or one of `errors` within, which names `key`.
     """
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
@@ -83,7 +83,7 @@ def made_whole(folder: Path, *errors: type[Exception]) -> Iterator[Path]:
         aside.rename(folder)
     except (OSError, *errors) as error:
         raise UserError(
-            f"--output_dir: {folder} is not made, nothing of it is left ({error}); see that the disk has room and the "
+            f"{key}: {folder} is not made, nothing of it is left ({first_line(error)}); see that the disk has room and the "
             "folder can be written to"
         ) from None
     finally:

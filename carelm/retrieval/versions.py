@@ -1,0 +1,120 @@
+"""A folder of versions: one is built beside the others and takes their place at once; who reads keeps what he has opened.
+
+    FOLDER/current.json   the version that is read, and the format of it
+    FOLDER/7/             a version, whole; its file `lock` is held by those who read it
+    FOLDER/8.partial/     one that is being built, or was when its build was killed
+    FOLDER/lock           held by the build
+
+Imports no torch.
+"""
+
+import fcntl
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from carelm.errors import UserError
+from carelm.files import made_whole, read_json, write_whole
+from carelm.ranks import say
+
+CURRENT, LOCK = "current.json", "lock"
+FORMAT = 1  # of what a version holds
+
+
+def current(folder: Path) -> int | None:
+    """The version that is read; None where there is none.
+
+    Raises:
+        UserError: where it is of a newer format.
+    """
+    found = read_json(folder / CURRENT)
+    if found.get("format", FORMAT) > FORMAT:
+        raise UserError(
+            f"index: {folder} is of format {found['format']}, which a newer CareLM has written (this one reads {FORMAT}); "
+            "update CareLM, or set another folder"
+        )
+    is_there = found.get("format") == FORMAT and (folder / str(found["version"])).is_dir()
+    return found["version"] if is_there else None
+
+
+def open_current(folder: Path) -> tuple[Path, IO[bytes]]:
+    """The folder of the current version, and a lock that keeps it for as long as it is open.
+
+    Raises:
+        UserError: where there is none, or only one that is half built.
+    """
+    while (version := current(folder)) is not None:
+        path = folder / str(version)
+        try:
+            lock = open(path / LOCK, "rb")
+        except FileNotFoundError:  # taken away since: another is current
+            continue
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if path.is_dir():
+            return path, lock
+        lock.close()
+    state = "is half built" if [*folder.glob("*.partial/")] else "is not there yet"
+    raise UserError(f"index: {folder} {state}; make it: {how_to_build()}")
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Keeps other builds of this folder waiting; what killed ones have left is taken away, and versions that nobody reads.
+
+    Raises:
+        UserError: where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "w")
+    except OSError as error:
+        raise UserError(f"index: {folder} cannot be written ({error.strerror}); set index to another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another build of {folder} is under way; this one waits for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob("*.partial/"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+        for old in folder.iterdir():
+            if old.name.isdecimal() and old.name != str(current(folder)):
+                _remove_unread(old)
+
+
+@contextmanager
+def next_version(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes the current version once all within has gone well; of one that fails nothing is left.
+
+    Raises:
+        UserError: for an error of the disk within.
+    """
+    version = 1 + max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
+    with made_whole(folder / str(version), RuntimeError, key="index") as aside:  # what LanceDB raises of a disk
+        aside.mkdir()
+        (aside / LOCK).touch()
+        yield aside
+    write_whole(folder / CURRENT, json.dumps({"version": version, "format": FORMAT}))
+
+
+def _remove_unread(version: Path) -> None:
+    with open(version / LOCK, "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # it is read; the next build asks again
+        aside = version.with_name(f"{version.name}.partial")
+        version.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def how_to_build() -> str:
+    """The command that makes the index, with the recipes of this one."""
+    words = [word for word in sys.argv[1:] if word.startswith("--config=")]
+    words += [f"--config {file}" for word, file in zip(sys.argv, sys.argv[1:]) if word == "--config"]
+    return " ".join(["python serve/index.py", *(words or ["--config RECIPE"])])

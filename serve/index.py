@@ -1,0 +1,45 @@
+"""Makes the index of a recipe's documents, or brings it up to date: what has not changed is not read again.
+
+    python serve/index.py --config recipes/shop_assistant.yaml
+    python serve/index.py --config recipes/shop_assistant.yaml --documents manuals/ "pages/*.html" catalogue.csv
+    python serve/index.py --config recipes/shop_assistant.yaml --retriever bm25        # by words alone, without an embedder
+
+The index is searched as it was until the new one is whole; a server that is running takes the new one with the next question.
+What was read, dropped and could not be read is said, and one JSON object is the last line of standard output.
+
+exit status: 0 the index is there, 2 something in the recipe, the documents or the disk is to be mended.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, ranks  # noqa: F401
+from carelm.data.sources import stay_offline
+from carelm.keys import RETRIEVAL_KEYS
+from carelm.next_steps import say_next, words_of
+from carelm.recipe_file import load_recipe
+from carelm.retrieval.embedder import check_installed
+
+
+def main() -> None:
+    recipe = load_recipe(sys.argv[1:], usage=__doc__, first=RETRIEVAL_KEYS)
+    check_installed("lancedb")
+    stay_offline(recipe)
+    from carelm import quiet
+
+    quiet.silence(has_gpu=False, is_first_rank=True)
+    from carelm.retrieval.update import update
+
+    report = update(recipe)
+    for sentence in report.sentences():
+        ranks.say(sentence)
+    ranks.print_result(dataclasses.asdict(report))
+    if recipe.gold_passages:
+        say_next(["eval/retrieval.py", *words_of(recipe, sys.argv[1:])])
+
+
+if __name__ == "__main__":
+    ranks.run_main(main, kept="the index before stays as it is")
