@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from carelm.data.sources import why_not_had
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.files import OWN_CACHE, OWN_EMBEDDER, cache, fingerprint, locate
 from carelm.ranks import say
 from carelm.recipe import Recipe
@@ -22,7 +22,6 @@ from carelm.recipe import Recipe
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-INSTALL = "pip install -e '.[retrieval]'"
 DECIDING = (".safetensors", ".json", ".txt", ".model")  # files that decide what a text becomes
 ABOUT = ("source.json", "data_config.json", "README.md")  # files that only tell about the model
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # nothing pickled
@@ -34,7 +33,7 @@ MANY = 500  # texts that are worth a progress bar
 def check_installed(*packages: str) -> None:
     """Raises UserError where one of these is not installed."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise UserError(f"{' and '.join(missing)} not installed: {INSTALL}")
+        raise UserError(f"{' and '.join(missing)} not installed: pip install -e '.[retrieval]'")
 
 
 def find_embedder(recipe: Recipe) -> "Embedder | None":
@@ -123,7 +122,7 @@ class Embedder:
                 model_kwargs={"dtype": DTYPES[self.precision], "use_safetensors": True},
             )
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"embedder: {self.folder} cannot be loaded ({error})".splitlines()[0]) from None
+            raise UserError(f"embedder: {self.folder} cannot be loaded ({first_line(error)})") from None
         return model.eval()
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.files import read_json
 from carelm.recipe import Recipe
 from carelm.retrieval.embedder import Embedder, check_installed
@@ -53,7 +53,7 @@ class Index:
         except (RuntimeError, OSError, ValueError) as error:
             self.close()
             raise UserError(
-                f"index: {self.version} is damaged ({error}); make it: {how_to_build()}".splitlines()[0]
+                f"index: {self.version} is damaged ({first_line(error)}); make it: {how_to_build()}"
             ) from None
 
     def close(self) -> None:

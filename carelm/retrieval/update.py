@@ -17,9 +17,10 @@ from carelm.errors import UserError
 from carelm.files import code_fingerprint, fingerprint, write_whole
 from carelm.ranks import say
 from carelm.recipe import Recipe
+from carelm.retrieval.documents import doubles, find
 from carelm.retrieval.embedder import Embedder, check_installed, find_embedder
 from carelm.retrieval.index import ALWAYS_FILTERED, COLUMNS, FLAT, MANIFEST, TABLE, Index, index_folder, to_passage
-from carelm.retrieval.passages import Passage
+from carelm.retrieval.passages import Passage, format_report, passages_of
 from carelm.retrieval.versions import building, current, next_version
 
 PASSAGE_KEYS = ("chunk_tokens", "passage_template", "product_column", "title_column")
@@ -75,9 +76,6 @@ def update(recipe: Recipe) -> Report:
     Raises:
         UserError: where there is no document, or no passage in any, and where the disk does not take the index.
     """
-    from carelm.retrieval.documents import find
-    from carelm.retrieval.passages import passages_of
-
     tokenizer = make_chat(recipe).tokenizer
     found = find(recipe.documents)
     if found.unused:
