@@ -34,9 +34,8 @@ def main() -> None:
     from carelm.retrieval.update import update
 
     report = update(recipe)
-    for sentence in report.sentences():
-        ranks.say(sentence)
-    ranks.print_result(dataclasses.asdict(report))
+    print(report.lines(), file=sys.stderr)
+    ranks.print_result({**dataclasses.asdict(report), "files": len(report.files), "unused": len(report.unused)})
     if recipe.gold_passages:
         say_next(["eval/retrieval.py", *words_of(recipe, sys.argv[1:])])
 

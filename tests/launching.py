@@ -65,15 +65,23 @@ def torchrun(number: int, *keys, script="train/sft.py", **extra):
 
 
 # A new process each time, but a copy of one that has the libraries loaded already: half of a short run is imports.
-_copies = multiprocessing.get_context("forkserver")
-_copies.set_forkserver_preload(["carelm.training.trainer", "carelm.evaluation.answers", "carelm.models.merge"])
+copies = multiprocessing.get_context("forkserver")
+copies.set_forkserver_preload(
+    [
+        "carelm.training.trainer",
+        "carelm.evaluation.answers",
+        "carelm.models.merge",
+        "carelm.retrieval.update",
+        "lancedb",
+    ]
+)
 
 
 def script(*keys, file="train/sft.py", check=False, **extra) -> subprocess.CompletedProcess:
     """A launched file as `python FILE` starts it: one process, no launcher; `extra` are environment variables."""
     words = [str(file), *map(str, keys)]
     with tempfile.TemporaryDirectory() as folder:
-        process = _copies.Process(target=_run_script, args=(words, environment(**extra), folder))
+        process = copies.Process(target=_run_script, args=(words, environment(**extra), folder))
         process.start()
         process.join(300)
         if process.is_alive():

@@ -108,9 +108,11 @@ class Embedder:
         check_installed("sentence_transformers")
         import torch
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
 
         from carelm.models.precision import DTYPES, choose_precision
 
+        disable_progress_bar()  # of its weights, which take a moment
         has_gpu = torch.cuda.is_available()
         self.precision = self.precision or choose_precision("auto", training=False).name
         try:

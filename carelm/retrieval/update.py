@@ -17,6 +17,7 @@ from carelm.errors import UserError
 from carelm.files import code_fingerprint, fingerprint, write_whole
 from carelm.ranks import say
 from carelm.recipe import Recipe
+from carelm.retrieval.content import FileReport
 from carelm.retrieval.documents import doubles, find
 from carelm.retrieval.embedder import Embedder, check_installed, find_embedder
 from carelm.retrieval.index import ALWAYS_FILTERED, COLUMNS, FLAT, MANIFEST, TABLE, Index, index_folder, to_passage
@@ -51,6 +52,7 @@ class Report:
     Attributes:
         changed: whether there is a new version.
         files: what became of each file, by name.
+        unused: what lies among the documents and is of no kind that is read.
         read, removed: names of those that were read, and of those that are gone.
         embedded: passages whose vectors were made anew.
         too_long: of those the ones that the embedder does not read to their end.
@@ -61,6 +63,7 @@ class Report:
     changed: bool = False
     passages: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
     read: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     embedder: str | None = None
@@ -68,6 +71,17 @@ class Report:
     too_long: int = 0
     seconds: float = 0.0
     bytes: int = 0
+
+    def lines(self) -> str:
+        """For people: what became of each file, and the sum of it."""
+        table = format_report({name: FileReport(**report) for name, report in self.files.items()}, self.unused)
+        gone = "".join(f"\ngone: {name}" for name in self.removed)
+        done = f"{len(self.read)} of {len(self.files)} files read, {self.embedded} passages embedded"
+        what = f"version {self.version}: {done}, in {self.seconds:.1f} s" if self.changed else "nothing has changed"
+        long = f"\n{self.too_long} of the embedded passages are longer than the embedder reads" if self.too_long else ""
+        return (
+            f"{table}{gone}{long}\nindex: {self.index}, {self.passages} passages, {self.bytes / 2**20:.1f} MB; {what}"
+        )
 
 
 def update(recipe: Recipe) -> Report:
@@ -78,11 +92,9 @@ def update(recipe: Recipe) -> Report:
     """
     tokenizer = make_chat(recipe).tokenizer
     found = find(recipe.documents)
-    if found.unused:
-        say(f"documents: {len(found.unused)} files are of no kind that is read: {', '.join(found.unused[:5])}")
 
     def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def read(name: str) -> tuple[list[Passage], dict[str, Any]]:
         passages, report = passages_of(found.files[name], name, recipe, count)
@@ -94,7 +106,9 @@ def update(recipe: Recipe) -> Report:
         "code": code_fingerprint("carelm/retrieval"),
     }
     content = Content({name: [path] for name, path in found.files.items()}, read, settings, recipe.filter_columns)
-    return build(index_folder(recipe), content, find_embedder(recipe))
+    report = build(index_folder(recipe), content, find_embedder(recipe))
+    report.unused = found.unused
+    return report
 
 
 def build(folder: Path, content: Content, embedder: Embedder | None) -> Report:
@@ -120,32 +134,34 @@ def build(folder: Path, content: Content, embedder: Embedder | None) -> Report:
             for number, name in enumerate(manifest["filters"])
         }
         kept, passages = set(), []
-        for name, paths in content.files.items():
-            earlier = before["files"].get(name) if same_settings else None
-            state = _look(paths, earlier)
-            if earlier and state["sha256"] == earlier["sha256"]:
+        earlier = before["files"] if same_settings else {}
+        files = manifest["files"] = {name: _look(paths, earlier.get(name)) for name, paths in content.files.items()}
+        double_of = doubles({name: file["sha256"] for name, file in files.items()})
+        for name, file in files.items():
+            file["double_of"] = double_of.get(name)
+            if {**file, "report": None} == {**earlier.get(name, {}), "seen": file["seen"], "report": None}:
                 kept.add(name)
-                state["report"] = earlier["report"]
+                file["report"] = earlier[name]["report"]
+            elif file["double_of"]:
+                file["report"] = {"unreadable": f"has the same content as {file['double_of']}"}
+                report.read.append(name)
             else:
-                found, state["report"] = content.read(name)
+                found, file["report"] = content.read(name)
                 passages += [(name, passage) for passage in found]
                 report.read.append(name)
-            manifest["files"][name] = state
-        report.removed = sorted(before["files"].keys() - manifest["files"].keys())
+        report.removed = sorted(before["files"].keys() - files.keys())
         same_embedder = _fingerprint(before) == _fingerprint(manifest)
         is_same = (
             old and not (report.read or report.removed) and same_embedder and before["filters"] == manifest["filters"]
         )
         if is_same:
-            if manifest["files"] != before["files"]:  # looked at again, and the same
-                write_whole(old.version / MANIFEST, json.dumps(before | {"files": manifest["files"]}))
+            if files != before["files"]:  # looked at again, and the same
+                write_whole(old.version / MANIFEST, json.dumps(before | {"files": files}))
         else:
             rows = old.table.to_arrow() if old else None
             passages = [*_kept_passages(rows, kept), *passages] if rows else passages
             if not passages:
-                raise UserError(
-                    f"documents: none of {len(content.files)} files has a passage{_why_none(manifest['files'])}"
-                )
+                raise UserError(f"documents: none of {len(content.files)} files has a passage{_why_none(files)}")
             vectors = None
             if embedder:
                 vectors, report.embedded, report.too_long = _vectors(

@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import copies, script
 from small_index import SENTENCES, build_small, make_embedder
 
 from carelm.errors import UserError
+from carelm.recipe_file import load_recipe
 from carelm.retrieval.index import Index
+from carelm.retrieval.update import update
 from carelm.retrieval.versions import building
-
-_copies = multiprocessing.get_context("forkserver")
-_copies.set_forkserver_preload(["carelm.retrieval.update", "lancedb", "pyarrow"])
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def _build_in_process(folder: Path, documents: Path, largest_file: int, sign: Pa
 
 
 def _start(folder: Path, documents: Path, sign: Path, largest_file: int = 2**40) -> multiprocessing.Process:
-    process = _copies.Process(target=_build_in_process, args=(folder, documents, largest_file, sign))
+    process = copies.Process(target=_build_in_process, args=(folder, documents, largest_file, sign))
     process.start()
     while not sign.exists():
         time.sleep(0.001)
@@ -187,3 +187,19 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_one_before(documen
     said = (tmp_path / "began.err").read_text()
     assert said.startswith("index: ") and "nothing of it is left (" in said and "\n" not in said
     assert texts(tmp_path / "index") == sorted(SENTENCES) and not [*(tmp_path / "index").glob("*.partial/")]
+
+
+# The launched file
+
+
+def test_a_recipes_documents_become_an_index_and_what_is_twice_there_is_read_once(documents, tmp_path):
+    (documents / "c.txt").write_text((documents / "a.txt").read_text())
+    (documents / "picture.png").write_bytes(b"\x89PNG")
+    keys = ["--documents", documents, "--index", tmp_path / "index", "--retriever", "bm25"]
+    done = script(*keys, file="serve/index.py", check=True)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["changed"], report["files"], report["passages"], report["unused"]) == (True, 3, 2, 1)
+    assert "not read: c.txt has the same content as a.txt" in done.stderr and "not used: picture.png" in done.stderr
+    (documents / "a.txt").unlink()
+    again = update(load_recipe([*map(str, keys)], usage=""))
+    assert (again.read, again.removed, again.passages) == (["c.txt"], ["a.txt"], 2) and "gone: a.txt" in again.lines()
