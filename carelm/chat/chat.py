@@ -15,6 +15,7 @@ import numpy as np
 from carelm.chat.habits import find_habits
 from carelm.chat.mask import Layout, Rendered, mask
 from carelm.chat.presence import Presence
+from carelm.chat.spoken import Spoken
 from carelm.chat.template import write
 from carelm.chat.tokenizer import load_tokenizer
 from carelm.chat.tokens import CLOSE, OPEN, Encoder, unmark
@@ -141,42 +142,12 @@ class Chat:
         return rendered.input_ids[rendered.trained].tolist()
 
     def spoken(self, ids: list[int]) -> str:
-        """The text of an answer's ids without special tokens and without what the template puts around an answer's text: a
-        header, a channel, thoughts, a tag. A model that does not write those is read just the same."""
-        return self._without_lead(ids).strip().removesuffix(self._habits.trailer).strip()
+        """What an answer of these ids says."""
+        return Spoken(self._encoder, self._habits, ids).whole
 
-    def spoken_so_far(self, ids: list[int]) -> str:
-        """What `spoken` says of the first ids of an answer, less what the ids to come may change: a character whose bytes are
-        not all there, the beginning of what the template puts around an answer's text. Thoughts are shown until they end."""
-        text = self._without_lead(ids).strip().rstrip("\ufffd")
-        for closing in self._habits.closings:
-            lead = self._encoder.decode(self._encoder.encode(closing), skip_special_tokens=True).strip()
-            if lead.startswith(text):
-                return ""
-        trailer = self._habits.trailer
-        held = next((n for n in range(len(trailer), 0, -1) if text.endswith(trailer[:n])), 0)
-        return text[: len(text) - held].rstrip()
-
-    def is_thinking(self, ids: list[int]) -> bool:
-        """Whether the first ids of an answer may be reasoning alone, which `spoken` leaves out once it has ended."""
-        if not self._habits.thought:
-            return False
-        (opening, closing), whole = self._habits.thought, self._encoder.decode(ids).lstrip()
-        return closing not in whole and (whole.startswith(opening) or opening.startswith(whole))
-
-    def _without_lead(self, ids: list[int]) -> str:
-        whole = self._encoder.decode(ids) if self._habits.closings else ""
-        for closing in self._habits.closings:
-            if closing in whole if closing != self._habits.header else whole.lstrip().startswith(closing):
-                without, within = 0, len(ids)  # so many ids do not hold all of it, so many do
-                while within - without > 1:
-                    middle = (without + within) // 2
-                    without, within = (
-                        (without, middle) if closing in self._encoder.decode(ids[:middle]) else (middle, within)
-                    )
-                rest = self._encoder.decode(ids[:within]).partition(closing)[2]
-                return rest + self._encoder.decode(ids[within:], skip_special_tokens=True)
-        return self._encoder.decode(ids, skip_special_tokens=True)
+    def listen(self) -> Spoken:
+        """What an answer says whose ids come one by one."""
+        return Spoken(self._encoder, self._habits)
 
     # Examples
 

@@ -47,12 +47,13 @@ def stream(
     Raises:
         UserError: where the memory does not hold it.
     """
-    stops, tokens, shown = stop_ids(model), [], ""
+    stops, tokens, spoken, shown = stop_ids(model), [], chat.listen(), ""
 
     def took(token: int) -> None:
         nonlocal shown
         tokens.append(token)
-        if token not in stops and (text := chat.spoken_so_far(tokens)) != shown:
+        spoken.add(token)
+        if token not in stops and (text := spoken.so_far) != shown:
             shown = text
             show(text)
 

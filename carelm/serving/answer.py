@@ -20,18 +20,20 @@ class Answer:
     def __init__(self, chat: Chat, ends: set[int], stops: list[str]):
         self.chat, self.ends, self.stops = chat, ends, stops
         self.tokens: list[int] = []
+        self._spoken = chat.listen()
         self.text = ""
         self.finish_reason = "length"
 
     def add(self, token: int) -> str:
         """The text that has come with this token. What may be the beginning of a stop text is held back."""
         self.tokens.append(token)
+        self._spoken.add(token)
         if token in self.ends:
             self.finish_reason = "stop"
             return ""
-        if self.chat.is_thinking(self.tokens):
+        if self._spoken.is_thinking:
             return ""
-        text = self._cut(self.chat.spoken_so_far(self.tokens))
+        text = self._cut(self._spoken.so_far)
         if self.finish_reason == "length":
             held = (
                 n for stop in self.stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])

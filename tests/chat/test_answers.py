@@ -58,12 +58,22 @@ def test_a_model_that_says_what_it_was_trained_on_says_the_reference(chat, name,
     assert own.spoken(ids) == own.spoken(ids[:-1]) == reference == content
 
 
+def shown_of(own, ids):
+    """What is shown of an answer after each id of it."""
+    spoken = own.listen()
+    shown = [spoken.so_far]
+    for token in ids:
+        spoken.add(token)
+        shown.append(spoken.so_far)
+    return shown
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("content", ANSWERS)
 def test_what_is_shown_of_an_answer_while_it_comes_stays_as_it_is(chat, name, content):
     own = chat(name)
     ids, reference = trained_ids(own, {"role": "assistant", "content": content})
-    shown = [own.spoken_so_far(ids[:n]) for n in range(len(ids) + 1)]
+    shown = shown_of(own, ids)
     assert all(after.startswith(before) for before, after in zip(shown, shown[1:]))
     assert not any("\ufffd" in text for text in shown)
     assert reference.startswith(shown[-1]) and len(set(shown)) > 4
@@ -72,7 +82,7 @@ def test_what_is_shown_of_an_answer_while_it_comes_stays_as_it_is(chat, name, co
 def test_thoughts_are_shown_until_the_answer_takes_their_place(chat):
     own = chat("opened thought")
     ids, _ = trained_ids(own, {"role": "assistant", "content": "At nine.", "reasoning_content": "They ask when."})
-    shown = [own.spoken_so_far(ids[:n]) for n in range(len(ids) + 1)]
+    shown = shown_of(own, ids)
     assert "They ask when." in shown and shown[-1] == "At nine."
 
 
