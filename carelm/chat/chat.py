@@ -113,16 +113,25 @@ class Chat:
         """
         text = self._write(messages, tools, True)
         self._presence.check(unmark(text), messages, tools, for_answer=True, thoughts=set())
-        if len(ids := self._encoder.encode(text)) <= limit:
+        if ids := self._ids_within(text, limit):
             return Prompt(ids, messages, None)
-        rest = fewest_dropped(messages, lambda m: len(self.prompt_ids(m, tools=tools)) <= limit)
-        if len(rest) < len(messages) and len(ids := self.prompt_ids(rest, tools=tools)) <= limit:
+
+        def ids_of(some: list[dict[str, Any]]) -> list[int] | None:
+            return self._ids_within(self._write(some, tools, True), limit)
+
+        rest = fewest_dropped(messages, ids_of)
+        if len(rest) < len(messages) and (ids := ids_of(rest)):
             return Prompt(ids, rest, "old turns dropped")
         messages = rest
-        shorter = cut_longest(messages, lambda m: len(self.prompt_ids(m, tools=tools)), limit)
+        shorter = cut_longest(messages, ids_of, limit)
         if shorter is None:
             raise UserError(f"max_length: {limit} tokens do not even hold the chat template of a prompt; raise it")
         return Prompt(self.prompt_ids(shorter, tools=tools), shorter, "prompt cut")
+
+    def _ids_within(self, text: str, limit: int) -> list[int] | None:
+        """The ids of a text; None where they are more than the limit. A text far too long is not even encoded."""
+        ids = self._encoder.encode(text) if self._encoder.may_fit(text, limit) else None
+        return ids if ids and len(ids) <= limit else None
 
     def answer_text(
         self, messages: list[dict[str, Any]], answer: dict[str, Any], *, tools: list[dict] | None = None
@@ -288,7 +297,7 @@ class Chat:
         rendered = self._render_one(example)
         answer_length = int(rendered.trained.sum())
         room = max(self.max_length - answer_length, self.max_length // 2)
-        prompt = cut_longest(example.prompt, lambda m: len(self.prompt_ids(m, tools=example.tools)), room)
+        prompt = cut_longest(example.prompt, lambda m: len(self.prompt_ids(m, tools=example.tools)) <= room, room)
         if prompt is None:
             counts["too long"] += 1
             return None

@@ -1,9 +1,10 @@
 """Text -> token ids, and where in them a part of the text begins and ends."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from carelm.errors import UserError
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 # Around a special token that stands in a row's own text, from there to the ids: two that Unicode keeps out of all text.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
+# A normalizer that writes blanks in another way, and nothing else: one sign for one, and one more in front.
+BLANK = r'Prepend\(prepend="▁"\)|Replace\(pattern=String\(" "\), content="▁"\)'
+BLANKS_ALONE = re.compile(rf"None|{BLANK}|Sequence\(normalizers=\[({BLANK})(, ({BLANK}))*\]\)")
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,39 @@ class Encoder:
             UserError: where a special token in the row's own text cannot be written as text.
         """
         return self._encode_marked(text) if OPEN in text else self._call([text])["input_ids"][0]
+
+    def may_fit(self, text: str, limit: int) -> bool:
+        """Whether a text may come to at most so many ids, told by its length; where that does not tell it, it may."""
+        longest, lost = self._longest
+        return len(text) <= limit * longest or len(unmark(text)) - sum(map(text.count, lost)) <= limit * longest
+
+    @cached_property
+    def _longest(self) -> tuple[float, list[str]]:
+        """Characters that one id stands for at most, and those that no id stands for. Infinity where it is not known what a
+        tokenizer leaves out: this tells those whose vocabulary writes all bytes and whose normalizer shortens nothing."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        strips = any(token.lstrip or token.rstrip for token in self.tokenizer.added_tokens_decoder.values())
+        if backend is None or strips or "Removed" in repr(backend.pre_tokenizer):
+            return math.inf, []
+        vocabulary, normalizer = self.tokenizer.get_vocab(), repr(backend.normalizer)
+        if getattr(backend.model, "byte_fallback", False):
+            names, most = (
+                {byte: f"<0x{byte:02X}>" for byte in range(256)},
+                1 if BLANKS_ALONE.fullmatch(normalizer) else math.inf,
+            )
+        elif "ByteLevel" in repr(backend.pre_tokenizer):
+            from transformers.convert_slow_tokenizer import bytes_to_unicode  # torch, which others need anyway
+
+            names, most = (
+                bytes_to_unicode(),
+                {"None": 1, "NFC()": 4}.get(normalizer, math.inf),
+            )  # NFC makes one of four at most
+        else:
+            return math.inf, []
+        missing = {byte for byte, name in names.items() if name not in vocabulary}
+        if missing.intersection(range(0x80, 0xC0)):  # bytes that every character beyond ASCII has
+            most = math.inf
+        return most * max(map(len, vocabulary)), [chr(byte) for byte in missing if byte < 0x80]
 
     def encode_all(self, texts: list[str]) -> list[Encoded]:
         """The ids of whole texts, with the places of special tokens in those where the tokenizer tells them."""

@@ -12,7 +12,7 @@ def without_oldest_turns(messages: Messages) -> Messages | None:
     return messages[: users[0]] + messages[users[1] :] if len(users) > 1 else None
 
 
-def fewest_dropped(messages: Messages, fits: Callable[[Messages], bool]) -> Messages:
+def fewest_dropped(messages: Messages, fits: Callable[[Messages], Any]) -> Messages:
     """The messages less as few of the oldest turns as will fit; with the last turn alone where not even that does.
 
     What fits still does with fewer turns, so that few of them are tried however many there are.
@@ -34,8 +34,8 @@ def _from(messages: Messages, turn: int) -> Messages:
     return messages[:first] + messages[turn:]
 
 
-def cut_longest(messages: Messages, length: Callable[[Messages], int], limit: int) -> Messages | None:
-    """The messages with as much of the longest one as `length` finds to be at most `limit`; None where none does."""
+def cut_longest(messages: Messages, fits_window: Callable[[Messages], Any], limit: int) -> Messages | None:
+    """The messages with as much of the longest one as fits the window of `limit` tokens; None where none does."""
     messages = [dict(m) for m in messages]
     longest = max(messages, key=lambda m: len(m["content"] or ""))
     text = longest["content"] or ""
@@ -43,7 +43,7 @@ def cut_longest(messages: Messages, length: Callable[[Messages], int], limit: in
     while too_many - fits > 1:
         keep = min((fits + too_many) // 2, 2 * max(fits, limit))  # so that a text far too long is not read many times
         longest["content"] = text[:keep]
-        if length(messages) <= limit:
+        if fits_window(messages):
             fits = keep
         else:
             too_many = keep

@@ -2,6 +2,7 @@
 
 import pytest
 
+from carelm.chat.chat import Chat
 from carelm.chat.window import cut_longest, fewest_dropped, without_oldest_turns
 
 TURNS = [{"role": "system", "content": "s" * 5}]
@@ -29,10 +30,34 @@ def test_of_the_longest_text_as_much_stays_as_fits(limit, kept):
     messages = [{"role": "system", "content": "x" * 11}, {"role": "user", "content": "y" * 20_000}]
     tried = []
 
-    def measured(some) -> int:
+    def measured(some) -> bool:
         tried.append(len(some[1]["content"]))
-        return length(some)
+        return length(some) <= limit
 
     found = cut_longest(messages, measured, limit)
     assert found is None if kept is None else [len(m["content"]) for m in found] == [11, kept]
     assert max(tried) <= 2 * 5000 and len(messages[1]["content"]) == 20_000  # a text far too long is never read whole
+
+
+def test_a_text_far_too_long_is_cut_as_one_that_is_encoded_whole(tokenizer, monkeypatch):
+    chat = Chat(tokenizer, max_length=4096)
+    long, lost = "Where is my order 4711? 🙂 " * 3000, "\x04" * 50_000
+    turn, answer = {"role": "user", "content": "And then?"}, {"role": "assistant", "content": "Soon. " * 40}
+    conversations = [
+        [{"role": "user", "content": long}],
+        [{"role": "user", "content": f"When{lost}?"}],
+        [turn, answer] * 300 + [turn],
+        [{"role": "user", "content": long}, answer, turn],
+        [{"role": "user", "content": long}, answer, {"role": "user", "content": long}],
+    ]
+    encoded, encode = [], type(chat._encoder).encode
+    monkeypatch.setattr(
+        type(chat._encoder),
+        "encode",
+        lambda self, text: encoded.append(len(text.replace("\x04", ""))) or encode(self, text),
+    )
+    found = [chat.fit_prompt(messages, 64) for messages in conversations]
+    assert 1000 < max(encoded) < 10_000
+    monkeypatch.setattr(type(chat._encoder), "may_fit", lambda *_: True)
+    assert found == [chat.fit_prompt(messages, 64) for messages in conversations]
+    assert [prompt.change for prompt in found[2:]] == ["old turns dropped", "old turns dropped", "prompt cut"]
