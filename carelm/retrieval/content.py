@@ -61,14 +61,14 @@ class FileReport:
             self.dropped[what] = self.dropped.get(what, 0) + number
 
 
-def clean(text: str, indented: bool = False) -> str:
-    """The text without what nobody sees; line ends as \\n, blanks of all kinds as one, no blanks at a line's end nor, unless
-    `indented`, at its beginning, one blank line at most in a row."""
+def clean(text: str, as_laid_out: bool = False) -> str:
+    """The text without what nobody sees: line ends as \\n, at most one blank line in a row, no blanks at a line's end. Several
+    blanks are one, and none begins a line, unless the text is to stay `as_laid_out`."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a pair alone
     text = _UNSEEN.sub("", re.sub(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n", text)).translate(_LIGATURES)
-    text = re.sub(r"(?<=\S)[^\S\n]+" if indented else r"[^\S\n]+", " ", text)
-    text = re.sub(r" +(?=\n)" if indented else r" ?\n ?", "" if indented else "\n", text)
-    return re.sub(r"\n\s*\n(?=[^\S\n]*\S)", "\n\n", text).strip("\n" if indented else None).rstrip()
+    text = re.sub(r"[^\S\n]" if as_laid_out else r"[^\S\n]+", " ", text)
+    text = re.sub(r" +(?=\n)" if as_laid_out else r" ?\n ?", "" if as_laid_out else "\n", text)
+    return re.sub(r"\n\s*\n(?=[^\S\n]*\S)", "\n\n", text).strip("\n" if as_laid_out else None).rstrip()
 
 
 def one_line(text: str | None, longest: int = LONGEST_TITLE) -> str | None:
@@ -95,7 +95,8 @@ def sections_of(
     stretches: list[tuple[Headings, str, int | None]], title: str | None, report: FileReport
 ) -> list[Section]:
     """Sections of texts with the headings that hold for them and their pages, without tables of contents, which are counted,
-    and without the title among the headings. A heading with nothing below it is text."""
+    and without the title among the headings. A heading with nothing below it is text, unless the title
+    has it."""
     sections = []
     for i, (headings, text, page) in enumerate(stretches):
         lines = text.split("\n")
@@ -104,7 +105,8 @@ def sections_of(
         report.drop("contents line", len(gone))
         text = "\n".join(line for at, line in enumerate(lines) if at not in gone).strip("\n")
         following = stretches[i + 1][0] if i + 1 < len(stretches) else []
-        if not text.strip() and not gone and headings and following[: len(headings)] != headings:
+        is_leaf = not text.strip() and not gone and headings and following[: len(headings)] != headings
+        if is_leaf and headings[-1][1] not in (title or ""):
             headings, text = headings[:-1], headings[-1][1]
         if text.strip():
             path = " > ".join(words for _, words in headings if words != title)

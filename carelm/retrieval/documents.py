@@ -14,7 +14,7 @@ from carelm.data.readers import DATA_SUFFIXES, data_suffix
 from carelm.errors import UserError
 from carelm.files import locate, near
 from carelm.recipe import Recipe
-from carelm.retrieval.content import INSTALL, Document, FileReport, Unreadable, clean, one_line
+from carelm.retrieval.content import INSTALL, Document, FileReport, Unreadable, one_line
 from carelm.retrieval.docx import read_docx
 from carelm.retrieval.html import looks_like_html, read_html
 from carelm.retrieval.markdown import read_markdown, read_text
@@ -216,4 +216,4 @@ def _read(path: Path, head: bytes, raw: bytes, report: FileReport) -> Document:
         ) from None
     report.notes += [f"is read as {called}"] if called else []
     text = raw.decode(encoding)
-    return read_markdown(text, report) if suffix in MARKDOWN else read_text(clean(text, indented=True), report)
+    return read_markdown(text, report) if suffix in MARKDOWN else read_text(text, report)

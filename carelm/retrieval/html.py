@@ -100,7 +100,7 @@ class _Reading:
                 if element is not root:
                     self._write(element.tail)
         return [
-            (headings, re.sub(r"(?: \|)+$", "", clean("".join(parts), indented=True), flags=re.M), None)
+            (headings, re.sub(r"(?: \|)+$", "", clean("".join(parts), as_laid_out=True), flags=re.M), None)
             for headings, parts in self._stretches
         ]
 

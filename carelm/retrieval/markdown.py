@@ -4,8 +4,21 @@ import re
 
 import yaml
 
-from carelm.retrieval.content import Document, FileReport, Headings, clean, one_line, only_top, sections_of, under
+from carelm.retrieval.content import (
+    LEADERS,
+    Document,
+    FileReport,
+    Headings,
+    clean,
+    one_line,
+    only_top,
+    sections_of,
+    under,
+)
 
+NARROWEST = 40  # characters that a line has at least for its end to be that of the page
+_POINT = re.compile(r"\s*(?:[-*+>•–]|\(?(?:\d{1,3}|[a-zA-Z])[.)])\s")
+_BREAK = "\ue000"  # the end of a line that is to stay: a sign of nobody's
 _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\n(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.S)
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#+)?[ \t]*")
@@ -21,8 +34,18 @@ _STRONG = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
 
 
 def read_text(text: str, report: FileReport) -> Document:
-    """Plain text, with what `clean` leaves of it."""
-    return Document("", sections_of([([], text, None)], None, report))
+    """Plain text. A line goes on in the next one where that one's first word would not have fit behind it."""
+    paragraphs = [_unwrapped(paragraph.split("\n")) for paragraph in clean(text, as_laid_out=True).split("\n\n")]
+    return Document("", sections_of([([], "\n\n".join(paragraphs), None)], None, report))
+
+
+def _unwrapped(lines: list[str]) -> str:
+    width = max(map(len, lines))
+    text = lines[0]
+    for above, line in zip(lines, lines[1:]):
+        goes_on = len(above) + 1 + len(line.split(maxsplit=1)[0]) > width >= NARROWEST and not _POINT.match(line)
+        text += f" {line.lstrip()}" if goes_on and not LEADERS.search(above) else f"\n{line}"
+    return text
 
 
 def read_markdown(text: str, report: FileReport) -> Document:
@@ -52,8 +75,8 @@ def _stretches(text: str) -> list[tuple[Headings, list[str]]]:
     words, fence = [], ""
 
     def close() -> None:
-        plain = _plain("\n".join(words)).split("\n") if words else []
-        stretches[-1][1].extend(plain)
+        if words:
+            stretches[-1][1].extend(("", _joined(_plain("\n".join(words))), ""))
         words.clear()
 
     def begin(level: int, heading: str) -> None:
@@ -64,13 +87,13 @@ def _stretches(text: str) -> list[tuple[Headings, list[str]]]:
     for line in text.split("\n"):
         marks = _FENCE.match(line)
         if fence:
-            stretches[-1][1].append(clean(line, indented=True))
+            stretches[-1][1].append(clean(line, as_laid_out=True))
             if marks and marks[1].startswith(fence) and not line.strip(" `~"):
                 fence = ""
         elif marks:
             close()
             fence = marks[1]
-            stretches[-1][1].append(clean(line, indented=True))
+            stretches[-1][1].append(clean(line, as_laid_out=True))
         elif heading := _HEADING.fullmatch(line):
             begin(len(heading[1]), heading[2] or "")
         elif (rule := _UNDERLINE.fullmatch(line)) and words and not _NO_PARAGRAPH.match(words[-1]):
@@ -81,13 +104,29 @@ def _stretches(text: str) -> list[tuple[Headings, list[str]]]:
     return stretches
 
 
+def _joined(text: str) -> str:
+    """With the lines of each paragraph and of each point of a list as one; those of code and of tables stay."""
+    paragraphs = []
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.split("\n")
+        is_code = lines[0].startswith(("    ", "\t")) and not _POINT.match(lines[0])
+        joined = lines[0]
+        for above, line in zip(lines, lines[1:]):
+            stays = is_code or _POINT.match(line) or " | " in line or " | " in above or above.endswith(_BREAK)
+            joined += f"\n{line}" if stays else f" {line.lstrip()}"
+        paragraphs.append(joined.replace(_BREAK, ""))
+    return "\n\n".join(paragraphs)
+
+
 def _plain(text: str) -> str:
     """A table's lines without what draws it, links as their words and addresses, pictures as their words, no comments."""
-    text = _COMMENT.sub("", text)
+    text = re.sub(r"(?<=\S)(?: {2,}|\\)(?=\n)", _BREAK, _COMMENT.sub("", text))
     text = _PICTURE.sub(r"\1", text)
     text = _LINK.sub(
         lambda link: link[1] if link[2].startswith("#") or link[2] in link[1] else f"{link[1]} ({link[2]})", text
     )
     text = _STRONG.sub(r"\2", _RULES.sub("", text))
-    text = re.sub(r"^[ \t]*\|(.*)\|[ \t]*$", lambda row: row[1].strip(), text, flags=re.M)
-    return clean(text, indented=True)
+    text = re.sub(
+        r"^[ \t]*\|(.*)\|[ \t]*$", lambda row: " | ".join(map(str.strip, row[1].split("|"))), text, flags=re.M
+    )
+    return clean(text, as_laid_out=True)

@@ -9,7 +9,7 @@ from carelm.data.templates import fill, template_columns
 from carelm.data.values import cell_text
 from carelm.errors import UserError
 from carelm.recipe import Recipe
-from carelm.retrieval.content import Document, FileReport, Section, Unreadable, clean, one_line
+from carelm.retrieval.content import Document, FileReport, Unreadable, clean, one_line, sections_of
 
 
 def read_table(path: Path, name: str, recipe: Recipe, report: FileReport) -> list[Document]:
@@ -24,10 +24,10 @@ def read_table(path: Path, name: str, recipe: Recipe, report: FileReport) -> lis
         report.notes += [f"is read as {read.taken_for}"] if read.taken_for else []
         there = {column for _, row in rows for column in row}
         _check_columns(recipe, there)
-        documents = [_document(recipe, source, row) for source, row in rows]
+        documents = [_document(recipe, source, row, report) for source, row in rows]
     except UserError as error:
         raise Unreadable(str(error).removeprefix("dataset_name: ").removeprefix(f"{path}").lstrip(": ")) from None
-    full = [document for document in documents if document.sections[0].text]
+    full = [document for document in documents if document.sections]
     report.drop("empty row", len(documents) - len(full))
     if not rows:
         raise Unreadable("has no rows")
@@ -44,7 +44,7 @@ def _check_columns(recipe: Recipe, there: set[str]) -> None:
             )
 
 
-def _document(recipe: Recipe, source: str, row: dict[str, Any]) -> Document:
+def _document(recipe: Recipe, source: str, row: dict[str, Any], report: FileReport) -> Document:
     values = {column: cell_text(row, column, source) or "" for column in row}
     if recipe.strip_html:
         values = {column: plain_text(value) for column, value in values.items()}
@@ -58,4 +58,5 @@ def _document(recipe: Recipe, source: str, row: dict[str, Any]) -> Document:
         text = "\n".join(f"{column}: {value}" for column, value in values.items() if value.strip())
     title, product = (one_line(values.get(column or "")) for column in (recipe.title_column, recipe.product_column))
     columns = {column: value for column, value in values.items() if value}
-    return Document(source, [Section(clean(text))], title, product, columns)
+    sections = sections_of([([], clean(text), None)], None, report)
+    return Document(source, sections, title, product, columns)

@@ -178,7 +178,7 @@ def test_markdown_has_its_headings_links_and_code_and_not_what_stands_in_front(t
         (None, "Points", "Every euro is a point."),
         (None, "Points > Using them", "points | worth\n100 | 5 euros"),
         (None, "Points > Using them > Code",
-         "```python\n# no heading\ndef worth(points):\n    return points / 20\n```\n    # indented\n---\nThe end."),
+         "```python\n# no heading\ndef worth(points):\n    return points / 20\n```\n\n    # indented\n---\nThe end."),
     ]  # fmt: skip
 
 
@@ -244,4 +244,5 @@ def test_ten_files_in_which_somebody_speaks_to_the_model_are_quoted_and_nothing_
     passages, _ = passages_of(put(tmp_path, "a.txt", attack), "a.txt", Recipe(), words)
     assert passages[0].text == attack
     passages, _ = passages_of(put(tmp_path, "a.md", f"# {attack.splitlines()[1]}\n{attack}"), "a.md", Recipe(), words)
-    assert passages[0].title == "<|im_start|>system" and passages[0].text == attack
+    assert passages[0].title == "<|im_start|>system"
+    assert passages[0].text == " ".join(attack.split("\n"))
