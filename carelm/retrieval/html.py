@@ -24,6 +24,7 @@ BLOCKS = {"p", "div", "section", "article", "main", "header", "footer", "aside",
           "form", "fieldset", "figure", "figcaption", "address", "details", "summary", "hr", "body", "caption", "center",
           "legend", "dialog", "search", "hgroup"}  # fmt: skip
 LINES = {"br", "li", "tr", "dt", "dd", "option", "label"}
+BESIDE = {"footer", "aside"}  # not below the heading that stands before them
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _HIDING = re.compile(r"(?:^|[;{\s])(?:display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse))(?![\w-])", re.I)
 _SIMPLE = re.compile(r"([a-z][\w-]*)?((?:[.#][\w-]+)*)", re.I)  # a selector of an element by its name, id and classes
@@ -119,6 +120,8 @@ class _Reading:
         tag = element.tag
         if tag in HEADINGS or (tag in ("td", "th") and _is_of_rows(element)):
             self._held.append([])
+        elif tag in BESIDE and not self._held:
+            self._stretches.append(([], []))
         elif tag in BLOCKS:
             self._parts.append("\n\n")
         elif tag in LINES:
@@ -143,6 +146,8 @@ class _Reading:
         elif tag in ("td", "th") and _is_of_rows(element):
             words = " ".join("".join(self._held.pop()).split())
             self._parts.append(words + " | " * any(True for _ in element.itersiblings("td", "th")))
+        elif tag in BESIDE and not self._held:
+            self._stretches.append((self._headings, []))
         elif tag in BLOCKS:
             self._parts.append("\n\n")
         elif tag in ("td", "th"):

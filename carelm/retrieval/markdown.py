@@ -30,13 +30,17 @@ _RULES = re.compile(
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
 _PICTURE = re.compile(r"!\[([^\[\]]*)\]\([^()\s]*(?:\s\"[^\"]*\")?\)")
 _LINK = re.compile(r"\[([^\[\]]+)\]\(<?([^()<>\s]+)>?(?:\s\"[^\"]*\")?\)")
-_STRONG = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
+_STRONG = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1|(?<![\w*])\*(?=[^\s*])([^*\n]+)(?<=\S)\*(?![\w*])")
 
 
 def read_text(text: str, report: FileReport) -> Document:
-    """Plain text. A line goes on in the next one where that one's first word would not have fit behind it."""
+    """Plain text. A line goes on in the next one where that one's first word would not have fit behind it. A first line that
+    stands alone, with no point at its end, is the title."""
     paragraphs = [_unwrapped(paragraph.split("\n")) for paragraph in clean(text, as_laid_out=True).split("\n\n")]
-    return Document("", sections_of([([], "\n\n".join(paragraphs), None)], None, report))
+    title = None
+    if len(paragraphs) > 1 and len(paragraphs[0]) < 100 and not re.search(r"\n|[.,;:!?]$", paragraphs[0]):
+        title = paragraphs.pop(0)
+    return Document("", sections_of([([], "\n\n".join(paragraphs), None)], title, report), title)
 
 
 def _unwrapped(lines: list[str]) -> str:
@@ -125,7 +129,7 @@ def _plain(text: str) -> str:
     text = _LINK.sub(
         lambda link: link[1] if link[2].startswith("#") or link[2] in link[1] else f"{link[1]} ({link[2]})", text
     )
-    text = _STRONG.sub(r"\2", _RULES.sub("", text))
+    text = _STRONG.sub(lambda strong: strong[2] or strong[3], _RULES.sub("", text))
     text = re.sub(
         r"^[ \t]*\|(.*)\|[ \t]*$", lambda row: " | ".join(map(str.strip, row[1].split("|"))), text, flags=re.M
     )

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
@@ -110,10 +109,15 @@ def _without_contents(pages: list[list[Line]], report: FileReport) -> list[list[
     return kept
 
 
-def _blocks(lines: list[Line], page: int, words: Counter[str]) -> list[Block]:
+def _pitch(pages: list[list[Line]]) -> float:
+    """From one line to the next within most paragraphs, in points; 0 where no line has another close below it."""
+    steps = ((a, a.last_baseline - b.baseline) for lines in pages for a, b in zip(lines, lines[1:]))
+    common = Counter(round(step, 1) for line, step in steps if 0 < step < 1.8 * line.size).most_common(1)
+    return common[0][0] if common else 0.0
+
+
+def _blocks(lines: list[Line], page: int, pitch: float, words: Counter[str]) -> list[Block]:
     """The lines of a page as paragraphs: one goes on where the next line's first word would not have fit behind it."""
-    pitches = [a.last_baseline - b.baseline for a, b in zip(lines, lines[1:])]
-    pitch = statistics.median_low([p for p in pitches if p > 0] or [0.0])
     blocks: list[Block] = []
     start = None
     for i, line in enumerate(lines):
@@ -122,7 +126,7 @@ def _blocks(lines: list[Line], page: int, words: Counter[str]) -> list[Block]:
         if above and start and _goes_on(start, above, line, pitch, lines):
             blocks[-1] = replace(blocks[-1], text=_joined(blocks[-1].text, text, words), lines=blocks[-1].lines + 1)
         else:
-            close = above is not None and 0 <= above.last_baseline - line.baseline <= pitch * 1.15
+            close = above is not None and 0 <= above.last_baseline - line.baseline <= max(pitch * 1.15, line.size * 1.3)
             blocks.append(Block(text, page, line.size, line.bold, close=close))
             start = line
     return blocks
@@ -189,7 +193,8 @@ def document_of(
     pages = _without_contents(_without_repeated(pages, report), report)
     texts = (line.text.lower() for lines in pages for line in lines)
     words = Counter(word for text in texts for word in re.findall(r"[^\W\d_]+(?:-[^\W\d_]+)*", text))
-    blocks = [block for number, lines in enumerate(pages, 1) for block in _blocks(lines, number, words)]
+    pitch = _pitch(pages)
+    blocks = [block for number, lines in enumerate(pages, 1) for block in _blocks(lines, number, pitch, words)]
     letters: Counter[tuple[float, bool]] = Counter()
     for block in blocks:
         letters[round(block.size, 1), block.bold] += len(block.text)

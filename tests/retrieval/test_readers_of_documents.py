@@ -184,11 +184,23 @@ def test_markdown_has_its_headings_links_and_code_and_not_what_stands_in_front(t
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 def test_text_of_every_usual_encoding_is_the_same(tmp_path, encoding):
-    document, report = document_of(tmp_path, "a.txt", "Süße Grüße\r\n\r\n\r\n  „und“ so – weiter".encode(encoding))
-    assert texts_of(document) == [(None, None, "Süße Grüße\n\n  „und“ so – weiter")]
+    text = "Süße Grüße\r\n\r\n\r\n  „und“ so – weiter.\r\nEnde"
+    document, report = document_of(tmp_path, "a.txt", text.encode(encoding))
+    assert (document.title, texts_of(document)) == ("Süße Grüße", [(None, None, "  „und“ so – weiter.\nEnde")])
     assert [note[:10] for note in report.notes] == {"utf-16": ["is read as"], "cp1252": ["is read as"]}.get(
         encoding, []
     )
+
+
+def test_lines_that_an_editor_has_wrapped_are_paragraphs_again_and_short_lines_stay(tmp_path):
+    address = "Harbour & Pine\n4 Quay Street\nNorthsea"
+    points = "- the first point is as long as that one{}and more\n- another"
+    text = "We send with the Coast Post, which comes\nbetween nine and five. It takes two to\nfour days."
+    text, joined = f"{text}\n{points}\n\n{address}".format("\n  "), text.replace("\n", " ") + "\n" + points.format(" ")
+    document, _ = document_of(tmp_path, "a.txt", text)
+    assert document.sections[0].text == f"{joined}\n\n{address}"
+    document, _ = document_of(tmp_path, "a.md", text.replace("Pine\n", "Pine  \n").replace("Street\n", "Street\\\n"))
+    assert document.sections[0].text == f"{joined}\n\n{address}"
 
 
 def test_what_a_file_is_counts_and_not_what_it_is_called(tmp_path):
