@@ -14,8 +14,10 @@ e   generation on TinyLlama's shape, by the evaluator's batcher and by transform
 f   the same greedy answers in other batches: how far scores differ where nothing does
 g   as c, in bf16
 h   LoRA of Llama-3-8B's shape on 16 bits, in bf16 without gradient checkpointing, beside TRL's own script
+s   serving: TinyLlama's shape for 1, 32 and 128 clients, and what is served beside what is evaluated, token for token
 
-c, d, g and h train with the logits of trained tokens in chunks (carelm/models/loss.py) and with those of whole rows beside it.
+c, d, g and h train with the logits of trained tokens in chunks (carelm/models/loss.py) and with those of whole rows beside it,
+and look into one step: its kernels, and the operations that the processor starts.
 Shapes have random weights, made on the GPU (benchmarks/random_base.py): 20 GB in memory (/dev/shm) or on disk. The JSON is
 written after every finding. What no longer fits into --budget is "not reached", what is under way at its end is "cut off",
 and the script ends in time. Llama shapes train at rows of exactly --max_length tokens with gradient checkpointing and sdpa
@@ -43,6 +45,7 @@ import psutil
 import torch
 from lab import WARM_UP_STEPS, Lab, OutOfTime, Run, RunFailed
 from launches import PROJECT, RESULTS, describe_machine, keys, say, threads
+from served import served
 
 from carelm.files import write_whole
 from carelm.models.memory import available_memory_bytes
@@ -133,7 +136,7 @@ def beside_trl(shape: str, precision: str | None = None, **options: Any) -> Call
 
     def cell(lab: Lab) -> Findings:
         runs = []
-        for name, who, whole_logits in (("chunks", "carelm", False), ("whole", "carelm", True), ("trl", "trl", False)):
+        for name, who, whole_logits in (("chunks", "carelm", False), ("trl", "trl", False), ("whole", "carelm", True)):
             chosen = precision or lab.fast_precision
             try:
                 name = f"{shape}-{options.get('bits', 4)}-{name}"
@@ -279,7 +282,7 @@ CELLS = {
     "a": Cell("the T4 rule", 25, t4_rule),
     "b": Cell("bf16 on three rungs, resumed", 50, rungs_and_resumes),
     "c": Cell("Llama-3-8B's shape in fp16, in 14.5 GiB", 150, in_14_gib("fp16")),
-    "d": Cell("TinyLlama's shape beside TRL", 90, beside_trl("tinyllama_1b", batch=8, micro=8)),
+    "d": Cell("TinyLlama's shape beside TRL", 90, beside_trl("tinyllama_1b", batch=8, micro=8, timed=24)),
     "e": Cell("the evaluator", 60, evaluator),
     "f": Cell("the noise floor of greedy answers", 35, noise_floor),
     "g": Cell("Llama-3-8B's shape in bf16, in 14.5 GiB", 120, in_14_gib("bf16")),
@@ -288,6 +291,7 @@ CELLS = {
         150,
         beside_trl("llama3_8b", "bf16", batch=8, micro=4, bits=16, checkpointing=False),
     ),
+    "s": Cell("serving", 90, served),
 }
 
 
@@ -377,7 +381,11 @@ def main() -> None:
         lab = Lab(Path(name), began + options.budget - MARGIN_S, options.self_test)
         for found in cells:
             fill(found, CELLS[found["cell"]], lab, write)
-            say(json.dumps({k: v for k, v in found.items() if k not in ("runs", "dtypes", "losses", "rungs")}))
+            say(
+                json.dumps(
+                    {k: v for k, v in found.items() if k not in ("runs", "dtypes", "losses", "rungs", "profile")}
+                )
+            )
     write()
     print(table(cells))
     if options.self_test and any(found["result"] != "works" for found in cells):

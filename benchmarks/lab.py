@@ -13,7 +13,7 @@ import torch
 import trl
 from launches import EVERY_ROW_TRAINS, ONE_PROCESS, PROJECT, accelerate, keys, run, say, threads, write_recipe
 from random_base import write_random_base
-from timed import read_times
+from timed import read_profile, read_times
 
 from carelm.models.flops import matmul_ceiling
 
@@ -50,6 +50,7 @@ class Run:
     steps: dict[int, dict[str, Any]]
     losses: dict[int, float]
     dtypes: dict[str, list[str]]
+    profile: dict[str, Any] | None
 
     @property
     def falls(self) -> bool:
@@ -113,6 +114,7 @@ class Lab:
         rung: str = "plain",
         memory_gib: float | None = None,
         stop_after: int | None = None,
+        profiled_step: int | None = None,
         whole_logits: bool = False,
     ) -> Run:
         """Trains through benchmarks/timed.py on one GPU, or in small on what a CPU has, and reads what that wrote down.
@@ -128,6 +130,7 @@ class Lab:
         driver = ["--times", aside / f"times-{time.monotonic_ns()}.jsonl"]
         driver += ["--memory_gib", memory_gib] if memory_gib and self.has_gpu else []
         driver += ["--stop_after", stop_after] if stop_after else []
+        driver += ["--profiled_step", profiled_step] if profiled_step else []
         driver += ["--whole_logits"] if whole_logits else []
         command = accelerate(
             ONE_PROCESS if rung == "plain" else on, TIMED, *driver, script, *words, num_processes=ranks
@@ -147,7 +150,9 @@ class Lab:
         first = min(steps)
         curve = f"loss {losses[first]:.3f} to {losses[max(losses)]:.3f}"
         say(f"{name}: {outcome.seconds:.0f} s, {len(steps)} steps, {curve}")
-        return Run(outcome.seconds, steps[first]["time"] - outcome.started, steps, losses, dtypes)
+        return Run(
+            outcome.seconds, steps[first]["time"] - outcome.started, steps, losses, dtypes, read_profile(driver[1])
+        )
 
     def demo(self, name: str, precision: str, *, steps: int, **options: Any) -> Run:
         """QLoRA on the embedded example and its base."""
@@ -176,16 +181,18 @@ class Lab:
         return 2 * len(source) / min(seconds)
 
     def shape(self, name: str, who: str, shape: str, precision: str, *, batch: int, micro: int, bits: int = 4,
-              checkpointing: bool = True, **options: Any) -> dict[str, Any]:  # fmt: skip
-        """LoRA of a shape on 4 or 16 bits by `who` (carelm or trl): settings, speed, memory, model FLOPs utilisation."""
+              checkpointing: bool = True, timed: int = 12, **options: Any) -> dict[str, Any]:  # fmt: skip
+        """LoRA of a shape on 4 or 16 bits by `who` (carelm or trl): settings, speed, memory, model FLOPs utilisation; after
+        the `timed` steps comes one whose time is looked into."""
         base, max_length = self.base(shape), 128 if self.small else 1024
-        steps = WARM_UP_STEPS + (4 if self.small else 12)
+        steps = WARM_UP_STEPS + (4 if self.small else timed)
         precision, rows = self.precision(precision), self.folder / name / "rows"
-        write_rows(rows, batch * steps, max_length)
-        words = shape_words(who, base, rows, steps, max_length, precision, batch, micro, bits, checkpointing)
+        write_rows(rows, batch * (steps + 1), max_length)
+        words = shape_words(who, base, rows, steps + 1, max_length, precision, batch, micro, bits, checkpointing)
         ceiling = self.ceiling(precision)
         self.free()
-        trained = self.launch(name, OURS if who == "carelm" else TRL_SFT, words, **options)
+        script = OURS if who == "carelm" else TRL_SFT
+        trained = self.launch(name, script, words, profiled_step=steps + 1, **options)
         last = trained.steps[steps]
         seconds = last["time"] - trained.steps[WARM_UP_STEPS]["time"]
         tokens_per_second = batch * max_length * (steps - WARM_UP_STEPS) / seconds
@@ -216,6 +223,7 @@ class Lab:
             "seconds_to_first_step": round(trained.seconds_to_first_step, 1),
             "losses": [trained.losses[step] for step in sorted(trained.losses)],
             "dtypes": trained.dtypes,
+            "profile": trained.profile,
         }
 
 

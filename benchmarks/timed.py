@@ -5,7 +5,8 @@
 
 The script is not changed: a callback is added to those that every Trainer has. Rank 0 writes JSON lines: one per step
 (`step`, `time`, `world_size`, `code`: where carelm came from, `peak_memory_bytes`), one per logged loss (`step`, `loss`),
-and a last one with the dtypes that were there at the end of training.
+one with where the time of a step went, if one is to be looked at, and a last one with the dtypes that were there at the end of
+training.
 """
 
 import argparse
@@ -27,15 +28,26 @@ class StepTimes(TrainerCallback):
 
     file: Path
     stop_after: int | None = None  # asks CareLM's run to stop after this step
+    profiled_step: int | None = None
+    profiler: torch.profiler.profile | None = None
 
     def write(self, state, line: dict[str, Any]) -> None:
         if state.is_world_process_zero:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.profiled_step:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.write(state, {"profile": where_the_time_goes(self.profiler)})
+            self.profiler = None
         line = {"step": state.global_step, "time": time.time(), "world_size": args.world_size}
         line["code"] = getattr(sys.modules.get("carelm"), "__file__", None)
         self.write(state, line | peak_memory())
@@ -48,6 +60,23 @@ class StepTimes(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.write(state, {"dtypes": dtypes(model, optimizer)})
+
+
+def where_the_time_goes(profiler: torch.profiler.profile, most: int = 25) -> dict[str, Any]:
+    """Milliseconds of one step's kernels and of the operations that the processor starts, the largest first."""
+    found: dict[str, list[tuple[float, int, str]]] = {"kernels": [], "operations": []}
+    for event in profiler.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            found["operations"].append((event.self_cpu_time_total / 1e3, event.count, event.key))
+        elif not event.is_user_annotation:
+            found["kernels"].append((event.self_device_time_total / 1e3, event.count, event.key))
+    said = {}
+    for kind, events in found.items():
+        said[kind] = {"number": sum(e[1] for e in events), "milliseconds": round(sum(e[0] for e in events), 2)}
+        said[kind]["largest"] = [
+            [round(ms, 3), number, name[:100]] for ms, number, name in sorted(events)[: -most - 1 : -1]
+        ]
+    return said
 
 
 def peak_memory() -> dict[str, int]:
@@ -80,6 +109,12 @@ def dtypes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     return {where: sorted(str(d).removeprefix("torch.") for d in kinds if d) for where, kinds in found.items()}
 
 
+def read_profile(path: Path) -> dict[str, Any] | None:
+    """What a file that this script wrote says of the profiled step."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return next((line["profile"] for line in lines if "profile" in line), None)
+
+
 def read_times(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, float], dict[str, list[str]]]:
     """(step -> line, step -> loss, dtypes) of a file that this script wrote; empty where there is none."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -95,6 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--stop_after", type=int, help="write a stop request into CareLM's output folder after this step"
     )
+    parser.add_argument("--profiled_step", type=int, help="look at where the time of this step goes")
     parser.add_argument(
         "--whole_logits", action="store_true", help="CareLM makes the logits of whole rows, as without models/loss.py"
     )
@@ -109,6 +145,7 @@ def main() -> None:
 
         loss._differ = lambda *_: True  # as where a model's loss is another than its head's
     StepTimes.file, StepTimes.stop_after = options.times, options.stop_after
+    StepTimes.profiled_step = options.profiled_step
     transformers.trainer.DEFAULT_CALLBACKS.append(StepTimes)
     sys.argv = [options.script, *options.arguments]
     runpy.run_path(options.script, run_name="__main__")
