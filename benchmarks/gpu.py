@@ -381,11 +381,7 @@ def main() -> None:
         lab = Lab(Path(name), began + options.budget - MARGIN_S, options.self_test)
         for found in cells:
             fill(found, CELLS[found["cell"]], lab, write)
-            say(
-                json.dumps(
-                    {k: v for k, v in found.items() if k not in ("runs", "dtypes", "losses", "rungs", "profile")}
-                )
-            )
+            say(json.dumps({k: v for k, v in found.items() if k not in ("runs", "dtypes", "losses", "rungs")}))
     write()
     print(table(cells))
     if options.self_test and any(found["result"] != "works" for found in cells):

@@ -7,8 +7,8 @@
 Each client streams one answer after another to test questions of the demo, greedily, by the merged model, which both servers
 take. What is counted is what a client sees: tokens (as the server counts them, else pieces of text), statuses other than 200,
 the time to the first piece and to the last. One client alone comes first. Memory is that of the server's processes, and what
-the GPU has in use, every second. The other server is transformers' own, with continuous batching in bounded blocks, where its extra (`serving`) is installed. Clients and server
-share the machine's cores. benchmarks/results/serving.json has all of it.
+the GPU has in use, every second. The other server is transformers' own, with continuous batching in bounded blocks, where its
+extra (`serving`) is installed. Clients and server share the machine's cores. benchmarks/results/serving.json has all of it.
 """
 
 import argparse

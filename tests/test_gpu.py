@@ -1,5 +1,7 @@
 """What only a CUDA device can show, with real launches; elsewhere everything here is skipped with the reason.
 
+    python -m pytest -o addopts= -n 6 -q tests/test_gpu.py -k "not 8b"     # six launches at a time
+
 The launches go through benchmarks/timed.py, which writes down from the outside each step's loss and memory, and at the
 end the dtype of every tensor that there is.
 """
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT / "benchmarks"))
+sys.path[:0] = [str(PROJECT / "benchmarks"), str(PROJECT / "tests/models")]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +62,25 @@ def assert_falling(losses: list[float], metrics: dict) -> None:
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_in_4_bits_has_the_gradients_of_the_weight_that_its_bits_stand_for(dtype):
+    from test_lora import assert_exact
+
+    if dtype == torch.bfloat16 and not has_bf16():
+        pytest.skip("needs a GPU of compute capability 8.0 or newer")
+    assert_exact(dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+def test_a_norm_as_one_operation_has_the_output_and_gradient_of_the_models_own(dtype, most):
+    from test_norms import assert_computes_as_its_own
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    if dtype == torch.bfloat16 and not has_bf16():
+        pytest.skip("needs a GPU of compute capability 8.0 or newer")
+    assert_computes_as_its_own((Qwen3ForCausalLM, Qwen3Config), 9, dtype, most, "cuda")
+
+
 def test_fp16_trains_as_on_a_t4_with_fp32_trainable_weights_and_no_bf16_tensor(tmp_path):
     losses, dtypes, metrics = launch(tmp_path, "gpu", "--precision", "fp16")
     assert metrics["precision"] == "fp16"
@@ -71,7 +92,8 @@ def test_fp16_trains_as_on_a_t4_with_fp32_trainable_weights_and_no_bf16_tensor(t
 
 
 def test_auto_precision_is_bf16_from_compute_capability_8_and_fp16_below(tmp_path):
-    _, _, metrics = launch(tmp_path, "gpu", "--precision", "auto")
+    losses, _, metrics = launch(tmp_path, "gpu", "--precision", "auto", "--gradient_checkpointing", "true")
+    assert_falling(losses, metrics)
     assert metrics["precision"] == ("bf16" if has_bf16() else "fp16")
 
 
