@@ -82,4 +82,9 @@ def _parse_texts(key: Key, texts: list[str]) -> Any:
         values = [yaml.load(text, Loader=Loader) for text in texts]
     except yaml.YAMLError:
         values = texts
+    if len(values) > 1 and not {"list", "dict"} & {kind.strip().split("[")[0] for kind in key.annotation.split("|")}:
+        raise UserError(
+            f"--{key.name}: it takes one value, and '{texts[1]}' follows {texts[0]}: write --config FILE for a recipe, --key "
+            "value for the rest"
+        )
     return values if len(values) > 1 else values[0]

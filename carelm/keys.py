@@ -195,7 +195,7 @@ def identity_of(key: str, values: dict[str, Any], default: Any = None) -> Any:
     if key == "predicted_columns":
         return sorted(value or ())
     if key == "also_train" and isinstance(value, dict):
-        return {_located(str(file)): rows for file, rows in value.items()}
+        return {"=".join(map(_located, str(file).split("=", 1))): rows for file, rows in value.items()}
     return _located(value) if key in PLACES and isinstance(value, str) else value
 
 

@@ -11,6 +11,7 @@ from carelm.files import OWN_CACHE, cache, locate
 
 ONCE = ("restart", "preview", "rate", "certify")  # meant for one start: on the command line alone
 CHATS = "chats"  # in the output folder: what was said in train/chat.py, where /save names no other place
+FEEDBACK = "feedback.jsonl"  # there too: what people thought of serve/run.py's answers
 PRECISION_NOTE = "precision.json"  # in the output folder: what `precision: auto` has measured on a CPU, and chosen
 
 
@@ -84,8 +85,8 @@ class Recipe:
     max_eval_samples: int | None = _key(None, "Use at most this many validation rows, and as many test rows.")
     also_train: dict[str, Any] | None = _key(
         None,
-        "Recipes whose rows are trained on too, with how many of them: {recipes/shop.yaml: 500}, or all; each is mapped by its "
-        "own data keys, validation and test stay this recipe's.",
+        "Recipes (or RECIPE=DATA) whose rows are trained on too, with how many of them: {recipes/shop.yaml: 500}, all, or all "
+        "of them 3 times; each is mapped by its own data keys, validation and test stay this recipe's.",
     )
     row_filter: dict[str, Any] | None = _key(None, "Keep rows by column: {category: [ORDER, REFUND], lang: en}.")
     system_prompt: str | None = _key(

@@ -25,7 +25,6 @@ from carelm.keys import (
     MEANT_ONCE,
     NOT_ABOUT_DATA,
     OF_A_TEST,
-    OF_MIXED,
     default_of,
     identity_of,
     known,
@@ -133,18 +132,22 @@ def resolve(layers: list[Layer], name: str) -> Recipe:
 
 
 def _load_mixed(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipes in `also_train` by their names there, each as this run with the other's data."""
+    """The recipes in `also_train` by their names there, each as this run with the other's data. RECIPE=DATA puts other data in
+    the place of the recipe's."""
     mixed: dict[str, Recipe] = {}
-    paths: list[Path] = []
+    places: list[tuple[Path, str]] = []
     for file, rows in (recipe.also_train or {}).items():
-        if rows != "all" and (type(rows) is not int or rows < 1):
-            raise UserError(f"also_train: {file}: {rows!r} is neither a whole number of at least 1 nor all")
-        path = Path(locate(str(file)))
-        if path.resolve() in paths:
+        if type(rows) is not int or rows < 1:
+            if rows != "all" and not re.fullmatch("[1-9][0-9]? times", str(rows)):
+                raise UserError(
+                    f"also_train: {file}: {rows!r} is no number of rows, such as 500, nor all, nor so many times all: 3 times"
+                )
+        path, data = _with_its_data(str(file))
+        if (place := (path.resolve(), os.path.realpath(locate(data)) if data else "")) in places:
             raise UserError(f"also_train: {file} stands there twice; remove one")
-        paths.append(path.resolve())
+        places.append(place)
         try:
-            own = _typed_keys(str(path), read_recipe(path))
+            own = _typed_keys(str(path), read_recipe(path)) | ({"dataset_name": data} if data else {})
             if own.get("also_train"):
                 raise UserError("it has also_train itself; name its recipes here too, and a recipe without it")
             template, ours = own.get("chat_template_path"), recipe.training.get("chat_template_path")
@@ -152,7 +155,7 @@ def _load_mixed(recipe: Recipe) -> dict[str, Recipe]:
                 raise UserError(
                     f"chat_template_path: {template} is not this run's ({ours}), and a run has one; set it here too"
                 )
-            values = _about_data(recipe, own, OF_MIXED) | {"max_samples": None, "also_train": None}
+            values = _about_data(recipe, own, OF_A_TEST) | {"max_samples": None, "also_train": None}
             mixed[file] = dataclasses.replace(recipe, **values, name=str(file))
             check(mixed[file])
         except UserError as error:
@@ -170,23 +173,28 @@ def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
     tests: dict[str, Recipe] = {}
     paths: list[Path] = []
     for entry in recipe.also_test:
-        file, _, data = (entry, "", "") if Path(locate(entry)).exists() else entry.partition("=")
-        path = Path(locate(file))
+        path, data = _with_its_data(entry)
         if path.resolve() in paths:
-            raise UserError(f"also_test: {file} stands there twice; remove one")
+            raise UserError(f"also_test: {entry} stands there twice; remove one")
         if path.stem in tests:
             raise UserError(f"also_test: two are called '{path.stem}'; rename one of the files")
         paths.append(path.resolve())
         own = _typed_keys(str(path), read_recipe(path)) | ({"dataset_name": data} if data else {})
         if own.get("also_test"):
             raise UserError(
-                f"also_test: {file} has also_test itself; name its recipes here too, and a recipe without it"
+                f"also_test: {entry} has also_test itself; name its recipes here too, and a recipe without it"
             )
         try:
             tests[path.stem] = _with_test_of(recipe, own, path.stem)
         except UserError as error:
-            raise UserError(f"also_test: {file}: {error}") from None
+            raise UserError(f"also_test: {entry}: {error}") from None
     return tests
+
+
+def _with_its_data(entry: str) -> tuple[Path, str]:
+    """The file of RECIPE or RECIPE=DATA, and the data ("" for the recipe's own)."""
+    file, _, data = (entry, "", "") if Path(locate(entry)).exists() else entry.partition("=")
+    return Path(locate(file)), data
 
 
 def _with_test_of(recipe: Recipe, own: dict[str, Any], name: str) -> Recipe:

@@ -30,7 +30,7 @@ from carelm.errors import UserError
 from carelm.files import here
 from carelm.keys import SERVING_KEYS
 from carelm.next_steps import say_next, words_of
-from carelm.recipe import Recipe
+from carelm.recipe import FEEDBACK, Recipe
 from carelm.recipe_file import load_recipe
 
 KEYS = ("models", "max_new_tokens", "temperature", "top_p", "max_batch_tokens", *SERVING_KEYS)  # for --help
@@ -105,7 +105,7 @@ def for_serving(recipe: Recipe) -> Recipe:
 def say_address(recipe: Recipe, address: str, models: list[str], key: str | None) -> None:
     """Where it is asked, and a command that asks; one that works with this recipe's template."""
     header = " -H 'Authorization: Bearer KEY'" if key else ""
-    message = {"role": "user", "content": form_of(recipe) or "Where is my order?"}
+    message = {"role": "user", "content": form_of(recipe) or "What does delivery cost?"}
     asked = shlex.quote(json.dumps({"model": models[-1], "messages": [message]}, ensure_ascii=False))
     ranks.say(f"serving {', '.join(models)}: the page is {address}, the API {address}/v1; Ctrl-C stops it")
     if recipe.host.strip("[]") in ("0.0.0.0", "::"):
@@ -117,13 +117,13 @@ def say_address(recipe: Recipe, address: str, models: list[str], key: str | None
 
 def say_feedback(recipe: Recipe, marks: list[str | None], words: list[str]) -> None:
     """What was thought of answers, and the command that trains on the good ones."""
-    from carelm.serving import feedback
     from carelm.talk.marked import training_words
 
-    file, good = here(recipe.output_dir / feedback.FILE), marks.count("good")
-    ranks.say(f"feedback: {len(marks)} rows more, {good} of them good: {file}")
-    if good:
-        say_next(["train/sft.py", *training_words(recipe, file, words, "feedback")])
+    file, good = here(recipe.output_dir / FEEDBACK), marks.count("good")
+    ranks.say(f"feedback: {len(marks)} row{'s' * (len(marks) > 1)} more, {good} of them good: {file}")
+    of_all = sum(json.loads(row)["mark"] == "good" for row in file.read_text(encoding="utf-8").splitlines())
+    if of_all:
+        say_next(["train/sft.py", *training_words(recipe, file, of_all, words, "feedback")])
 
 
 if __name__ == "__main__":

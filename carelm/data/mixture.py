@@ -50,7 +50,9 @@ def draw_mixed(recipe: Recipe, examples: dict[str, list[Example]]) -> dict[str, 
         if twice := len(parts["train"]) - len(rows):
             across.dropped["there already"] = twice
         number = recipe.also_train[name]
-        if number != "all":
+        if isinstance(number, str):  # all, or 3 times
+            rows = rows * int(number.removesuffix("times").replace("all", "1"))
+        else:
             if number > len(rows):
                 raise UserError(
                     f"also_train: {name}: {number} rows are asked for, and {len(rows)} can be trained on; all takes them"

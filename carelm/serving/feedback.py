@@ -10,10 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from carelm.data.masking import clean, clean_turns
-from carelm.recipe import Recipe
+from carelm.recipe import FEEDBACK, Recipe
 from carelm.serving.requests import MOST_MESSAGES, Message, Strict, to_messages
-
-FILE = "feedback.jsonl"
 
 
 class Feedback(Strict):
@@ -27,22 +25,14 @@ class Feedback(Strict):
     edited: Annotated[str, Field(min_length=1)] | None = None
 
     def row(self, recipe: Recipe, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        """The row under the recipe's own keys: of the conversation, as training has it, the answer alone is trained, as edited
-        where it was, which makes it good; one that was bad, and not edited, is not trained. What people say is masked as the
-        recipe has it."""
+        """The row: of the conversation, as training has it, the answer alone is trained, as edited where it was, which makes it
+        good; one that was bad, and not edited, is not trained. What people say is masked as the recipe has it."""
         before = [m | {"train": False} if m["role"] == "assistant" else m for m in messages]
         answer: dict[str, Any] = {"role": "assistant", "content": self.edited or self.answer}
         if self.mark == "bad" and not self.edited:
             answer["train"] = False
-        names = {"role": recipe.role_key or "role", "content": recipe.content_key or "content"}
-        row: dict[str, Any] = {recipe.category_column: None} if recipe.category_column else {}
         (answer,) = clean_turns(recipe, [answer])
-        row |= {
-            recipe.id_column or "id": f"feedback/{time.time_ns()}",
-            recipe.messages_column or "messages": [
-                {names.get(k, k): v for k, v in turn.items()} for turn in [*before, answer]
-            ],
-        }
+        row: dict[str, Any] = {"id": f"feedback/{time.time_ns()}", "messages": [*before, answer]}
         if self.edited:
             row["draft"] = clean(recipe, self.answer)
         comment = self.comment and clean(recipe, self.comment)
@@ -58,7 +48,7 @@ def append(folder: Path, row: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    with open(folder / FILE, "ab") as file:
+    with open(folder / FEEDBACK, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         end = os.fstat(file.fileno()).st_size
         try:
@@ -68,4 +58,4 @@ def append(folder: Path, row: dict[str, Any]) -> Path:
         except OSError:
             os.ftruncate(file.fileno(), end)
             raise
-    return folder / FILE
+    return folder / FEEDBACK

@@ -171,7 +171,7 @@ class Dialogue:
         there += f" and {undone} marked {'one' if undone == 1 else 'ones'} that you took back" if undone else ""
         ranks.say(f"saved: {there}, {good} marked good: {here(path)}")
         if good:
-            say_next(["train/sft.py", *training_words(session.recipe, here(path), self.words, "chat")])
+            say_next(["train/sft.py", *training_words(session.recipe, here(path), good, self.words, "chat")])
 
 
 def help_text(columns: int) -> str:

@@ -38,7 +38,7 @@ class Session:
     """The conversation of now, each model with its own answers before it, and the rows of what was said earlier.
 
     Args:
-        recipe: names the columns of the rows.
+        recipe: masks what is said, and names the run's folder.
         models: their names.
         started: when, as it stands in the rows' ids and in the name of the file.
 
@@ -116,21 +116,18 @@ class Session:
         return self._earlier + [row for index in range(len(self.turns)) for row in self._rows_of(index)]
 
     def _rows_of(self, index: int) -> list[dict[str, Any]]:
-        recipe, turn, rows = self.recipe, self.turns[index], []
-        role, content = recipe.role_key or "role", recipe.content_key or "content"
+        turn, rows = self.turns[index], []
         for model, said in turn.answers.items():
-            messages = [{role: m["role"], content: m["content"]} for m in self.messages(model, before=index)]
-            for message in messages:
-                if message[role] == "assistant":
-                    message["train"] = False
-            messages += [{role: "user", content: turn.question}, {role: "assistant", content: said.text}]
-            row = {recipe.category_column: None} if recipe.category_column else {}
-            rows.append(row | {
-                recipe.id_column or "id": f"{self.started}/{turn.number}/{model}",
+            before = [
+                m | {"train": False} if m["role"] == "assistant" else m for m in self.messages(model, before=index)
+            ]
+            asked, answer = {"role": "user", "content": turn.question}, {"role": "assistant", "content": said.text}
+            rows.append({
+                "id": f"{self.started}/{turn.number}/{model}",
                 "model": model,
                 "mark": said.mark,
                 "finish_reason": said.finish_reason,
-                recipe.messages_column or "messages": messages,
+                "messages": [*before, asked, answer],
             })  # fmt: skip
         return rows
 

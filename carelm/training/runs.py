@@ -26,7 +26,7 @@ from carelm.errors import UserError
 from carelm.files import read_json, write_whole
 from carelm.provenance import git_commit, versions
 from carelm.ranks import Launch, rank, say, share
-from carelm.recipe import CHATS, PRECISION_NOTE, Recipe
+from carelm.recipe import CHATS, FEEDBACK, PRECISION_NOTE, Recipe
 from carelm.recipe_file import check_identity, save_recipe
 from carelm.training import finished, hub
 from carelm.training.checkpoint_folders import find_checkpoints, step_of
@@ -211,7 +211,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
     """
     from carelm.training import checkpoints
 
-    folder, problem, newest = recipe.output_dir, None, None
+    folder, problem, newest, aside = recipe.output_dir, None, None, None
     if rank() == 0:
         try:
             anew = restarts(recipe)
@@ -227,6 +227,10 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
                 say(f"{folder} holds a run that ended before its first checkpoint; it begins anew")
             folder.mkdir(parents=True, exist_ok=True)
             lock(folder)
+            for name in (CHATS, FEEDBACK) if aside else ():  # what people have said is no run's
+                if (aside / name).exists():
+                    (aside / name).rename(folder / name)
+                    say(f"--restart: {name} stays in {folder}")
             if newest is not None:
                 _say_other_length(recipe, read_yaml(folder / "recipe.yaml"))
             if recipe.restart and "SLURM_JOB_ID" in os.environ:

@@ -43,7 +43,21 @@ def test_so_many_rows_are_drawn_by_split_seed_and_mapped_by_their_own_recipe(sho
     assert report.dropped == {"not drawn": 15}
     assert mixed_of(shop())[0] == rows
     assert mixed_of(shop(of_own={"split_seed": 1}))[0] != rows
-    assert len(mixed_of(shop("all"))[0]) == 20
+    assert len(mixed_of(shop("all"))[0]) == 20 and sorted(mixed_of(shop("3 times"))[0]) == sorted(
+        3 * mixed_of(shop("all"))[0]
+    )
+
+
+def test_a_recipe_is_mixed_in_with_other_data_than_its_own_and_both_may_be(shop, tmp_path):
+    write_jsonl(tmp_path / "more.jsonl", [{"ask": "What is new?", "say": "A bell for 9 euros."}])
+    recipe, prices = shop(), str(tmp_path / "prices.yaml")
+    more = f"{prices}={tmp_path / 'more.jsonl'}"
+    both = shop(of_own={"also_train": {prices: "all", more: "2 times"}})
+    drawn = draw_mixed(both, make_examples(both)[0])
+    assert [len(rows) for rows, _ in drawn.values()] == [20, 2] and list(drawn) == [prices, more]
+    with pytest.raises(UserError, match="more.jsonl stands there twice"):
+        shop(of_own={"also_train": {more: "all", f"{prices}={tmp_path / 'prices/../more.jsonl'}": "all"}})
+    assert hash_files(both)[f"{more}: more.jsonl"] and not recipe.mixed.keys() & {more}
 
 
 def test_the_mix_is_in_the_tokens_and_its_shares_in_the_report(shop, tmp_path):
@@ -191,12 +205,13 @@ def test_each_recipe_has_its_own_rules_for_turns_and_length(shop, tmp_path):
     "rows, keys, line",
     [
         (21, {}, "also_train: .*prices.yaml: 21 rows are asked for, and 20 can be trained on; all takes them"),
-        (0, {}, "also_train: .*prices.yaml: 0 is neither a whole number"),
-        (-1, {}, "also_train: .*: -1 is neither"),
-        (2.5, {}, "also_train: .*: 2.5 is neither"),
-        (True, {}, "also_train: .*: True is neither"),
-        ("half", {}, "also_train: .*: 'half' is neither"),
-        (None, {}, "also_train: .*: None is neither"),
+        (0, {}, "also_train: .*prices.yaml: 0 is no number of rows"),
+        (-1, {}, "also_train: .*: -1 is no number of rows"),
+        (2.5, {}, "also_train: .*: 2.5 is no number of rows"),
+        (True, {}, "also_train: .*: True is no number of rows"),
+        ("0 times", {}, "also_train: .*: '0 times' is no number"),
+        ("half", {}, "also_train: .*: 'half' is no number of rows"),
+        (None, {}, "also_train: .*: None is no number of rows"),
         (5, {"also_train": {"x.yaml": 1}}, "also_train: .*prices.yaml: it has also_train itself"),
         (5, {"prompt_template": "{q}"}, "also_train: .*prices.yaml: prompt_template: .* no column 'q'"),
         (5, {"prompt_template": None}, "also_train: .*prices.yaml: completion_template is set and prompt_template is not"),

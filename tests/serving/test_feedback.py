@@ -4,6 +4,7 @@ import dataclasses
 import json
 import runpy
 import shlex
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,8 +13,10 @@ from drawn import make_adapter
 from served import ASKED, KEYS, make_client, make_gateway
 
 from carelm.data.splits import make_examples
+from carelm.recipe import CHATS, FEEDBACK
 from carelm.recipe_file import load_recipe
 from carelm.serving import feedback
+from carelm.training import runs
 
 SAID = {"model": "base", "messages": ASKED, "answer": "Soon.", "mark": "good"}
 
@@ -27,7 +30,7 @@ def gateway(tmp_path_factory):
 def rows(gateway):
     """Sends feedback, and reads what is written then."""
     client = make_client(gateway)
-    file = gateway.recipe.output_dir / feedback.FILE
+    file = gateway.recipe.output_dir / FEEDBACK
     file.unlink(missing_ok=True)
 
     def send(*bodies):
@@ -44,7 +47,7 @@ def test_a_row_is_the_conversation_with_the_answer_and_an_edit_beside_its_draft(
     plain, edited = rows(
         SAID, SAID | {"messages": history, "mark": "bad", "comment": "No date", "edited": "On Monday."}
     )
-    assert plain == {"category": None, "id": plain["id"], "messages": [*ASKED, {"role": "assistant", "content": "Soon."}],
+    assert plain == {"id": plain["id"], "messages": [*ASKED, {"role": "assistant", "content": "Soon."}],
                      "mark": "good", "comment": None, "model": "base"} and plain["id"] != edited["id"]  # fmt: skip
     assert edited["messages"][-1] == {"role": "assistant", "content": "On Monday."} and edited["draft"] == "Soon."
     assert edited["messages"][1]["train"] is False and edited["comment"] == "No date"
@@ -82,15 +85,17 @@ def test_the_command_at_the_servers_end_trains_on_what_is_good_or_was_edited_and
     recipe = load_recipe(command, usage="")
     assert (python, file, str(recipe.adapter)) == ("python", "train/sft.py", str(gateway.recipe.output_dir))
     assert str(recipe.output_dir) == f"{gateway.recipe.output_dir}-feedback" and recipe.port == 8000
-    examples, _ = make_examples(recipe)
-    assert sorted(e.completion[0]["content"] for e in examples["train"]) == ["On Monday.", "On Tuesday.", "Soon."]
+    (mixed,) = recipe.mixed.values()
+    examples = make_examples(mixed)[0]["train"]
+    assert recipe.prompt_template == load_recipe(words, usage="").prompt_template  # what the next server serves
+    assert sorted(e.completion[0]["content"] for e in examples) == ["On Monday.", "On Tuesday.", "Soon."]
 
 
 def test_rows_written_at_once_stand_whole_each_on_its_line(tmp_path):
     texts = [f"{n} " * 5000 for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: feedback.append(tmp_path, {"text": text}), texts))
-    assert sorted(json.loads(line)["text"] for line in open(tmp_path / feedback.FILE)) == sorted(texts)
+    assert sorted(json.loads(line)["text"] for line in open(tmp_path / FEEDBACK)) == sorted(texts)
 
 
 def test_a_disk_that_is_full_leaves_the_rows_before(tmp_path, monkeypatch):
@@ -102,7 +107,7 @@ def test_a_disk_that_is_full_leaves_the_rows_before(tmp_path, monkeypatch):
     monkeypatch.setattr(feedback.os, "fsync", full)
     with pytest.raises(OSError):
         feedback.append(tmp_path, {"text": "two"})
-    assert (tmp_path / feedback.FILE).read_text() == '{"text": "one"}\n'
+    assert (tmp_path / FEEDBACK).read_text() == '{"text": "one"}\n'
 
 
 @pytest.mark.parametrize(
@@ -117,3 +122,18 @@ def test_a_disk_that_is_full_leaves_the_rows_before(tmp_path, monkeypatch):
 def test_what_is_no_feedback_is_a_400_that_names_the_field(gateway, param, change):
     reply = make_client(gateway).post("/v1/feedback", json=SAID | change)
     assert reply.status_code == 400 and reply.json()["error"]["param"] == param
+
+
+def test_what_people_thought_and_said_stays_in_the_folder_where_the_run_begins_anew(tmp_path, capsys):
+    folder = tmp_path / "run"
+    recipe = load_recipe(["--output_dir", str(folder), "--restart"], usage="")
+    (folder / CHATS).mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    feedback.append(folder, {"text": "one"})
+    runs.open_output(recipe, types.SimpleNamespace(device=None))
+    feedback.append(folder, {"text": "two"})
+    assert [json.loads(line)["text"] for line in open(folder / FEEDBACK)] == ["one", "two"]
+    assert (folder / CHATS).is_dir() and not (folder / "adapter_config.json").exists()
+    assert f"--restart: {FEEDBACK} stays in {folder}" in capsys.readouterr().err
+    (aside,) = (path for path in tmp_path.iterdir() if path != folder)
+    assert (aside / "adapter_config.json").exists() and not (aside / FEEDBACK).exists()

@@ -64,7 +64,7 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(tmp_path):
     chat.wait_for("> ")
     chat.type("\x04")
     chat.wait_for("saved: 1 answer, 1 marked good: none/chats/chat-.*\n")
-    chat.wait_for("next: .*/train/sft.py .*--row_filter")
+    chat.wait_for("next: .*/train/sft.py .*--also_train")
     assert os.waitstatus_to_exitcode(os.waitpid(chat.child, 0)[1]) == 0
     assert "Traceback" not in chat.seen
     (file,) = tmp_path.glob("none/chats/chat-*.jsonl")

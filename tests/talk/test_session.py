@@ -11,7 +11,7 @@ from carelm.chat.question import compose, decode, parse
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
-from carelm.talk.marked import training_keys, training_words
+from carelm.talk.marked import training_words
 from carelm.talk.session import Said, Session
 
 DEMO = load_recipe([], usage="")
@@ -41,12 +41,6 @@ def test_a_model_that_said_nothing_was_not_asked(session):
 
 FOLDERS = (PROJECT / "recipes", PROJECT / "recipes/datasets")
 RECIPES = sorted(str(f.relative_to(FOLDERS[0]).with_suffix("")) for folder in FOLDERS for f in folder.glob("*.yaml"))
-
-
-def words_of_keys(keys):
-    return [word for key, value in keys.items() for word in (f"--{key}", value)]
-
-
 OTHER = {
     "keys of its own": "messages_column: turns\nrole_key: from\ncontent_key: value\ntrained_turns: all\n",
     "one message a row": "text_column: t\nrole_column: r\nconversation_column: c\n",
@@ -55,12 +49,15 @@ OTHER = {
 }
 
 
-def of_a_chat(session, file, words):
-    return training_words(session.recipe, file, words, "chat")
+def trained_by(words, file, good=1):
+    """The recipe of the command that goes on, and the answers that it adds to its own rows."""
+    recipe = load_recipe(training_words(load_recipe(words, usage=""), file, good, words, "chat"), usage="")
+    (mixed,) = recipe.mixed.values()
+    return recipe, make_examples(mixed)[0]["train"]
 
 
 @pytest.mark.parametrize("name", [*RECIPES, *OTHER])
-def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session, name, tmp_path):
+def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(name, session, tmp_path):
     file = PROJECT / f"recipes/{name}.yaml"
     if name in OTHER:
         file = tmp_path / "recipe.yaml"
@@ -72,45 +69,52 @@ def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(session,
     session.begin_anew("Other.")
     session.add("new?", {"base": Said("yes 🧡", "length"), "adapter": Said("no", "stop")})
     session.mark("good", "base")
-    keys = ["--config", str(file), *words_of_keys(training_keys(session.recipe, session.save()))]
-    examples, _ = make_examples(load_recipe(keys, usage=""))
-    found = {e.completion[-1]["content"]: [m["content"] for m in e.prompt] for e in examples["train"]}
-    assert all(len(e.completion) == 1 for e in examples["train"])
+    _, examples = trained_by(["--config", str(file)], session.save())
+    found = {e.completion[-1]["content"]: [m["content"] for m in e.prompt] for e in examples}
+    assert all(len(e.completion) == 1 for e in examples)
     assert found == {
         "adapter on two?": ["You are kind.", "one?", "adapter on one?", "two?"],
         "yes 🧡": ["Other.", "new?"],
     }
 
 
-def test_the_next_command_trains_on_the_saved_rows_and_no_longer_on_the_recipes(session, tmp_path):
-    for words, names in (
-        ([], "demo"),
-        (["--config", str(PROJECT / "recipes/datasets/dialogsum.yaml"), "--seed", "2"], "d"),
-    ):
-        session.recipe = load_recipe([*words, "--output_dir", "run"], usage="")
+def test_the_next_command_trains_on_the_saved_rows_among_the_recipes_own(session, tmp_path):
+    for words in ([], ["--config", str(PROJECT / "recipes/datasets/dialogsum.yaml"), "--seed", "2"]):
+        words = [*words, "--output_dir", "run"]
+        session.recipe = before = load_recipe(words, usage="")
         session.mark("good", "base")
-        path = session.save(f"{names}.jsonl")
-        recipe = load_recipe(of_a_chat(session, path, [*words, "--output_dir", "run"]), usage="")
-        assert (recipe.dataset_name, str(recipe.output_dir), recipe.row_filter) == (
-            str(path),
-            "run-chat",
-            {"mark": "good"},
-        )
-        assert recipe.messages_column and recipe.seed == session.recipe.seed and recipe.adapter is None
-        examples, _ = make_examples(recipe)
-        assert [e.completion[0]["content"] for e in examples["train"]] == ["base on two?"]  # none is held out
+        path = session.save(f"{before.name}.jsonl")
+        recipe, examples = trained_by(words, path)
+        assert [e.completion[0]["content"] for e in examples] == ["base on two?"]  # none is held out
+        assert str(recipe.output_dir) == "run-chat" and recipe.adapter is None and recipe.max_samples is None
+        told = ("dataset_name", "prompt_template", "system_prompt", "validation_fraction", "seed", "row_filter")
+        assert all(getattr(recipe, key) == getattr(before, key) for key in told)
+    of_the_chat = ["--max_new_tokens", "60", "--temperature", "0.7", "--top_p=0.9"]
+    found = [training_words(before, path, 1, [*words, *more], "chat") for more in ([], of_the_chat)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("good", "batch", "of_its_own", "passes"), [(1, 8, 200, 3), (50, 8, 500, 3), (1, 128, 200, 16)]
+)
+def test_the_next_command_goes_on_from_an_adapter_by_a_few_passes_over_as_many_old_rows(
+    session, good, batch, of_its_own, passes, tmp_path, monkeypatch
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/adapter_config.json").write_text("{}")
-    assert of_a_chat(session, path, words)[-2:] == ["--adapter", "run"]
-    of_the_chat = ["--max_new_tokens", "60", "--temperature", "0.7", "--top_p=0.9"]
-    assert of_a_chat(session, path, [*words, *of_the_chat]) == of_a_chat(session, path, words)
+    words = ["--output_dir", "run", "--global_batch_size", str(batch), "--max_steps", "400", "--max_samples", "9000"]
+    found = training_words(load_recipe(words, usage=""), tmp_path / "said.jsonl", good, words, "chat")
+    keys = dict(zip(found[::2], found[1::2]))
+    assert keys["--adapter"] == "run" and (keys["--max_steps"], keys["--num_train_epochs"]) == ("-1", str(passes))
+    assert float(keys["--learning_rate"]) == load_recipe([], usage="").training["learning_rate"] / 4
+    assert keys["--max_samples"] == str(of_its_own) and len(found) == 2 * len(keys)
 
 
-def test_the_next_command_does_not_stop_early_by_rows_that_it_does_not_hold_out(session):
-    session.recipe = load_recipe(["--early_stopping_patience", "2"], usage="")
-    session.mark("good", "base")
-    recipe = load_recipe(of_a_chat(session, session.save("said.jsonl"), []), usage="")
-    assert recipe.validation_fraction == recipe.test_fraction == 0 and recipe.early_stopping_patience is None
+def test_what_a_recipe_mixes_in_itself_stays_beside_the_good_answers(session, tmp_path):
+    other = json.dumps({str(PROJECT / "recipes/datasets/medquad.yaml"): 500})
+    found = training_words(load_recipe(["--also_train", other], usage=""), tmp_path / "said.jsonl", 1, [], "chat")
+    mixed = json.loads(found[found.index("--also_train") + 1])
+    assert list(mixed.values()) == [500, "10 times"] and list(mixed)[1].endswith("said.jsonl")
 
 
 def test_every_answer_and_every_mark_is_in_the_file(session):
