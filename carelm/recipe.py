@@ -279,7 +279,7 @@ class Recipe:
     retriever: str = _key(
         "hybrid", "How passages are found: by words, by meaning, or by both.", ("bm25", "dense", "hybrid")
     )
-    dense_weight: float = _key(0.5, "Share of the meaning in a hybrid score; the rest is the words'.")
+    dense_weight: float = _key(0.85, "Share of the meaning in a hybrid score; the rest is the words'.")
     num_passages: int = _key(4, "Passages that are put in front of a question.")
     answer_threshold: float | None = _key(
         None, "Say that one does not know where the best passage's confidence (0 to 1) is below this."

@@ -18,6 +18,11 @@ class Table:
     head: list[str]
     rows: list[list[str]]
 
+    def as_markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"## {self.title}\n\n{self.text}\n\n{body}"
+
 
 def ranged(score: str, figure: dict[str, float], key: str = "value") -> tuple[str, str]:
     """("0.512", "0.48 to 0.54")"""

@@ -66,14 +66,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 
 def markdown(title: str, found: dict[str, Any]) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
     of_gold = f"{found['retrieved']:.0%} of the gold passages are among those retrieved"
     parts = [f"# {title}", f"{found['questions']} test questions; {of_gold}.", *found["cautions"]]
-    for table in tables(found):
-        body = [line(table.head), line(["---"] * len(table.head)), *map(line, table.rows)]
-        parts += [f"## {table.title}", table.text, "\n".join(body)]
+    parts += [table.as_markdown() for table in tables(found)]
     return "\n\n".join([*parts, "![refusals](refusals.svg)"]) + "\n"
 
 

@@ -170,7 +170,10 @@ def build(folder: Path, content: Content, embedder: Embedder | None) -> Report:
                 manifest["embedder"]["precision"] = embedder.precision or before["embedder"]["precision"]
             manifest["passages"] = len(passages)
             with next_version(folder) as aside:
-                _write(aside, manifest, passages, vectors)
+                _write(aside, manifest["filters"], passages, vectors)
+                seconds = time.monotonic() - began
+                manifest["built"] = {"seconds": seconds, "read": len(report.read), "embedded": report.embedded}
+                (aside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
             report.changed = True
         if old:
             old.close()
@@ -238,8 +241,9 @@ def _vectors(embedder: Embedder, passages: list[tuple[str, Passage]], rows: Any)
 
 
 def _write(
-    aside: Path, manifest: dict[str, Any], passages: list[tuple[str, Passage]], vectors: np.ndarray | None
+    aside: Path, filters: dict[str, str], passages: list[tuple[str, Passage]], vectors: np.ndarray | None
 ) -> None:
+    """The table and its indexes; `filters` are the columns that are filtered by, by the names that a search calls them."""
     import lancedb
     import pyarrow
     from lancedb.index import FTS, Bitmap, IvfFlat
@@ -248,7 +252,7 @@ def _write(
     columns["columns"] = [json.dumps(values, ensure_ascii=False) for values in columns["columns"]]
     columns["file"] = [name for name, _ in passages]
     columns["indexed"] = [passage.indexed for _, passage in passages]
-    for name, column in manifest["filters"].items():
+    for name, column in filters.items():
         if name not in ALWAYS_FILTERED:
             columns[column] = [passage.columns.get(name) for _, passage in passages]
     arrays = {
@@ -259,8 +263,7 @@ def _write(
         arrays["vector"] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.reshape(-1)), vectors.shape[1])
     table = lancedb.connect(str(aside)).create_table(TABLE, pyarrow.table(arrays))
     table.create_index("indexed", config=FTS())  # English: stems, and no words such as `the`
-    for column in manifest["filters"].values():
+    for column in filters.values():
         table.create_index(column, config=Bitmap())
     if vectors is not None and len(vectors) > FLAT:
         table.create_index("vector", config=IvfFlat(distance_type="cosine"))
-    (aside / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")

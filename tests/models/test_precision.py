@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import _copies
+from launching import copies
 
 from carelm import ranks
 from carelm.errors import UserError
@@ -128,7 +128,7 @@ def test_all_ranks_take_the_choice_of_the_first(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [_copies.Process(target=_rank, args=(number, port, str(tmp_path))) for number in range(2)]
+    processes = [copies.Process(target=_rank, args=(number, port, str(tmp_path))) for number in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,0 +1,100 @@
+"""How well each retriever finds the gold passages of questions, and how long it takes."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from carelm.evaluation import scores
+from carelm.evaluation.tables import Table, ranged
+from carelm.retrieval.gold import Asked
+from carelm.retrieval.retriever import Retriever
+
+DEPTH = 10  # passages that are looked at
+SCORES = ("recall@1", "recall@5", f"MRR@{DEPTH}")
+
+
+def gold_ranks(retriever: Retriever, questions: Sequence[Asked], filtered: bool = False) -> np.ndarray:
+    """The rank of the first gold passage for each question, int [questions] from 1; above DEPTH where it is not found."""
+    if filtered:
+        found = [retriever.search(question.text, DEPTH, question.filters) for question in questions]
+    else:
+        found = retriever.search_many([question.text for question in questions], DEPTH)
+    return np.array([
+        next((rank for rank, one in enumerate(of_one, 1) if one.passage.id in question.gold), DEPTH + 1)
+        for question, of_one in zip(questions, found)
+    ])  # fmt: skip
+
+
+def statistics(ranks: np.ndarray) -> dict[str, scores.Statistics]:
+    """recall@k: the share of questions that have a gold passage among the first k. MRR@10: the mean of 1 / rank, 0 beyond
+    (Voorhees 1999, https://trec.nist.gov/pubs/trec8/papers/qa_report.pdf)."""
+    values = ((ranks <= 1).astype(float), (ranks <= 5).astype(float), np.where(ranks <= DEPTH, 1 / ranks, 0.0))
+    return {name: scores.mean_of(of_score) for name, of_score in zip(SCORES, values)}
+
+
+def time_searches(retriever: Retriever, questions: Sequence[Asked], filtered: bool = False) -> dict[str, float]:
+    """Milliseconds of a search, the question's vector included, one at a time; the first is not counted."""
+    times = []
+    for question in [questions[0], *questions]:
+        began = time.perf_counter()
+        retriever.search(question.text, DEPTH, question.filters if filtered else None)
+        times.append((time.perf_counter() - began) * 1000)
+    p50, p95 = np.percentile(times[1:], (50, 95))
+    return {"p50": float(p50), "p95": float(p95), "searches": len(questions)}
+
+
+def make_results(
+    questions: Sequence[Asked], ranks: dict[str, np.ndarray], own: str, resamples: int, seed: int
+) -> dict[str, Any]:
+    """Every retriever's scores with their intervals over questions, and the paired differences of every two.
+
+    Args:
+        ranks: of each retriever's first gold passages.
+        own: the retriever that the recipe names.
+    """
+    drawn = scores.draws(len(questions), resamples, seed)
+    ids = [str(number) for number in range(len(questions))]
+    resampled = {
+        name: scores.resample(scores.by_conversation(statistics(of_one), ids), drawn) for name, of_one in ranks.items()
+    }
+    pairs = scores.compare(resampled)
+    intervals = {
+        name: {score: scores.interval(one) for score, one in of_one.items()} for name, of_one in resampled.items()
+    }
+    return {"retrievers": intervals, "pairs": pairs, "verdicts": list(_verdicts(intervals, pairs, own))}
+
+
+def _verdicts(intervals: dict[str, Any], pairs: list[dict[str, Any]], own: str):
+    """Of each score whether another retriever is better than the recipe's, its interval apart from zero."""
+    for score in SCORES:
+        better = []
+        for pair in pairs:
+            if own in pair["models"]:
+                other = next(name for name in pair["models"] if name != own)
+                one = pair["scores"][score]
+                low, high = (one["low"], one["high"]) if pair["models"][1] == other else (-one["high"], -one["low"])
+                better += [f"{other} is better ({low:+.3f} to {high:+.3f})"] if low > 0 else []
+        value = intervals[own][score]["value"]
+        yield f"{score} of {own}: {value:.3f}; {' and '.join(better) or 'no other is significantly better'}"
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """Of results.json, as eval/retrieval.py writes it."""
+    retrievers = found["retrievers"]
+    rows = [
+        [name, *("{} ({})".format(*ranged(score, of_one[score])) for score in SCORES),
+         f"{of_one['latency_ms']['p50']:.0f} / {of_one['latency_ms']['p95']:.0f}" if of_one["latency_ms"] else "-"]
+        for name, of_one in retrievers.items()
+    ]  # fmt: skip
+    pairs = [
+        [f"{pair['models'][1]} less {pair['models'][0]}",
+         *("{} ({})".format(*ranged(s, d, "difference")) + f", p {d['p_value_holm']:.3g}" for s, d in pair["scores"].items())]
+        for pair in found["pairs"]
+    ]  # fmt: skip
+    shown = [Table("Retrievers", "With 95 % intervals over questions, and the time of one search.",
+                   ["", *SCORES, "ms, p50 / p95"], rows)]  # fmt: skip
+    if pairs:
+        shown.append(Table("Differences", "Paired by question; p Holm-adjusted over all pairs.", ["", *SCORES], pairs))
+    return shown
