@@ -12,6 +12,7 @@ from typing import Any
 
 from carelm.chat.grounding import DONT_KNOW, fit
 from carelm.data.example import Example
+from carelm.errors import UserError
 from carelm.retrieval.passages import Passage
 from carelm.retrieval.support import ENOUGH, Supporting, content_words, sentences, with_marks
 
@@ -80,8 +81,12 @@ class Rows:
         self._fits, self._number, self._left_out, self._seed = fits, number, left_out, seed
         self.counts: Counter = Counter()
 
-    def ask(self, examples: Sequence[Example]) -> list[Asked]:
-        """The first question of each conversation with its answer, where passages support that by half of its words or more."""
+    def ask(self, examples: Sequence[Example], allowed: dict[str, set[str]] | None = None) -> list[Asked]:
+        """The first question of each conversation with its answer, where passages support that by half of its words or more.
+
+        Args:
+            allowed: by the source of an example the ids of the passages that may answer it, where the data says which.
+        """
         asked = []
         for example in examples:
             messages = example.prompt + example.completion
@@ -93,10 +98,10 @@ class Rows:
             said, gold, supporting, held = sentences(answer), list[str | None](), set[str](), 0
             for sentence in said:
                 by = {self._order[place].id: share for place, share in self._supporting.find(sentence).items()}
-                best = max(by.values(), default=0.0)
-                gold.append(next(iter(by), None))
-                supporting |= {i for i, share in by.items() if share >= AS_GOOD * best}
-                held += len(content_words(sentence)) if by else 0
+                right = next((i for i in by if allowed is None or i in allowed[example.source]), None)
+                gold.append(right)
+                supporting |= {i for i, share in by.items() if right and share >= AS_GOOD * by[right]}
+                held += len(content_words(sentence)) if right else 0
             one = Asked(
                 example.id, example.category, before[:-1], before[-1]["content"], said, gold, frozenset(supporting)
             )
@@ -172,6 +177,27 @@ class Rows:
 
     def _whole(self, rows: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
         return [row for row in rows if row is not None]
+
+
+def of_gold_passages(
+    passages: Sequence[Passage], columns: dict[str, str], rows: dict[str, dict[str, Any]]
+) -> dict[str, set[str]]:
+    """By the source of each row the ids of the passages that the recipe's `gold_passages` says are right for it: a column of
+    the passage, or document, page, product, id, and the row's column with the same value.
+
+    Raises:
+        UserError: where no passage has such a column.
+    """
+    known: dict[tuple[str, ...], set[str]] = {}
+    for passage in passages:
+        own = {**passage.columns, **{key: getattr(passage, key) for key in ("id", "document", "page", "product")}}
+        if all(own.get(key) is not None for key in columns):
+            known.setdefault(tuple(str(own[key]) for key in columns), set()).add(passage.id)
+    if not known:
+        raise UserError(
+            f"gold_passages: no passage has {', '.join(columns)}; name columns of theirs, or document, page, id"
+        )
+    return {source: known.get(tuple(str(row.get(c)) for c in columns.values()), set()) for source, row in rows.items()}
 
 
 def hold_out(asked: dict[str, list[Asked]], share: float, seed: int) -> tuple[dict[str, list[Asked]], Counter]:

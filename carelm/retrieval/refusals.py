@@ -11,6 +11,8 @@ import numpy as np
 
 from carelm.evaluation.scores import wilson_interval
 
+FOLDS = 10
+
 
 def curve(
     answerable: np.ndarray, unanswerable: np.ndarray, says: tuple[np.ndarray, np.ndarray] | None = None
@@ -59,19 +61,17 @@ def refused(below: np.ndarray, says: np.ndarray | None = None) -> dict[str, Any]
     return wilson_interval(float(either.mean()), len(either)) | {"refused": int(either.sum()), "questions": len(either)}
 
 
-def by_halves(answerable: np.ndarray, unanswerable: np.ndarray, false_refusals: float, seed: int) -> dict[str, Any]:
-    """For questions that there are no others to choose by: each half by the threshold that the other half has chosen.
+def by_folds(answerable: np.ndarray, unanswerable: np.ndarray, false_refusals: float, seed: int) -> dict[str, Any]:
+    """For questions that there are no others to choose by: each tenth by the threshold that the other nine have chosen.
 
     Args:
         answerable, unanswerable: of the same questions in the same order, with and without their passages.
-        seed: draws the halves.
+        seed: draws the tenths.
     """
-    first = np.zeros(len(answerable), bool)
-    first[np.random.default_rng(seed).permutation(len(answerable))[: len(answerable) // 2]] = True
-    thresholds = {own: choose(answerable[~half], false_refusals) for own, half in ((True, first), (False, ~first))}
-    limit = np.where(first, thresholds[True], thresholds[False])
+    fold = np.random.default_rng(seed).permutation(len(answerable)) % FOLDS
+    thresholds = np.array([choose(answerable[fold != k], false_refusals) for k in range(FOLDS)])
     return {
-        "thresholds": [thresholds[True], thresholds[False]],
-        "answerable": refused(answerable < limit),
-        "unanswerable": refused(unanswerable < limit),
+        "thresholds": thresholds.tolist(),
+        "answerable": refused(answerable < thresholds[fold]),
+        "unanswerable": refused(unanswerable < thresholds[fold]),
     }

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from carelm.retrieval.refusals import at, by_halves, choose, curve, refused
+from carelm.retrieval.refusals import at, by_folds, choose, curve, refused
 
 ANSWERABLE = np.array([0.2, 0.5, 0.6, 0.7, 0.8, 0.8, 0.9, 0.9, 0.95, 1.0])
 UNANSWERABLE = np.array([0.1, 0.1, 0.3, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.9])
@@ -37,9 +37,11 @@ def test_what_the_model_says_refuses_too():
     assert refused(ANSWERABLE < 0.35)["refused"] == 1
 
 
-def test_each_half_of_the_questions_is_decided_by_what_the_other_half_has_chosen():
+def test_each_tenth_of_the_questions_is_decided_by_what_the_others_have_chosen():
     order = np.linspace(0, 1, 400)
-    found = by_halves(order, order - 0.5, 0.1, seed=0)
-    assert found["thresholds"][0] != found["thresholds"][1]
-    assert 0.05 < found["answerable"]["value"] < 0.15 and 0.5 < found["unanswerable"]["value"] < 0.7
+    found = by_folds(order, order - 0.5, 0.1, seed=0)
+    assert len(found["thresholds"]) == 10 and len(set(found["thresholds"])) > 1
+    assert 0.07 < found["answerable"]["value"] < 0.13 and 0.55 < found["unanswerable"]["value"] < 0.65
     assert found["answerable"]["questions"] == found["unanswerable"]["questions"] == 400
+    # the lowest lies below the threshold of all others though none of them may: it has not chosen its own
+    assert by_folds(order, order, 0.0, seed=0)["answerable"]["refused"] >= 1

@@ -1,0 +1,154 @@
+"""Makes rows that teach a model to answer from passages, and to say where it does not know: passages in front of questions.
+
+    python train/make_rows.py --config recipes/shop_grounded.yaml
+    python train/make_rows.py --config recipes/shop_grounded.yaml --questions recipes/datasets/eshop_productqa.yaml=FOLDER \\
+        --documents FOLDER/products.jsonl --gold_passages '{"ProductId": "ProductId"}' --dataset_name outputs/eshop_rows
+    python train/make_rows.py --config recipes/shop_grounded.yaml --left_out 0.5 --held_out 0.5
+
+The recipe names the documents, how passages are found in them (python serve/index.py makes the index), and in dataset_name the
+folder to write. The questions and their answers are another recipe's rows (--questions), in its splits. For each sentence of an
+answer the passage that supports it best is looked up by its words, and the sentence gets that passage's number, as [1];
+gold_passages says which passages come into question, where the data knows: {product: ProductId}.
+
+train.jsonl        a row for each question: its passages among others that the retriever takes for right; of a share of the
+                   questions (--left_out) the others alone, and "I do not know; a colleague will help."
+validation.jsonl   two for each: with what is found, and with what is found where all passages that support the answer were
+                   left out, by which a threshold is chosen
+test.jsonl         four for each: these two, with its passages alone, and without any. No passage answers a test question and
+                   one of train, so that nothing can be learnt by heart (--held_out)
+
+What is done next: accelerate launch train/sft.py --config R, eval/run.py, and eval/grounding.py, which compares the four.
+
+exit status: 0 the rows are written, 2 something is to be mended.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, ranks  # noqa: F401
+from carelm.command_line import own_options
+from carelm.data.report import list_counts
+from carelm.data.sources import is_hub_id, load_splits, stay_offline
+from carelm.errors import UserError
+from carelm.files import locate, write_whole
+from carelm.next_steps import say_next, words_of
+from carelm.recipe import Recipe
+from carelm.recipe_file import load_recipe
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--questions", default="recipes/demo.yaml", help="recipe whose rows are asked, or RECIPE=DATA "
+                        "(default: recipes/demo.yaml)")  # fmt: skip
+    parser.add_argument("--left_out", type=float, default=0.3, help="share of the training questions without their passages "
+                        "(default: 0.3)")  # fmt: skip
+    parser.add_argument("--held_out", type=float, default=0.4, help="share of the test questions that are kept, with their "
+                        "passages for themselves (default: 0.4)")  # fmt: skip
+    return own_options(parser)
+
+
+def main() -> None:
+    options, keys = parse()
+    recipe = load_recipe(keys, usage=__doc__)
+    for name in ("left_out", "held_out"):
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"--{name}: {getattr(options, name)} is no share; give a number from 0 to 1")
+    if not recipe.documents:
+        raise UserError("documents: the recipe names none; set documents: [folder or files]")
+    folder = folder_of(recipe)
+    asked_by = questions_of(options.questions)
+    stay_offline(recipe, asked_by)
+    from carelm.retrieval.retriever import Retriever
+
+    from carelm import quiet
+
+    quiet.silence(has_gpu=False, is_first_rank=True)
+    from carelm.chat.chat import make_chat
+    from carelm.data.splits import make_examples
+    from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED, Rows, hold_out, of_gold_passages
+
+    examples, reports = make_examples(asked_by)
+    retriever, chat = Retriever(recipe), make_chat(recipe)
+
+    def fits(messages: list[dict], answer: str) -> bool:
+        ids = chat.answer_ids(messages, {"role": "assistant", "content": answer})
+        return len(chat.prompt_ids(messages)) + len(ids) <= recipe.max_length
+
+    def search(questions: list[str], number: int) -> list[list[tuple]]:
+        return [[(f.passage, f.confidence) for f in found] for found in retriever.search_many(questions, number)]
+
+    rows = Rows(
+        retriever.index.passages(), fits, number=recipe.num_passages, left_out=options.left_out, seed=recipe.split_seed
+    )
+    allowed = None
+    if recipe.gold_passages:
+        by_source = {source: row for of_split in load_splits(asked_by)[0].values() for source, row in of_split}
+        allowed = of_gold_passages(retriever.index.passages(), recipe.gold_passages, by_source)
+    asked, answerable = {}, {}
+    for split in ("train", "validation", "test"):
+        before = rows.counts.total()
+        asked[split] = rows.ask(examples.get(split, []), allowed)
+        answerable[split] = f"{len(asked[split])} of {len(asked[split]) + rows.counts.total() - before}"
+        ranks.say(f"{split}: {answerable[split]} answers stand in the documents")
+    asked, on_other_side = hold_out(asked, options.held_out, recipe.split_seed)
+    for split, of_split in asked.items():
+        if not of_split:
+            raise UserError(
+                f"--questions: no question of {split} is left ({list_counts({**rows.counts, **on_other_side})}); "
+                "give documents that answer them, or another --held_out"
+            )
+    asked = {split: rows.retrieve(of_split, search) for split, of_split in asked.items()}
+    made = {
+        "train": rows.train(asked["train"]),
+        "validation": rows.test(asked["validation"], (RETRIEVED, LEFT_OUT)),
+        "test": rows.test(asked["test"], (RETRIEVED, GOLD, NONE, LEFT_OUT)),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, of_split in made.items():
+        write_whole(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of_split))
+    counts = {**rows.counts, **on_other_side}
+    ranks.say(f"{', '.join(f'{len(r)} {split}' for split, r in made.items())} rows in {folder}; {list_counts(counts)}")
+    words = words_of(recipe, keys)
+    say_next(["train/sft.py", *words], ["eval/run.py", *words], ["eval/grounding.py", *words])
+    found = {"folder": str(folder), "rows": {split: len(r) for split, r in made.items()}, "answerable": answerable}
+    ranks.print_result(found | {"left_out": counts})
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """Where the rows go: the recipe's data, unless something else lies there."""
+    folder = Path(locate(recipe.dataset_name))
+    if folder.exists() and not is_own(folder):
+        raise UserError(f"dataset_name: {folder} holds other data; name another folder for the rows")
+    if is_hub_id(recipe.dataset_name) and "/" not in recipe.dataset_name:
+        raise UserError(f"dataset_name: {recipe.dataset_name} is no folder; name one for the rows, as outputs/rows")
+    return folder
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this file has written what lies there."""
+    train = folder / "train.jsonl"
+    if not train.is_file():
+        return folder.is_dir() and not any(folder.iterdir())
+    with open(train, encoding="utf-8") as lines:
+        return '"question_id"' in lines.readline()
+
+
+def questions_of(name: str) -> Recipe:
+    file, _, data = (name, "", "") if Path(locate(name)).exists() else name.partition("=")
+    try:
+        return load_recipe(["--config", file, *(["--dataset_name", data] if data else [])], usage="")
+    except UserError as error:
+        raise UserError(f"--questions: {error}") from None
+
+
+if __name__ == "__main__":
+    ranks.run_main(main)
