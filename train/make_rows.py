@@ -10,8 +10,8 @@ folder to write. The questions and their answers are another recipe's rows (--qu
 answer the passage that supports it best is looked up by its words, and the sentence gets that passage's number, as [1];
 gold_passages says which passages come into question, where the data knows: {product: ProductId}.
 
-train.jsonl        a row for each question: its passages among others that the retriever takes for right; of a share of the
-                   questions (--left_out) the others alone, and "I do not know; a colleague will help."
+train.jsonl        a row for each question: its passages among others that the retriever takes for right; a share of the
+                   questions (--left_out) stands there again, with the others alone: "I do not know; a colleague will help."
 validation.jsonl   two for each: with what is found, and with what is found where all passages that support the answer were
                    left out, by which a threshold is chosen
 test.jsonl         four for each: these two, with its passages alone, and without any. No passage answers a test question and
@@ -49,8 +49,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--questions", default="recipes/demo.yaml", help="recipe whose rows are asked, or RECIPE=DATA "
                         "(default: recipes/demo.yaml)")  # fmt: skip
-    parser.add_argument("--left_out", type=float, default=0.3, help="share of the training questions without their passages "
-                        "(default: 0.3)")  # fmt: skip
+    parser.add_argument("--left_out", type=float, default=0.5, help="share of the training questions that stand there again, "
+                        "with their passages left out (default: 0.5)")  # fmt: skip
     parser.add_argument("--held_out", type=float, default=0.4, help="share of the test questions that are kept, with their "
                         "passages for themselves (default: 0.4)")  # fmt: skip
     return own_options(parser)

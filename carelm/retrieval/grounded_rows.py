@@ -7,7 +7,7 @@ that supports it best. A question whose answer is not supported by at least half
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from carelm.chat.grounding import DONT_KNOW, fit
@@ -18,6 +18,9 @@ from carelm.retrieval.support import ENOUGH, Supporting, content_words, sentence
 
 RETRIEVED, GOLD, NONE, LEFT_OUT = "retrieved", "gold", "none", "left out"  # what stands in front of a test question
 AS_GOOD = 0.75  # of the best passage's support: so much, and a passage may answer the question too
+A_PART = (
+    0.25  # of the words of an answer that passages support: what supports less of it has them by chance ("kind words")
+)
 Search = Callable[
     [list[str], int], list[list[tuple[Passage, float]]]
 ]  # of each question the best passages, with confidence
@@ -40,8 +43,8 @@ class Asked:
     before: list[dict[str, Any]]
     question: str
     said: list[str]
-    gold: list[str | None]
-    supporting: frozenset[str]
+    gold: list[str | None] = field(default_factory=list)
+    supporting: frozenset[str] = frozenset()
     found: tuple[tuple[Passage, float], ...] = ()
 
     @property
@@ -59,7 +62,7 @@ class Rows:
         passages: all that the index holds.
         fits: whether a user's turn and an answer fit the window.
         number: the most passages in front of a question.
-        left_out: the share of training rows whose gold passages are left out.
+        left_out: the share of the training questions that stand there a second time, with their passages left out.
         seed: draws these, the number of passages and their order.
 
     Attributes:
@@ -95,23 +98,28 @@ class Rows:
             if not before or before[-1]["role"] != "user" or not answer:
                 self.counts["answer of a tool or to nobody"] += 1
                 continue
-            said, gold, supporting, held = sentences(answer), list[str | None](), set[str](), 0
-            for sentence in said:
-                by = {self._order[place].id: share for place, share in self._supporting.find(sentence).items()}
-                right = next((i for i in by if allowed is None or i in allowed[example.source]), None)
-                gold.append(right)
-                supporting |= {i for i, share in by.items() if right and share >= AS_GOOD * by[right]}
-                held += len(content_words(sentence)) if right else 0
-            one = Asked(
-                example.id, example.category, before[:-1], before[-1]["content"], said, gold, frozenset(supporting)
-            )
-            if not one.golds or held < ENOUGH * sum(len(content_words(s)) for s in said):
+            one = self._gold_of(Asked(example.id, example.category, before[:-1], before[-1]["content"], sentences(answer)),
+                                None if allowed is None else allowed[example.source])  # fmt: skip
+            if one is None:
                 self.counts["answer in no passage"] += 1
             elif len(one.golds) > self._number:
                 self.counts["answer in more passages than stand in front of a question"] += 1
             else:
                 asked.append(one)
         return asked
+
+    def _gold_of(self, one: Asked, allowed: set[str] | None) -> Asked | None:
+        """The question with its gold passages; None where these support less than half of the words of its answer."""
+        found = [{self._order[k].id: share for k, share in self._supporting.find(s).items()} for s in one.said]
+        gold = [next((i for i in by if allowed is None or i in allowed), None) for by in found]
+        words, held = [len(content_words(s)) for s in one.said], Counter[str]()
+        for best, number in zip(gold, words):
+            held.update({best: number} if best else {})
+        if held.total() < ENOUGH * sum(words) or not held.total():
+            return None
+        gold = [best if best and held[best] >= A_PART * held.total() else None for best in gold]
+        as_good = {i for best, by in zip(gold, found) if best for i in by if by[i] >= AS_GOOD * by[best]}
+        return replace(one, gold=gold, supporting=frozenset(as_good))
 
     def retrieve(self, asked: Sequence[Asked], search: Search) -> list[Asked]:
         """The questions with what the retriever finds; one search for each number of passages that is needed."""
@@ -120,20 +128,18 @@ class Rows:
         return [replace(one, found=tuple(of_one)) for one, of_one in zip(asked, found)]
 
     def train(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
-        """One row for each question: its gold passages among hard distractors, or these alone and the answer that it is not
-        known."""
+        """A row for each question, with its gold passages among hard distractors; a share of the questions stands there again,
+        with such passages alone and the answer that it is not known: only the passages tell the two apart."""
         rows = []
         for one in asked:
             draw = random.Random(f"{self._seed} {one.id}")
             others = [passage for passage, _ in one.without_supporting()]
-            if draw.random() < self._left_out:
-                number = draw.randint(1, self._number)
-                rows.append(self._row(one, LEFT_OUT, others[:number]))
-                continue
             number = draw.randint(len(one.golds), self._number)
             shown = [self._passages[i] for i in one.golds] + others[: number - len(one.golds)]
             draw.shuffle(shown)
             rows.append(self._row(one, GOLD, shown))
+            if others and draw.random() < self._left_out:
+                rows.append(self._row(one, LEFT_OUT, others[: draw.randint(1, self._number)]))
         return self._whole(rows)
 
     def test(self, asked: Sequence[Asked], conditions: Sequence[str]) -> list[dict[str, Any]]:

@@ -77,11 +77,12 @@ def index(shop):
 
 def test_questions_become_rows_in_their_splits_with_what_the_index_finds(shop, run):
     index(shop)
-    told = run("--held_out", "0.5", "--left_out", "0.4")
+    told = run("--held_out", "0.5", "--left_out", "1")
     result = json.loads(told.out.splitlines()[-1])
     assert result["answerable"] == dict.fromkeys(("train", "validation", "test"), "12 of 13")
     assert (
-        result["rows"] == {"train": 6, "validation": 24, "test": 24} and result["left_out"]["answer in no passage"] == 3
+        result["rows"] == {"train": 12, "validation": 24, "test": 24}
+        and result["left_out"]["answer in no passage"] == 3
     )
     rows = {s: [json.loads(line) for line in open(shop / f"rows/{s}.jsonl")] for s in ("train", "validation", "test")}
     golds = {split: {gold for row in of_split for gold in row["gold"]} for split, of_split in rows.items()}
@@ -98,7 +99,7 @@ def test_questions_become_rows_in_their_splits_with_what_the_index_finds(shop, r
     assert {row["condition"] for row in rows["train"]} == {"gold", "left out"}
     assert "train.jsonl" in "".join(p.name for p in (shop / "rows").iterdir()) and "eval/grounding.py" in told.err
     first = (shop / "rows/train.jsonl").read_bytes()
-    run("--held_out", "0.5", "--left_out", "0.4")  # over its own rows
+    run("--held_out", "0.5", "--left_out", "1")  # over its own rows
     assert (shop / "rows/train.jsonl").read_bytes() == first
 
 
