@@ -145,12 +145,12 @@ def check_file(file: str, words: list[str]) -> None:
         return
     if file == "train/sweep.py":
         read_sweep([word for word in words if word != "--dry_run"])
-    elif file in ("train/merge.py", "train/export.py"):
+    elif file in ("train/merge.py", "train/export.py", "train/make_rows.py", "eval/grounding.py"):
         _, keys = module(file, words).parse()
         load_recipe(keys if "--config" in keys else ["--config", EXAMPLES[0], *keys], usage="")
     elif file == "train/runs.py":
         module(file, words).parse()
-    elif file in ("train/sft.py", "eval/run.py", "train/chat.py", "serve/run.py"):
+    elif file in ("train/sft.py", "eval/run.py", "train/chat.py", "serve/run.py", "serve/index.py"):
         if file == "train/chat.py" and "--message" in words:
             words = words[: words.index("--message")] + words[words.index("--message") + 2 :]
         load_recipe(words, usage="", first=() if file == "train/sft.py" else ("models", "rate", "certify"))

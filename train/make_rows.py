@@ -23,6 +23,7 @@ exit status: 0 the rows are written, 2 something is to be mended.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -66,10 +67,9 @@ def main() -> None:
         raise UserError("documents: the recipe names none; set documents: [folder or files]")
     folder = folder_of(recipe)
     asked_by = questions_of(options.questions)
-    stay_offline(recipe, asked_by)
-    from carelm.retrieval.retriever import Retriever
-
+    stay_offline(dataclasses.replace(recipe, dataset_name=asked_by.dataset_name))  # recipe's own is still to be made
     from carelm import quiet
+    from carelm.retrieval.retriever import Retriever
 
     quiet.silence(has_gpu=False, is_first_rank=True)
     from carelm.chat.chat import make_chat

@@ -39,10 +39,11 @@ LOCK = ".lock"  # held by the first rank of the run, or of the evaluation, that 
 RESTARTED = ".restarted_by_job"
 MADE_BESIDE = {
     "eval",
+    "index",
     "merged",
     CHATS,
     PRECISION_NOTE,
-}  # by eval/run.py, train/merge.py and train/chat.py, maybe before there is a run
+}  # by eval/run.py, serve/index.py, train/merge.py and train/chat.py, maybe before there is a run
 LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 
 
