@@ -16,8 +16,8 @@ g   as c, in bf16
 h   LoRA of Llama-3-8B's shape on 16 bits, in bf16 without gradient checkpointing, beside TRL's own script
 s   serving: TinyLlama's shape for 1, 32 and 128 clients, and what is served beside what is evaluated, token for token
 
-c, d, g and h train with the logits of trained tokens in chunks (carelm/models/loss.py) and with those of whole rows beside it,
-and look into one step: its kernels, and the operations that the processor starts.
+c and g train with the logits of trained tokens in chunks (carelm/models/loss.py), and with those of whole rows. c, d, g
+and h look into one step: its kernels, and the operations that the processor starts.
 Shapes have random weights, made on the GPU (benchmarks/random_base.py): 20 GB in memory (/dev/shm) or on disk. The JSON is
 written after every finding. What no longer fits into --budget is "not reached", what is under way at its end is "cut off",
 and the script ends in time. Llama shapes train at rows of exactly --max_length tokens with gradient checkpointing and sdpa
@@ -132,18 +132,16 @@ def in_14_gib(precision: str) -> Callable[[Lab], Findings]:
 
 
 def beside_trl(shape: str, precision: str | None = None, **options: Any) -> Callable[[Lab], Findings]:
-    """CareLM with logits in chunks and of whole rows, and TRL; without `precision` in the card's faster one."""
+    """CareLM, then TRL; without `precision` in the card's faster one."""
 
     def cell(lab: Lab) -> Findings:
-        runs = []
-        for name, who, whole_logits in (("chunks", "carelm", False), ("trl", "trl", False), ("whole", "carelm", True)):
-            chosen = precision or lab.fast_precision
+        runs, chosen = [], precision or lab.fast_precision
+        for who in ("carelm", "trl"):
             try:
-                name = f"{shape}-{options.get('bits', 4)}-{name}"
-                runs.append(lab.shape(name, who, shape, chosen, whole_logits=whole_logits, **options))
+                runs.append(lab.shape(f"{shape}-{options.get('bits', 4)}-{who}", who, shape, chosen, **options))
             except RunFailed as error:
-                runs.append({"who": who, "precision": chosen, "whole_logits": whole_logits, "error": str(error)})
-            yield {"runs": runs, "checks": {"carelm, logits in chunks": "error" not in runs[0]}}
+                runs.append({"who": who, "precision": chosen, "error": str(error)})
+            yield {"runs": runs, "checks": {"carelm": "error" not in runs[0]}}
 
     return cell
 
