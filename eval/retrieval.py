@@ -34,6 +34,7 @@ def main() -> None:
     quiet.silence(has_gpu=False, is_first_rank=True)
     from carelm.retrieval import gold, retriever_results
     from carelm.retrieval.index import open_index
+    from carelm.retrieval.refusals import FOLDS
     from carelm.retrieval.retriever import Retriever
     from carelm.retrieval.update import update
 
@@ -65,6 +66,9 @@ def main() -> None:
                   "embedder": report.embedder, "dense_weight": recipe.dense_weight, "chunk_tokens": recipe.chunk_tokens},
         **retriever_results.make_results(questions, found, own, recipe.num_resamples, recipe.seed),
     }  # fmt: skip
+    if len(questions) >= FOLDS:
+        asked = Retriever(dataclasses.replace(searched, retriever=own))
+        results["refusals"] = retriever_results.refusals_of(asked, questions, recipe.seed)
     for name, times in latency.items():
         results["retrievers"][name]["latency_ms"] = times
     folder.mkdir(parents=True, exist_ok=True)

@@ -74,7 +74,8 @@ def main() -> None:
     quiet.silence(has_gpu=False, is_first_rank=True)
     from carelm.chat.chat import make_chat
     from carelm.data.splits import make_examples
-    from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED, Rows, hold_out, of_gold_passages
+    from carelm.retrieval.gold import gold_by_row
+    from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED, Rows, hold_out
 
     examples, reports = make_examples(asked_by)
     retriever, chat = Retriever(recipe), make_chat(recipe)
@@ -91,8 +92,8 @@ def main() -> None:
     )
     allowed = None
     if recipe.gold_passages:
-        by_source = {source: row for of_split in load_splits(asked_by)[0].values() for source, row in of_split}
-        allowed = of_gold_passages(retriever.index.passages(), recipe.gold_passages, by_source)
+        gold_of, by_split = gold_by_row(recipe, retriever.index.passages()), load_splits(asked_by)[0]
+        allowed = {source: gold_of(source, row)[1] for of_split in by_split.values() for source, row in of_split}
     asked, answerable = {}, {}
     for split in ("train", "validation", "test"):
         before = rows.counts.total()

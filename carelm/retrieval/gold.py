@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,13 +43,11 @@ def ask(recipe: Recipe, passages: Iterable[Passage]) -> tuple[list[Asked], int]:
             "gold_passages: it is empty; write {passage column: test row's column}, whose values are the same where a passage "
             "answers a row: {page: page}, {intent: intent}"
         )
-    with_value = defaultdict(set)
-    for passage in passages:
-        with_value[tuple(_value_of(passage, name) for name in recipe.gold_passages)].add(passage.id)
+    gold_of = gold_by_row(recipe, passages)
     asked: dict[str, Asked] = {}
     first = ""
     for source, row in _test_rows(recipe):
-        wanted = tuple((cell_text(row, column, source) or "").strip() for column in recipe.gold_passages.values())
+        wanted, gold = gold_of(source, row)
         first = first or f"{source} has {', '.join(map(repr, wanted))}"
         try:
             example = to_example(recipe, source, row, "test", recipe.reference_columns)
@@ -57,7 +55,7 @@ def ask(recipe: Recipe, passages: Iterable[Passage]) -> tuple[list[Asked], int]:
             continue
         text = next(message["content"] for message in reversed(example.prompt) if message["role"] == "user")
         question = asked.setdefault(text, Asked(example.id, text, filters=_filters(recipe, source, row)))
-        question.gold |= with_value.get(wanted, set()) if all(wanted) else set()
+        question.gold |= gold
     having = [question for question in asked.values() if question.gold]
     if not having:
         names = ", ".join(recipe.gold_passages)
@@ -65,6 +63,22 @@ def ask(recipe: Recipe, passages: Iterable[Passage]) -> tuple[list[Asked], int]:
     if recipe.max_eval_samples and recipe.max_eval_samples < len(having):
         having = random.Random(recipe.split_seed).sample(having, recipe.max_eval_samples)
     return having, len(asked) - sum(bool(question.gold) for question in asked.values())
+
+
+def gold_by_row(
+    recipe: Recipe, passages: Iterable[Passage]
+) -> Callable[[str, dict[str, Any]], tuple[tuple[str, ...], set[str]]]:
+    """A function of a row and its source: what it has in the columns that `gold_passages` names, and the ids of the passages
+    that have the same."""
+    with_value = defaultdict(set)
+    for passage in passages:
+        with_value[tuple(_value_of(passage, name) for name in recipe.gold_passages)].add(passage.id)
+
+    def gold_of(source: str, row: dict[str, Any]) -> tuple[tuple[str, ...], set[str]]:
+        wanted = tuple((cell_text(row, column, source) or "").strip() for column in recipe.gold_passages.values())
+        return wanted, with_value.get(wanted, set()) if all(wanted) else set()
+
+    return gold_of
 
 
 def _test_rows(recipe: Recipe) -> list[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from carelm.chat.grounding import DONT_KNOW, fit
 from carelm.data.example import Example
-from carelm.errors import UserError
 from carelm.retrieval.passages import Passage
 from carelm.retrieval.support import ENOUGH, Supporting, content_words, sentences, with_marks
 
@@ -183,27 +182,6 @@ class Rows:
 
     def _whole(self, rows: list[dict[str, Any] | None]) -> list[dict[str, Any]]:
         return [row for row in rows if row is not None]
-
-
-def of_gold_passages(
-    passages: Sequence[Passage], columns: dict[str, str], rows: dict[str, dict[str, Any]]
-) -> dict[str, set[str]]:
-    """By the source of each row the ids of the passages that the recipe's `gold_passages` says are right for it: a column of
-    the passage, or document, page, product, id, and the row's column with the same value.
-
-    Raises:
-        UserError: where no passage has such a column.
-    """
-    known: dict[tuple[str, ...], set[str]] = {}
-    for passage in passages:
-        own = {**passage.columns, **{key: getattr(passage, key) for key in ("id", "document", "page", "product")}}
-        if all(own.get(key) is not None for key in columns):
-            known.setdefault(tuple(str(own[key]) for key in columns), set()).add(passage.id)
-    if not known:
-        raise UserError(
-            f"gold_passages: no passage has {', '.join(columns)}; name columns of theirs, or document, page, id"
-        )
-    return {source: known.get(tuple(str(row.get(c)) for c in columns.values()), set()) for source, row in rows.items()}
 
 
 def hold_out(asked: dict[str, list[Asked]], share: float, seed: int) -> tuple[dict[str, list[Asked]], Counter]:

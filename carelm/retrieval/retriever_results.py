@@ -8,10 +8,12 @@ import numpy as np
 
 from carelm.evaluation import scores
 from carelm.evaluation.tables import Table, ranged
+from carelm.retrieval import refusals
 from carelm.retrieval.gold import Asked
 from carelm.retrieval.retriever import Retriever
 
 DEPTH = 10  # passages that are looked at
+FALSE_REFUSALS = 0.1  # of the answerable questions, which a threshold is chosen for
 SCORES = ("recall@1", "recall@5", f"MRR@{DEPTH}")
 
 
@@ -25,6 +27,25 @@ def gold_ranks(retriever: Retriever, questions: Sequence[Asked], filtered: bool 
         next((rank for rank, one in enumerate(of_one, 1) if one.passage.id in question.gold), DEPTH + 1)
         for question, of_one in zip(questions, found)
     ])  # fmt: skip
+
+
+def confidences(retriever: Retriever, questions: Sequence[Asked]) -> tuple[np.ndarray, np.ndarray]:
+    """How sure the retriever is of each question, float [questions]: the highest confidence of the passages that it finds, and
+    that of those it finds where the question's gold passages are left out, so that nothing answers it."""
+    found = retriever.search_many([q.text for q in questions], DEPTH + max(len(q.gold) for q in questions))
+    without = [[one for one in of_one if one.passage.id not in q.gold] for q, of_one in zip(questions, found)]
+    with_all, left_out = (
+        np.array([max((one.confidence for one in of_one[:DEPTH]), default=0.0) for of_one in kind])
+        for kind in (found, without)
+    )
+    return with_all, left_out
+
+
+def refusals_of(retriever: Retriever, questions: Sequence[Asked], seed: int) -> dict[str, Any]:
+    """What a threshold on that refuses of both, chosen on nine tenths of the questions for the last one; and the curve."""
+    answerable, unanswerable = confidences(retriever, questions)
+    found = refusals.by_folds(answerable, unanswerable, FALSE_REFUSALS, seed)
+    return {"wanted_false_refusals": FALSE_REFUSALS, **found, "curve": refusals.curve(answerable, unanswerable)}
 
 
 def statistics(ranks: np.ndarray) -> dict[str, scores.Statistics]:
@@ -97,4 +118,20 @@ def tables(found: dict[str, Any]) -> list[Table]:
                    ["", *SCORES, "ms, p50 / p95"], rows)]  # fmt: skip
     if pairs:
         shown.append(Table("Differences", "Paired by question; p Holm-adjusted over all pairs.", ["", *SCORES], pairs))
+    if told := found.get("refusals"):
+        kinds = (
+            f"{told[k]['value']:.0%} ({told[k]['low']:.0%} to {told[k]['high']:.0%})"
+            for k in ("answerable", "unanswerable")
+        )
+        points = (refusals.at(told["curve"], limit) for limit in (0.05, 0.1, 0.2))
+        shown.append(
+            Table(
+                "Refusals",
+                "What a threshold on the confidence refuses: of the questions, and of the same ones where their gold passages "
+                f"are left out. It is chosen for {told['wanted_false_refusals']:.0%} of the former, on nine tenths of the "
+                "questions for the last one. Behind it the curve: the most that is refused at so many false refusals.",
+                ["answerable, refused", "unanswerable, refused", "at 5%", "at 10%", "at 20%"],
+                [[*kinds, *(f"{point['refused']:.0%}" if point else "-" for point in points)]],
+            )
+        )
     return shown

@@ -6,8 +6,7 @@ import pytest
 
 from carelm.chat.grounding import DONT_KNOW, QUESTION, marks, passages_in, says_unknown
 from carelm.data.example import Example
-from carelm.errors import UserError
-from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED, Rows, hold_out, of_gold_passages
+from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED, Rows, hold_out
 from carelm.retrieval.passages import Passage
 from carelm.retrieval.support import claims, content_words
 
@@ -67,12 +66,8 @@ def test_an_answer_that_no_passage_supports_is_left_out_and_counted():
 def test_where_the_data_says_which_passages_answer_a_question_no_other_one_does():
     rows, answer = make(), {"role": "assistant", "content": "A lamp costs about 10 euros."}
     one = Example([{"role": "user", "content": "What do lamps cost?"}], [answer], "a", None, "a.jsonl:1")
-    allowed = of_gold_passages(PASSAGES, {"product": "of"}, {"a.jsonl:1": {"of": "lamp Gull"}, "a.jsonl:2": {}})
-    assert allowed == {"a.jsonl:1": {"shop#0"}, "a.jsonl:2": set()}
     assert rows.ask([one], {"a.jsonl:1": {"shop#2", "shop#9"}})[0].gold == ["shop#2"] != rows.ask([one])[0].gold
     assert rows.ask([one], {"a.jsonl:1": {"terms#1"}}) == [] and rows.counts == {"answer in no passage": 1}
-    with pytest.raises(UserError, match="gold_passages: no passage has EAN"):
-        of_gold_passages(PASSAGES, {"EAN": "of"}, {})
 
 
 def test_training_rows_mark_the_gold_passage_among_others_like_it(asked):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import yaml
 from launching import script
-from small_index import SENTENCES, make_embedder
+from small_index import SENTENCES, build_small, make_embedder
 
 from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
 from carelm.retrieval import retriever_results
-from carelm.retrieval.gold import ask
+from carelm.retrieval.gold import Asked, ask
 from carelm.retrieval.passages import Passage
+from carelm.retrieval.retriever import Retriever
 
 TOPICS = ("returns", "delivery", "battery", "refunds", "kettle")
 
@@ -94,6 +95,24 @@ def test_scores_are_those_of_the_definition_and_one_that_is_better_is_said_to_be
     assert all("dense is better (+" in verdict and "bm25" not in verdict for verdict in found["verdicts"])
     own = retriever_results.make_results(questions, ranks, "dense", 500, 0)
     assert all(verdict.endswith("; no other is significantly better") for verdict in own["verdicts"])
+
+
+def test_a_question_is_asked_again_without_its_gold_passages_to_see_what_a_threshold_refuses(make, tmp_path):
+    embedder = make_embedder(tmp_path / "embedder")
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    (documents / "shop.txt").write_text("\n".join(SENTENCES))
+    build_small(tmp_path / "index/passages", documents, embedder)
+    retriever = Retriever(load_recipe(make(index=str(tmp_path / "index")), usage=""))
+    asked = [Asked(str(k), SENTENCES[k % 5], {f"shop.txt:{k % 5 + 1}"}) for k in range(20)]
+    answerable, unanswerable = retriever_results.confidences(retriever, asked)
+    assert answerable == pytest.approx(np.ones(20), abs=1e-3) and (unanswerable < 0.95).all()
+    found = retriever_results.refusals_of(retriever, asked, seed=0)
+    assert (found["answerable"]["refused"], found["unanswerable"]["refused"]) == (0, 20)
+    ranks = {"hybrid": np.ones(20, int)}
+    results = retriever_results.make_results(asked, ranks, "hybrid", 200, 0) | {"refusals": found}
+    results["retrievers"]["hybrid"]["latency_ms"] = None
+    assert "| 0% (0% to 16%) | 100% (84% to 100%) |" in retriever_results.tables(results)[-1].as_markdown()
 
 
 def test_every_retriever_is_asked_with_and_without_filters_and_the_report_says_how_it_went(make, tmp_path):
