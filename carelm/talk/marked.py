@@ -1,7 +1,9 @@
 """The command that trains on answers that people marked good, in a chat or on the server's page. Imports no torch."""
 
+import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 from carelm.keys import SERVING_KEYS
@@ -17,7 +19,8 @@ PASSES, FEWEST_STEPS, SHARE_OF_RATE = 3, 25, 1 / 4
 
 def training_words(recipe: Recipe, file: Path, good: int, words: list[str], ending: str) -> list[str]:
     """`words`, which name the recipe on a command line, with what goes on from its result, by the good answers of this file
-    among some of the recipe's own rows: on a few answers alone a model forgets all else. The run's folder gets this ending.
+    among some of the recipe's own rows: on a few answers alone a model forgets all else. The run's folder gets this ending,
+    and a number from the second time on.
 
     Args:
         good: how many answers are good.
@@ -34,6 +37,12 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
         passes = math.ceil(FEWEST_STEPS * recipe.global_batch_size / (others + REPEATED * good))
         keys |= {"max_samples": str(others), "num_train_epochs": str(max(PASSES, passes)), "max_steps": "-1"}
         keys["learning_rate"] = f"{recipe.training['learning_rate'] * SHARE_OF_RATE:g}"
-    keys["output_dir"] = f"{folder}-{ending}"
+    keys["output_dir"] = _free(f"{re.sub(rf'-{ending}(-[0-9]+)?$', '', str(folder))}-{ending}")
     kept = without(words, *keys, *SERVING_KEYS, "max_new_tokens", "temperature", "top_p")  # what training does not read
     return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]
+
+
+def _free(folder: str) -> str:
+    """The folder's name, or the first of NAME-2, NAME-3 ... where nothing lies."""
+    names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())

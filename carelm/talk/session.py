@@ -15,6 +15,8 @@ from carelm.errors import UserError
 from carelm.files import write_whole
 from carelm.recipe import CHATS, Recipe
 
+CUT = {"length": "cut off at max_new_tokens", "cancelled": "ended by Ctrl-C"}  # by finish_reason
+
 
 @dataclass
 class Said:
@@ -96,7 +98,8 @@ class Session:
         """Marks the last answer of a model ("": of the only one), whose name is returned.
 
         Raises:
-            UserError: where there is no such answer, or several models have one.
+            UserError: where there is no such answer, several models have one, or a good one is not whole: trained on, it would
+                teach to end in the middle.
         """
         if not self.turns:
             raise UserError(f"/{mark}: there is no answer yet")
@@ -108,6 +111,8 @@ class Session:
         if model not in answers:
             there = ", ".join(answers)
             raise UserError(f"/{mark}: there is no last answer of '{model}' (there: {there})")
+        if mark == "good" and (why := CUT.get(answers[model].finish_reason)):
+            raise UserError(f"/good: the last answer of {model} was {why}, and is not whole; ask again")
         answers[model].mark = mark
         return model
 

@@ -60,17 +60,19 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(tmp_path):
     chat.wait_for("error: /nothing is no command; /help lists them")
     chat.wait_for("> ")
     chat.type("/good\n")
-    chat.wait_for("is marked good\n")
+    chat.wait_for("error: /good: the last answer of base was ended by Ctrl-C, and is not whole; ask again\n")
+    chat.wait_for("> ")
+    chat.type("/bad\n")
+    chat.wait_for("is marked bad\n")
     chat.wait_for("> ")
     chat.type("\x04")
-    chat.wait_for("saved: 1 answer, 1 marked good: none/chats/chat-.*\n")
-    chat.wait_for("next: .*/train/sft.py .*--also_train")
+    chat.wait_for("saved: 1 answer, 0 marked good: none/chats/chat-.*\n")
     assert os.waitstatus_to_exitcode(os.waitpid(chat.child, 0)[1]) == 0
     assert "Traceback" not in chat.seen
     (file,) = tmp_path.glob("none/chats/chat-*.jsonl")
     row = json.loads(file.read_text())
     assert row["messages"][0]["content"] == "Where is it?\nI wait."
-    assert (row["mark"], row["finish_reason"]) == ("good", "cancelled")
+    assert (row["mark"], row["finish_reason"]) == ("bad", "cancelled")
 
 
 def test_in_a_script_the_answer_alone_is_on_standard_output(tmp_path):

@@ -179,6 +179,7 @@ def test_an_unknown_command_is_one_line_and_quitting_saves_marks(dialogue, tmp_p
         dialogue.command("/sav x")
     dialogue.ask(["Where is my order?"])
     assert dialogue.command("/quit") is False and not list(tmp_path.iterdir())
+    dialogue.session.turns[-1].answers["adapter"].finish_reason = "stop"  # as a trained one ends
     dialogue.command("/good adapter")
     assert dialogue.command("/quit") is False
     folder = dialogue.session.recipe.output_dir / "chats"
@@ -202,7 +203,7 @@ def test_what_was_taken_back_with_a_mark_is_saved_and_named_apart(dialogue, tmp_
 
 def test_marks_that_cannot_be_saved_keep_the_chat_open_once(dialogue, tmp_path, monkeypatch):
     dialogue.ask(["Where is my order?"])
-    dialogue.command("/good base")
+    dialogue.command("/bad base")
     file = dialogue.session.recipe.output_dir / "chats/chat-20260102-030405.jsonl"
     file.parent.mkdir()
     file.write_text("another's\n")

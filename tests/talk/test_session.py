@@ -3,6 +3,7 @@
 import contextlib
 import json
 import resource
+from pathlib import Path
 
 import pytest
 from launching import PROJECT
@@ -67,7 +68,7 @@ def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(name, se
     session.undo()  # what is marked stays
     session.mark("bad", "base")
     session.begin_anew("Other.")
-    session.add("new?", {"base": Said("yes 🧡", "length"), "adapter": Said("no", "stop")})
+    session.add("new?", {"base": Said("yes 🧡", "stop"), "adapter": Said("no", "stop")})
     session.mark("good", "base")
     _, examples = trained_by(["--config", str(file)], session.save())
     found = {e.completion[-1]["content"]: [m["content"] for m in e.prompt] for e in examples}
@@ -108,6 +109,25 @@ def test_the_next_command_goes_on_from_an_adapter_by_a_few_passes_over_as_many_o
     assert keys["--adapter"] == "run" and (keys["--max_steps"], keys["--num_train_epochs"]) == ("-1", str(passes))
     assert float(keys["--learning_rate"]) == load_recipe([], usage="").training["learning_rate"] / 4
     assert keys["--max_samples"] == str(of_its_own) and len(found) == 2 * len(keys)
+
+
+@pytest.mark.parametrize("reason", ["length", "cancelled"])
+def test_an_answer_that_is_not_whole_is_not_good(session, reason):
+    session.add("three?", {"adapter": Said("It is in the", reason)})
+    with pytest.raises(UserError, match="/good: the last answer of adapter was .*, and is not whole; ask again"):
+        session.mark("good", "adapter")
+    session.mark("bad", "adapter")
+    assert [row["mark"] for row in session.rows()][-1] == "bad"
+
+
+def test_the_second_command_has_a_folder_of_its_own(tmp_path):
+    folders = []
+    for name in ("run", "run", "run-chat", "run-chat-2"):
+        words = ["--output_dir", str(tmp_path / name)]
+        found = training_words(load_recipe(words, usage=""), tmp_path / "said.jsonl", 1, words, "chat")
+        folders.append(Path(found[found.index("--output_dir") + 1]))
+        folders[-1].mkdir()
+    assert [folder.name for folder in folders] == ["run-chat", "run-chat-2", "run-chat-3", "run-chat-4"]
 
 
 def test_what_a_recipe_mixes_in_itself_stays_beside_the_good_answers(session, tmp_path):
