@@ -21,6 +21,7 @@ from random import Random
 from typing import TypeVar
 
 import torch
+from peft import PeftType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -41,6 +42,7 @@ class Request:
     """One prompt and its answer so far.
 
     Attributes:
+        ahead: virtual tokens of the model, which stand before the prompt.
         tokens: ids of the answer so far; the end of turn is one.
         finish_reason: None while it is not over, then "stop", "length" or "cancelled".
         error: what its `on_token` raised, which cancelled it; the others go on.
@@ -50,6 +52,7 @@ class Request:
     decoding: Decoding
     on_token: Callable[["Request", int], None] | None
     draws: Random
+    ahead: int = 0
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     error: Exception | None = None
@@ -57,11 +60,11 @@ class Request:
     @property
     def longest(self) -> int:
         """Columns that it may come to need."""
-        return len(self.prompt) + self.decoding.max_new_tokens
+        return self.ahead + len(self.prompt) + self.decoding.max_new_tokens
 
     @property
     def known(self) -> int:
-        return len(self.prompt) + len(self.tokens)
+        return self.ahead + len(self.prompt) + len(self.tokens)
 
     @property
     def read(self) -> int:
@@ -74,8 +77,8 @@ def why_not(model: torch.nn.Module) -> str | None:
 
     It can where every layer keeps all keys and values of plain attention, and where positions can be told by `position_ids`.
     """
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return "it has virtual tokens"
+    if has_virtual_tokens(model) and model.active_peft_config.peft_type != PeftType.PROMPT_TUNING:
+        return "it has virtual tokens that are no trained prompt"
     inner = causal_model(model)
     for name in ("past_key_values", "position_ids"):
         if name not in inspect.signature(inner.forward).parameters:
@@ -88,6 +91,10 @@ def why_not(model: torch.nn.Module) -> str | None:
         if type(layer) is not DynamicLayer:
             return f"it caches by {type(layer).__name__}"
     return None
+
+
+def has_virtual_tokens(model: torch.nn.Module) -> bool:
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -145,7 +152,12 @@ class Batcher:
     def __init__(self, model: torch.nn.Module, *, device: torch.device, max_batch_tokens: int):
         self.model, self.device, self.max_batch_tokens = model, device, max_batch_tokens
         self.stops = stop_ids(model)
-        takes = inspect.signature(causal_model(model).forward).parameters
+        inner = causal_model(model)
+        takes = inspect.signature(inner.forward).parameters
+        # A trained prompt, [virtual tokens, hidden size], is read before each prompt, and not put there by PEFT at each step.
+        with torch.no_grad():
+            self._virtual = model.get_prompt(1)[0].to(inner.dtype) if has_virtual_tokens(model) else None
+        self._answering = model if self._virtual is None else inner
         self._keeps_logits = "logits_to_keep" in takes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -168,11 +180,13 @@ class Batcher:
         positions = getattr(causal_model(self.model).config.get_text_config(), "max_position_embeddings", None)
         if not prompt or decoding.max_new_tokens < 1:
             raise ValueError("a request needs a prompt and at least one new token")
-        if positions is not None and len(prompt) + decoding.max_new_tokens > positions:
+        ahead = 0 if self._virtual is None else len(self._virtual)
+        if positions is not None and ahead + len(prompt) + decoding.max_new_tokens > positions:
             raise ValueError(
-                f"{len(prompt)} tokens of prompt and {decoding.max_new_tokens} new ones are more than {positions} positions"
+                f"{ahead + len(prompt)} tokens of prompt and {decoding.max_new_tokens} new ones are more than {positions} "
+                "positions"
             )
-        request = Request(prompt, decoding, on_token, decoding.draws_for(prompt))
+        request = Request(prompt, decoding, on_token, decoding.draws_for(prompt), ahead)
         self.waiting.append(request)
         return request
 
@@ -301,13 +315,18 @@ class Batcher:
         """Reads prompts [rows, longest], padded at their end: what is causal never sees that, and later keys are written over
         it. Each gets its first token."""
         prompts = [request.prompt + request.tokens for request in group]
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=self.device)
+        lengths = [request.known for request in group]
+        width, longest = max(lengths), max(map(len, prompts))
+        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.device)
+        inputs = {"input_ids": ids}
+        if self._virtual is not None:
+            embedded = self._answering.get_input_embeddings()(ids)
+            inputs = {"inputs_embeds": torch.cat([self._virtual.expand(len(ids), -1, -1), embedded], 1)}
         self._window.first, self._window.columns, self._window.width = first, None, width
         ends = sorted(set(lengths))
         kept = 1 if len(ends) == 1 else torch.tensor(ends, device=self.device) - 1
-        logits = self._forward(ids, torch.arange(width, device=self.device).expand_as(ids), None, kept)
+        positions = torch.arange(width, device=self.device).expand(len(ids), -1)
+        logits = self._forward(inputs, positions, None, kept)
         if logits.shape[1] == len(ends):
             at = [ends.index(length) for length in lengths]
         else:  # it keeps all logits
@@ -334,21 +353,25 @@ class Batcher:
         mask = None
         if self._ragged:
             mask = (torch.arange(self._width, device=self.device) <= self._read_each[:, None]).long()
-        logits = self._forward(self._last[:, None], self._read_each[:, None], mask, 1)
+        logits = self._forward({"input_ids": self._last[:, None]}, self._read_each[:, None], mask, 1)
         self._last = self._give(self.running, logits[:, -1])
         self._read_each = self._read_each + 1
         self._tell(self.running)
 
     def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, kept: int | torch.Tensor
+        self,
+        inputs: dict[str, torch.Tensor],
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        kept: int | torch.Tensor,
     ) -> torch.Tensor:
         """Logits [rows, kept or all, vocabulary]."""
         more = {"logits_to_keep": kept} if self._keeps_logits else {}
         # cuDNN's attention, which torch prefers on Hopper and later, plans anew for each shape, and here each step is another
         # (pytorch/pytorch#155958).
         with attention_in_parts(self.model), sdpa_kernel(EXCEPT_CUDNN):
-            return self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
+            return self._answering(
+                **inputs, attention_mask=mask, position_ids=positions, past_key_values=self._cache, use_cache=True,
                 return_dict=True, **more,
             ).logits  # fmt: skip
 

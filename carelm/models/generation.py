@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from carelm.chat.chat import Chat
-from carelm.models.batcher import Batcher, halve, stop_ids, unless_out_of_memory, why_not
+from carelm.models.batcher import Batcher, halve, has_virtual_tokens, stop_ids, unless_out_of_memory, why_not
 from carelm.models.decoding import Decoding, Draws
 from carelm.models.key_values import cache_tokens, causal_model
 from carelm.ranks import rank, say
@@ -78,7 +78,7 @@ def generate(
         how["logits_processor"] = LogitsProcessorList([Draws(decoding, prompts)])
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     answering, start = model, longest
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if has_virtual_tokens(model):
         inputs, answering, start = _with_virtual_tokens(model, **inputs), model.get_base_model(), 0
     with _token_ids_alone(model):
         output = answering.generate(**inputs, synced_gpus=synced_gpus, streamer=streamer, **how)

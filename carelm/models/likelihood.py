@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from carelm.models.batcher import halve, unless_out_of_memory, why_not
+from carelm.models.batcher import halve, has_virtual_tokens, unless_out_of_memory, why_not
 from carelm.models.key_values import causal_model
 
 LOGITS_AT_A_TIME = 1024  # tokens whose logits are held together: with a vocabulary of 128,000 0.5 GB of fp32
@@ -48,7 +48,7 @@ def score_answers(
         alike = next(k for k, ids in enumerate(zip(*several)) if len(set(ids)) > 1)
         prefixes.append(prompt + several[0][:alike])
         rests.append([ids[alike:] for ids in several])
-    score, started = _whole_rows if why_not(model) else _behind_shared, time.perf_counter()
+    score, started = _whole_rows if why_not(model) or has_virtual_tokens(model) else _behind_shared, time.perf_counter()
     left = sorted(range(len(prompts)), key=lambda i: -len(prefixes[i]))
     with tqdm(total=len(left), desc=show, unit="example", dynamic_ncols=True, disable=show is None) as bar:
         while left:

@@ -4,7 +4,7 @@ import asyncio
 import queue
 import threading
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,9 @@ class Served:
         self.generation_config = causal_model(self.model).generation_config
         self.is_batched = why_not(self.model) is None
         self.asked: list[Asked] = []
+        self.meanwhile: Callable[[], None] = lambda: (
+            None
+        )  # what others do between two tokens of an answer of `generate`
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -131,11 +134,14 @@ class Served:
         self.asked = [asked for asked in self.asked if id(asked.request) not in over]
 
     def _generate(self, asked: Asked) -> None:
+        def took(token: int) -> None:
+            asked.took(token)
+            self.meanwhile()
+            self.base.activate(self.adapter)
+
         causal_model(self.model).generation_config = self.generation_config
         try:
-            generate(
-                self.model, self.chat, [asked.prompt], asked.decoding, device=self.device, streamer=Tokens(asked.took)
-            )
+            generate(self.model, self.chat, [asked.prompt], asked.decoding, device=self.device, streamer=Tokens(took))
             asked.tell(None)
         except _Cancelled:
             pass
@@ -163,7 +169,8 @@ class BatcherEngine:
         self._served: dict[str, Served] = {}
         for speaker, base, adapter in _load(speakers):
             share = min(recipe.max_batch_tokens, cache_tokens(speaker.model, speaker.device) / len(speakers))
-            self._served[speaker.name] = Served(speaker, base, adapter, int(share))
+            served = self._served[speaker.name] = Served(speaker, base, adapter, int(share))
+            served.meanwhile = self._step_batches
         self._inbox: queue.SimpleQueue[tuple[Served, Asked] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -207,9 +214,17 @@ class BatcherEngine:
             for asked in served.asked:
                 asked.tell(EngineError("the server stops"))
 
-    def _take_in(self) -> bool:
+    def _step_batches(self) -> None:
+        """One token more for each answer that a batcher gives; its models may be asked meanwhile."""
+        if not self._take_in(waits=False):
+            self._inbox.put(None)  # the end, once this answer is over
+        for served in self._served.values():
+            if served.is_batched and served.asked:
+                served.step()
+
+    def _take_in(self, waits: bool = True) -> bool:
         """Gives what has been asked to its model, and waits where there is nothing to do; False at the end."""
-        is_idle = not any(served.asked for served in self._served.values())
+        is_idle = waits and not any(served.asked for served in self._served.values())
         while is_idle or not self._inbox.empty():
             if (new := self._inbox.get()) is None:
                 return False

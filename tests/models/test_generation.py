@@ -10,6 +10,7 @@ from drawn import make_adapter
 from carelm.evaluation import candidates
 from carelm.evaluation.questions import make_questions
 from carelm.models import generation
+from carelm.models.batcher import Batcher, why_not
 from carelm.models.generation import Decoding
 from carelm.recipe_file import load_recipe
 
@@ -82,3 +83,22 @@ def test_what_a_base_in_a_folder_adds_is_known_and_has_no_effect(base, adapter, 
         answers.append(generation.generate(model, chat, adapter[2], Decoding(8), device=CPU))
     assert answers[0] == answers[1]
     assert {"num_beams": 3, "repetition_penalty": 1.5}.items() <= about["unused_generation_config"].items()
+
+
+def test_a_trained_prompt_is_answered_by_the_batcher_as_by_generate_token_for_token(tmp_path):
+    recipe = make_adapter(tmp_path / "run", "--load_in_4bit", "false", "--method", "prompt_tuning")
+    candidate = candidates.find(recipe, "adapter")
+    chat = candidate.make_chat()
+    model, _ = candidate.load(chat)
+    questions, _ = make_questions(recipe, chat)
+    prompts = [chat.fit_prompt(question.messages, 300).ids for question in questions[:9]]
+    assert why_not(model) is None and len({*map(len, prompts)}) > 4
+    for decoding in (Decoding(24), Decoding(24, temperature=1.3, seed=5)):
+        by_generate = generation.generate(model, chat, prompts, decoding, device=CPU)
+        batcher = Batcher(model, device=CPU, max_batch_tokens=600)  # more prompts than places
+        requests = [batcher.submit(prompt, decoding) for prompt in prompts]
+        while batcher.busy:
+            batcher.step()
+        assert [tuple(request.tokens) for request in requests] == [answer.ids for answer in by_generate]
+        assert 1 < batcher.largest < len(prompts)
+    assert len({answer.ids for answer in by_generate}) > 4

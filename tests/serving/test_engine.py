@@ -100,7 +100,39 @@ def test_closing_an_answer_ends_it_and_others_go_on(engine, speakers):
     assert whole == alone(base, ids) and not left
 
 
-def test_leaving_a_model_that_answers_one_at_a_time_ends_its_answer_too(engine, speakers):
+@pytest.fixture
+def one_at_a_time(engine, monkeypatch):
+    """A model as if the batcher could not serve it."""
+    monkeypatch.setattr(engine._served["prompt"], "is_batched", False)
+
+
+def test_a_model_that_answers_one_at_a_time_lets_the_others_go_on(engine, speakers, one_at_a_time):
+    prompt, lora = (next(s for s in speakers if s.name == name) for name in ("prompt", "lora"))
+    ids = {s.name: s.chat.prompt_ids([{"role": "user", "content": "Where is it?"}]) for s in (prompt, lora)}
+    over = []
+
+    async def ask(speaker):
+        tokens = await answer(engine, speaker, ids[speaker.name])
+        over.append(speaker.name)
+        return tokens
+
+    async def long_and_short():
+        long = asyncio.create_task(collect(engine.answer("prompt", ids["prompt"], Decoding(200)), over))
+        await asyncio.sleep(0.05)
+        short = await ask(lora)
+        return short, await long
+
+    async def collect(tokens, over):
+        found = [token async for token in tokens]
+        over.append("prompt")
+        return found
+
+    short, long = asyncio.run(long_and_short())
+    assert over == ["lora", "prompt"] and len(long) > 24
+    assert short == alone(lora, ids["lora"]) and long[:24] == alone(prompt, ids["prompt"])
+
+
+def test_leaving_a_model_that_answers_one_at_a_time_ends_its_answer_too(engine, speakers, one_at_a_time):
     prompt = next(s for s in speakers if s.name == "prompt")
     ids = prompt.chat.prompt_ids([{"role": "user", "content": "Where is it?"}])
 

@@ -73,7 +73,7 @@ def test_what_is_shown_grows_to_what_the_evaluator_reads(tmp_path, keys, capsys)
     answer = speaker.answer(messages, shown.append)
     assert answer == answers(speaker, messages)
     assert len(shown) > 3 and all(after.startswith(before) for before, after in zip(shown, shown[1:]))
-    assert ("by transformers' generate" in capsys.readouterr().err) == ("prompt_tuning" in keys)
+    assert "by transformers' generate" not in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_an_answer_and_what_is_there_is_kept(dialogue, monkeypatch, capsys):
