@@ -15,6 +15,7 @@ exit status: 0 it was stopped, or the certificate is written; 2 something in the
 import dataclasses
 import importlib.util
 import json
+import os
 import shlex
 import socket
 import sys
@@ -39,6 +40,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client", "httpx")  # of the extra `s
 
 def main() -> None:
     recipe = for_serving(load_recipe(sys.argv[1:], usage=__doc__, first=KEYS))
+    check_writable(recipe)
     from carelm.serving import security
 
     key = security.read_key(recipe)
@@ -99,7 +101,21 @@ def for_serving(recipe: Recipe) -> Recipe:
         raise UserError(f"models: {over_the_wire[0]} is for the evaluation alone; models that run here are served")
     if recipe.num_shots:
         ranks.say(f"num_shots: the {recipe.num_shots} examples are the evaluator's, a conversation begins without")
-    return dataclasses.replace(recipe, num_shots=0)
+    port = 0 if recipe.certify else recipe.port  # nobody else asks it meanwhile
+    return dataclasses.replace(recipe, num_shots=0, port=port)
+
+
+def check_writable(recipe: Recipe) -> None:
+    """Says that feedback will be lost where the run's folder cannot be written; raises UserError for a certificate."""
+    folder = recipe.output_dir.absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if os.access(there, os.W_OK):
+        return
+    if recipe.certify:
+        raise UserError(
+            f"certify: {here(folder)} cannot be written, where the certificate goes; look at its permissions"
+        )
+    ranks.say(f"output_dir: {here(folder)} cannot be written: feedback is refused; look at its permissions")
 
 
 def say_address(recipe: Recipe, address: str, models: list[str], key: str | None) -> None:

@@ -100,8 +100,15 @@ def parse(recipe: Recipe, text: str) -> list[str]:
         values = json.loads(text)
     except ValueError:
         values = None
-    if not isinstance(values, dict) or not all(isinstance(values.get(column), str) for column in columns):
+    if not isinstance(values, dict):
         raise UserError(f"prompt_template has several columns: give the message as JSON, {form_of(recipe)}")
+    if wrong := [column for column in columns if not isinstance(values.get(column), str)]:
+        what = "is no text; write it in quotes" if wrong[0] in values else "is missing"
+        raise UserError(f"{wrong[0]} {what}: a message is JSON, {form_of(recipe)}")
+    if number := len(values.keys() - {*template_columns(recipe.prompt_template, "prompt_template")}):
+        raise UserError(
+            f"{number} columns more than prompt_template has; leave them out: a message is JSON, {form_of(recipe)}"
+        )
     return [values[column] for column in columns]
 
 

@@ -24,8 +24,9 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         recipe = self.gateway.recipe
-        with self.gateway.place():
-            asked = parse(ChatRequest, await read_body(Request(scope, receive), recipe.max_body_bytes))
+        body = await read_body(Request(scope, receive), recipe.max_body_bytes)
+        with self.gateway.place():  # from now on: one who sends slowly takes nobody's
+            asked = parse(ChatRequest, body)
             turn = Turn(
                 self.gateway, scope, receive, send, speaker=self.gateway.speaker(asked.model), stops=asked.stop,
                 decoding=asked.decoding(recipe, secrets.randbits(63)),

@@ -13,13 +13,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from carelm import ranks
 from carelm.models.batcher import Batcher, Request, why_not
 from carelm.models.decoding import Decoding
 from carelm.models.generation import generate
 from carelm.models.key_values import cache_tokens, causal_model
 from carelm.models.streaming import Tokens
 from carelm.recipe import Recipe
+from carelm.serving.log import note
 from carelm.talk.speaker import Speaker
 
 
@@ -116,7 +116,7 @@ class Served:
                 self._generate(self.asked.pop(0))
         except Exception as error:  # whatever it is, the others and the next ones go on
             at = traceback.extract_tb(error.__traceback__)[-1]
-            ranks.say(
+            note(
                 f"{self.name}: {type(error).__name__} at {Path(at.filename).name}:{at.lineno}; "
                 f"{len(self.asked)} answers end with an error"
             )

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from carelm.data.masking import clean, clean_turns
 from carelm.recipe import FEEDBACK, Recipe
-from carelm.serving.requests import MOST_MESSAGES, Message, Strict, to_messages
+from carelm.serving.requests import MOST_MESSAGES, Message, Strict, to_functions, to_messages
 
 
 class Feedback(Strict):
@@ -19,6 +19,7 @@ class Feedback(Strict):
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(to_messages)]
+    tools: Annotated[list[dict[str, Any]], AfterValidator(to_functions)] = []
     answer: Annotated[str, Field(min_length=1)]
     mark: Literal["good", "bad"] | None = None
     comment: str | None = None
@@ -33,6 +34,8 @@ class Feedback(Strict):
             answer["train"] = False
         (answer,) = clean_turns(recipe, [answer])
         row: dict[str, Any] = {"id": f"feedback/{time.time_ns()}", "messages": [*before, answer]}
+        if self.tools:
+            row["tools"] = self.tools
         if self.edited:
             row["draft"] = clean(recipe, self.answer)
         comment = self.comment and clean(recipe, self.comment)

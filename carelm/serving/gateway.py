@@ -145,4 +145,6 @@ def _to_problem(error: HTTPException) -> Problem:
     """What is said of a path or a method that there is none of."""
     if error.status_code == 405 and (method := (error.headers or {}).get("Allow")):
         return Problem(405, f"this route is asked by {method}", code="method", allow=method)
-    return Problem(error.status_code, f"there is no such route ({error.status_code})")
+    if error.status_code == 404:
+        return Problem(404, f"there is no such route; there are {', '.join(ROUTES)}, and the API's address ends in /v1")
+    return Problem(error.status_code, f"this cannot be asked ({error.status_code})")

@@ -158,7 +158,10 @@ class ChatRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def leave_out(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if k not in WITHOUT_EFFECT} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        without_effect = WITHOUT_EFFECT if given.get("tools") else WITHOUT_EFFECT | {"parallel_tool_calls"}
+        return {k: v for k, v in given.items() if k not in without_effect}
 
     @field_validator("stop")
     @classmethod
@@ -214,9 +217,16 @@ def parse(kind: type[BaseModel], body: bytes) -> Any:
     except RecursionError:
         raise Problem(400, "the body is nested too deeply", code="invalid_json") from None
     if found["type"] == "json_invalid":
-        raise Problem(400, "the body is no JSON in UTF-8", code="invalid_json")
+        reason = found["ctx"]["error"]  # the parser's own words, and where: nothing of the body
+        if reason.startswith("number out of range"):
+            raise Problem(
+                400, f"a number has more than the 4,300 digits that can be read ({reason})", code="invalid_json"
+            )
+        raise Problem(400, f"the body is no JSON in UTF-8 ({reason})", code="invalid_json")
     param = _name(found["loc"])
     message = str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+    if found["type"] == "too_long":
+        message = f"at most {found['ctx']['max_length']} of them"
     if found["type"] == "extra_forbidden":
         message = "this field is not known here, and might change the answer; leave it out"
     raise Problem(400, f"{param}: {message}" if param else message, param=param or None, code=found["type"])

@@ -13,15 +13,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from carelm import ranks
 from carelm.errors import UserError
 from carelm.files import locate
 from carelm.recipe import Recipe
+from carelm.serving.log import note
 from carelm.serving.requests import Problem
 
 KEY_VARIABLE = "CARELM_API_KEY"
 OPEN = {"/health", "/", "/page.js", "/page.css"}  # without a key: no text of anyone's, and the page that asks for it
 ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/feedback", "/health", "/metrics")
+# Of OpenAI's, and with an address that lacks /v1 or has it twice: what clients ask that are not set up yet.
+ELSEWHERE = ("/chat/completions", "/models", "/v1/v1/chat/completions", "/v1/v1/models", "/v1/completions", "/v1/responses",
+             "/v1/embeddings")  # fmt: skip
 WATCHED = {"/health", "/metrics"}  # by those who look after the server: answered however many ask
 LONGEST_HEAD = 2**14  # bytes of a request's headers
 AGAIN_SECONDS = 2  # after which one who was told to come again may
@@ -108,7 +111,7 @@ class Guard:
             await (self._refusal(scope) or self.app)(scope, receive, send_with_headers)
         except Exception as error:  # the app has replied; its traceback may hold a client's text
             at = traceback.extract_tb(error.__traceback__)[-1]
-            ranks.say(f"{scope['path']}: {type(error).__name__} at {Path(at.filename).name}:{at.lineno}")
+            note(f"{shown(scope['path'])}: {type(error).__name__} at {Path(at.filename).name}:{at.lineno}")
         finally:
             if found := scope.get("outcome", status):
                 self.noted(scope["path"], found)
@@ -164,14 +167,19 @@ class Pages(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
         if response.status_code >= 400:
-            ranks.say(
-                f"preflight: {response.status_code}, only web pages that cors_origins names may ask, by GET and POST"
-            )
+            note(f"preflight: {response.status_code}, only web pages that cors_origins names may ask, by GET and POST")
         return response
 
 
 def reply(problem: Problem, path: str) -> JSONResponse:
     """The reply that says why. So does one line here, without a text of a client's; what breaks in mid-answer is said there."""
     if problem.status < 500 or problem.code in ("disk", "connections"):
-        ranks.say(f"{path if path in ROUTES else 'another path'}: {problem.status}, {problem.message}")
+        note(f"{shown(path)}: {problem.status}, {problem.message}")
     return JSONResponse(problem.body(), problem.status, problem.headers)
+
+
+def shown(path: str) -> str:
+    """A path as the log has it: one that a client makes up may hold anything."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models/..."
+    return path if path in (*ROUTES, *ELSEWHERE) else "another path"

@@ -125,6 +125,8 @@ def serve(gateway: Gateway, key: str | None, listening: socket.socket, ask: Call
         finally:
             server.should_exit = True
             await gateway.engine.close()
+            if tasks := server.server_state.tasks:  # a second signal has cut their answers off, which they say now
+                await asyncio.wait(tasks, timeout=FAREWELL_SECONDS)
         return value
 
     return asyncio.run(run())

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from carelm import ranks
 from carelm.models.decoding import Decoding
 from carelm.serving.answer import Answer
 from carelm.serving.engine import EngineError
+from carelm.serving.log import note
 from carelm.serving.prompts import Asked
 from carelm.serving.requests import Problem
 from carelm.serving.wire import ClientGone, Events, unless_gone
@@ -125,7 +125,7 @@ class Turn:
         if self._first_token is not None:
             metrics.first_token.labels(name).observe(self._first_token)
         metrics.total.labels(name).observe(total)
-        ranks.say(
+        note(
             f"{self.id}: {name}, {how}: {len(self.prompt.ids)} + {len(self.answer.tokens)} tokens{self.prompt.in_short}, "
             f"first after {self._first_token or total:.2f} s, all after {total:.2f} s"
         )

@@ -53,6 +53,16 @@ def test_a_row_is_the_conversation_with_the_answer_and_an_edit_beside_its_draft(
     assert edited["messages"][1]["train"] is False and edited["comment"] == "No date"
 
 
+def test_a_rows_tools_stand_in_what_is_trained_as_they_stood_in_what_was_asked(rows, gateway):
+    tools = [{"type": "function", "function": {"name": "find_order", "parameters": {"type": "object", "properties": {}}}}]
+    with_tools, without = rows(SAID | {"tools": tools}, SAID)
+    assert with_tools["tools"] == tools and "tools" not in without
+    file = str(gateway.recipe.output_dir / FEEDBACK)
+    keys = ["--config", str(PROJECT / "recipes/datasets/marked.yaml"), "--dataset_name", file]
+    examples, _ = make_examples(load_recipe(keys, usage=""))
+    assert [e.tools for e in examples["train"]] == [tools, None]
+
+
 def test_what_people_say_of_an_answer_is_masked_as_what_they_ask_is(gateway):
     recipe = dataclasses.replace(gateway.recipe, mask_personal_data=True)
     mail = "write to anna@example.org"

@@ -121,6 +121,16 @@ def test_what_cannot_be_served_is_a_400_that_names_the_field(client, param, chan
     assert error["type"] == "invalid_request_error" and re.match(re.escape(param) + ": .", error["message"])
 
 
+def test_a_number_of_too_many_digits_and_a_list_that_is_too_long_are_called_so(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"most": 0}}}
+    body = json.dumps({"model": "base", "messages": ASKED, "tools": [tool]}).replace(
+        '"most": 0', f'"most": {"1" * 4301}'
+    )
+    assert "a number has more than the 4,300 digits" in client.post(CHAT, content=body).json()["error"]["message"]
+    assert ask(client, ASKED * 1001).json()["error"]["message"] == "messages: at most 1000 of them"
+    assert ask(client, parallel_tool_calls=False).status_code == 200  # without tools there is nothing to call
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b'{"model": "\\ud800"}', b"[" * 100_000])
 def test_what_is_no_request_is_a_400(client, body):
     reply = client.post(CHAT, content=body)
@@ -279,6 +289,13 @@ def test_a_template_of_several_columns_takes_a_message_of_json_and_says_how(
     content = json.loads("{" + error["message"].split(" is sent as ")[1] + "}")["content"]
     assert error["param"] == "messages" and json.loads(content) == {"topic": "...", "question": "..."}
     assert ask(client, [{"role": "user", "content": content}]).status_code == 200
+    for columns, said in (
+        ({"topic": "x"}, "question is missing"),
+        ({"topic": 5, "question": "x"}, "topic is no text; write it in quotes"),
+        ({"topic": "x", "question": "x", "secret": "x"}, "1 columns more than prompt_template has"),
+    ):
+        error = ask(client, [{"role": "user", "content": json.dumps(columns)}]).json()["error"]
+        assert error["message"].startswith(f"messages: {said}") and "secret" not in error["message"]
     error = ask(client, [{"role": "user", "content": {"topic": "Refund", "question": "When?"}}]).json()["error"]
     assert error["message"].startswith("messages.0.content: it is text") and '"{\\"column' in error["message"]
 
@@ -351,7 +368,7 @@ def test_what_the_server_says_and_counts_holds_no_text(client, capsys):
     ask(client, [{"role": "user", "content": "Platypus?"}])
     counted = client.get("/metrics").text
     said = capsys.readouterr().err
-    assert re.search(r"^carelm: chatcmpl-\w+: base, answered: \d+ \+ \d+ tokens, first after", said, re.M)
+    assert re.search(r"^carelm: \S+ \S+ chatcmpl-\w+: base, answered: \d+ \+ \d+ tokens, first after", said, re.M)
     assert "latypus" not in said + counted
     for name in (
         "requests_total",

@@ -1,6 +1,7 @@
 """Nobody asks who may not, and what is served to a browser runs nothing of others."""
 
 import dataclasses
+import re
 
 import pytest
 from drawn import make_adapter
@@ -85,6 +86,8 @@ def test_who_is_refused_is_a_line_without_a_text_of_theirs(gateway, monkeypatch,
     client = make_client(gateway)
     client.options(CHAT, headers=elsewhere)
     client.post("/secret", json={})
+    assert CHAT in client.post("/v1/responses", json={}).json()["error"]["message"]
+    client.get("/v1/models/secret")
     client.post(CHAT, json={"model": "secret", "messages": ASKED})
     client.get("/health", headers={"host": "secret.example"})
     recipe = dataclasses.replace(gateway.recipe, cors_origins=["https://shop.example"])
@@ -93,9 +96,11 @@ def test_who_is_refused_is_a_line_without_a_text_of_theirs(gateway, monkeypatch,
     monkeypatch.setattr(gateway, "in_flight", gateway.recipe.max_queue)
     ask(client)
     said = capsys.readouterr().err
-    assert "secret" not in said and [line.split(",")[0] for line in said.splitlines()] == [
-        f"carelm: {CHAT}: 403", "carelm: another path: 404", f"carelm: {CHAT}: 404", "carelm: /health: 403",
-        "carelm: preflight: 400", "carelm: /v1/models: 401", f"carelm: {CHAT}: 429",
+    times, lines = zip(*re.findall(r"^carelm: (\S+ \S+) (.*?),", said, re.M))
+    assert "secret" not in said and all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", time) for time in times)
+    assert list(lines) == [
+        f"{CHAT}: 403", "another path: 404", "/v1/responses: 404", "/v1/models/...: 404", f"{CHAT}: 404", "/health: 403",
+        "preflight: 400", "/v1/models: 401", f"{CHAT}: 429",
     ]  # fmt: skip
     assert said.count("cors_origins") == 2 and "Host: 127.0.0.1" in said
 
