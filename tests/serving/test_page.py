@@ -210,15 +210,63 @@ def test_two_models_answer_side_by_side_and_each_goes_on_with_what_it_said(url, 
     ]
 
 
-def test_the_page_says_what_a_template_of_several_columns_is_asked_with(gateway, open_page):
-    recipe = replace(gateway.recipe, prompt_template="{topic}: {question}", completion_template="{answer}")
-    with listening(Gateway(recipe, list(gateway.speakers.values()), gateway.engine)) as port:
-        page = open_page(f"http://127.0.0.1:{port}")
-        shown = page.get_attribute("#question", "placeholder")
-        assert shown == 'JSON, as {"topic":"...","question":"..."}'
-        ask(page, shown.removeprefix("JSON, as "))
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_template_of_several_columns_has_a_field_for_each(gateway, open_page, width):
+    recipe = replace(gateway.recipe, prompt_template="{topic} / {product}: {question}", completion_template="{answer}")
+    served = Gateway(recipe, list(gateway.speakers.values()), gateway.engine)
+    sent = []
+    with listening(served) as port:
+        page = open_page(f"http://127.0.0.1:{port}", viewport={"width": width, "height": 700})
+        page.on("request", lambda request: sent.append(request.post_data_json) if "chat" in request.url else None)
+        names, values = ["topic", "product", "question"], ["Refund", "Kettle {x}", 'When "exactly"?']
+        assert page.evaluate("document.activeElement.name") == "topic"
+        page.keyboard.type("Refund")
+        page.keyboard.press("Enter")  # what is missing is asked for next
+        assert page.evaluate("document.activeElement.name") == "product" and not sent
+        for name, value in zip(names, values):
+            page.get_by_role("textbox", name=name, exact=True).fill(value)
+        page.keyboard.press("Enter")
         finish(page)
-        assert len(answers(page)) == 1 and "refuses" not in page.locator(".note").text_content()
+        assert page.inner_text(".question") == "\n".join(f"{name}: {value}" for name, value in zip(names, values))
+        assert json.loads(sent[0]["messages"][0]["content"]) == dict(zip(names, values)) and answers(page)[0]
+        for name in names:
+            box = page.get_by_role("textbox", name=name, exact=True)
+            place = box.bounding_box()
+            assert box.input_value() == "" and place["x"] >= 0 and place["x"] + place["width"] <= width
+            box.fill("And then?")
+        page.keyboard.press("Enter")
+        finish(page)
+        assert [message["role"] for message in sent[1]["messages"]] == ["user", "assistant", "user"]
+        assert answers(page)[1]
+
+
+def test_a_question_that_is_refused_comes_back_to_be_changed(url, open_page):
+    page = open_page(url)
+    question = "a" * 2**20
+    page.evaluate("text => document.getElementById('question').value = text", question)
+    page.press("#question", "Enter")
+    expect(page.locator(".note")).to_contain_text("The server refuses")
+    assert page.input_value("#question") == question
+
+
+def test_feedback_that_is_not_sent_is_not_lost_without_a_word(url, open_page):
+    page = open_page(url)
+    ask(page, PICTURE)
+    finish(page)
+    page.evaluate("window.confirm = text => { window.asked = text; return false; }")
+    page.click(".up")
+    page.click("#new")
+    assert "not sent" in page.evaluate("asked") and answers(page) == [MARKUP]
+    prevented = """() => {
+      const event = new Event("beforeunload", { cancelable: true });
+      window.dispatchEvent(event);
+      return event.defaultPrevented;
+    }"""
+    assert page.evaluate(prevented)
+    page.click(".cancel")
+    assert not page.evaluate(prevented)
+    page.click("#new")
+    assert answers(page) == []
 
 
 def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on_with(url, gateway, open_page):

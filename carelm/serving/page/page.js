@@ -3,16 +3,20 @@
 
 const at = id => document.getElementById(id);
 const log = at("log");
-const KEY = "carelm-key";  // in sessionStorage: gone with the tab
+const KEY = "carelm-key", MODEL = "carelm-model";  // in sessionStorage: gone with the tab
 
-let turns = [];  // {question, answers: [answer, ...]}: one answer, or two side by side
+let turns = [];  // {values, answers: [answer, ...]}: one answer, or two side by side
+let fields = [at("question")];  // what a person fills in: one text, or one for each column of the recipe's template
+let columns = null;
 const running = new Set();  // an AbortController for each answer that is being written
 
-/** What went wrong, in words for the reader; `wait` are the seconds after which another try makes sense. */
+/** What went wrong, in words for the reader; `wait` are the seconds after which another try makes sense, `isOfText` says that
+    another text would do. */
 class Refusal extends Error {
-  constructor(message, wait = 0) {
+  constructor(message, wait = 0, isOfText = false) {
     super(message);
     this.wait = wait;
+    this.isOfText = isOfText;
   }
 }
 
@@ -39,7 +43,7 @@ async function request(path, { body, signal } = {}) {
 
 async function refusalOf(response) {
   const said = await response.json().then(found => found.error.message, () => `status ${response.status}`);
-  if (response.status !== 429) return new Refusal(`The server refuses: ${said}`);
+  if (response.status !== 429) return new Refusal(`The server refuses: ${said}`, 0, [400, 413].includes(response.status));
   return new Refusal(`The server is busy: ${said}`, Number(response.headers.get("Retry-After")) || 1);
 }
 
@@ -84,9 +88,14 @@ function messagesUpTo(turn, side) {
   for (const earlier of turns.slice(0, turns.indexOf(turn))) {
     const answer = earlier.answers[side] ?? earlier.answers[0];  // before there was a second model, both have seen the first's
     const content = answer.edited ?? answer.text;
-    if (content) messages.push({ role: "user", content: earlier.question }, { role: "assistant", content });
+    if (content) messages.push({ role: "user", content: contentOf(earlier) }, { role: "assistant", content });
   }
-  return [...messages, { role: "user", content: turn.question }];
+  return [...messages, { role: "user", content: contentOf(turn) }];
+}
+
+/** A question as the API takes it: its text, or a JSON object of columns. */
+function contentOf({ values }) {
+  return columns ? JSON.stringify(Object.fromEntries(columns.map((name, i) => [name, values[i]]))) : values[0];
 }
 
 /** Writes to the log what `change` writes, and stays at its end where the reader is there. */
@@ -113,6 +122,7 @@ async function write(answer) {
   } catch (error) {
     note = error.name === "AbortError" ? "stopped" : answer.text ? `The answer broke off: ${error.message}` : error.message;
     wait = error.wait ?? 0;
+    if (error.isOfText && fields.every(field => !field.value)) fields.forEach((field, i) => field.value = answer.turn.values[i]);
     if (note !== "stopped" && !(error instanceof Refusal)) console.error(error);
   } finally {
     running.delete(controller);
@@ -169,17 +179,17 @@ function showRunning() {
 
 function stop() {
   for (const controller of running) controller.abort();
-  at("question").focus();
+  fields[0].focus();
 }
 
-function ask(question) {
+function ask(values) {
   for (const button of log.querySelectorAll(".retry")) button.remove();  // the conversation has gone on
   at("hint").hidden = true;
   at("finished").replaceChildren();
   const section = at("turn-shape").content.cloneNode(true).firstElementChild;
-  section.querySelector(".question").textContent = question;
+  section.querySelector(".question").textContent = columns ? columns.map((name, i) => `${name}: ${values[i]}`).join("\n") : values[0];
   const models = [at("model").value, at("other").value].filter(Boolean);
-  const turn = { question, answers: [] };
+  const turn = { values, answers: [] };
   turn.answers = models.map((model, side) => newAnswer(turn, model, side));
   section.querySelector(".answers").append(...turn.answers.map(answer => answer.box));
   turns.push(turn);
@@ -197,7 +207,7 @@ function newAnswer(turn, model, side) {
   const answer = { turn, model, side, box, parts, text: "", edited: null, mark: null };
   box.querySelector("h3").textContent = model;
   parts.retry.onclick = () => {
-    at("question").focus();  // the button goes
+    fields[0].focus();  // the button goes
     write(answer);
   };
   parts.copy.onclick = () => copy(answer);
@@ -300,11 +310,11 @@ function showSaved(answer, edited, saved) {
 }
 
 async function loadModels() {
-  let names, columns;
+  let names;
   try {
     const { data } = await (await request("v1/models")).json();
     names = data.map(model => model.id);
-    columns = data[0].columns;
+    columns = data[0].columns ?? null;
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     const again = document.createElement("button");
@@ -319,15 +329,33 @@ async function loadModels() {
     return at("turns").replaceChildren(line);
   }
   for (const select of [at("model"), at("other")]) select.append(...names.map(name => new Option(name, name)));
-  at("model").value = names.find(name => name !== "base") ?? names[0];
+  const before = sessionStorage.getItem(MODEL);
+  at("model").value = names.includes(before) ? before : names.find(name => name !== "base") ?? names[0];
   at("beside").hidden = names.length < 2;
-  if (columns) at("question").placeholder = `JSON, as ${JSON.stringify(Object.fromEntries(columns.map(name => [name, "..."])))}`;
+  if (columns) makeFields();
   at("send").disabled = false;
   modelsChosen();
 }
 
+/** A field for each column of the recipe's template. */
+function makeFields() {
+  fields = columns.map(name => {
+    const field = document.createElement("textarea");
+    Object.assign(field, { name, rows: 1, onkeydown: keys });
+    field.setAttribute("aria-describedby", "keys");
+    return field;
+  });
+  at("fields").replaceChildren(...fields.map(field => {
+    const label = document.createElement("label");
+    label.append(field.name, field);
+    return label;
+  }));
+  fields[0].focus();
+}
+
 /** A model is not compared with itself. */
 function modelsChosen() {
+  sessionStorage.setItem(MODEL, at("model").value);
   for (const option of at("other").options) option.disabled = option.value === at("model").value;
   if (at("other").value === at("model").value) at("other").value = "";
   document.body.classList.toggle("two", at("other").value !== "");
@@ -335,7 +363,12 @@ function modelsChosen() {
 
 at("model").onchange = at("other").onchange = modelsChosen;
 at("stop").onclick = stop;
+const isUnsent = () => document.querySelector(".feedback:not([hidden])") !== null;  // an edit, a mark or a comment
+window.onbeforeunload = event => {
+  if (isUnsent()) event.preventDefault();
+};
 at("new").onclick = () => {
+  if (isUnsent() && !confirm("Your feedback is not sent yet. Begin a new chat all the same?")) return;
   stop();
   turns = [];
   at("turns").replaceChildren();
@@ -344,18 +377,23 @@ at("new").onclick = () => {
 };
 at("composer").onsubmit = event => {
   event.preventDefault();
-  const question = at("question").value.trim();
-  if (!question || running.size || at("send").disabled) return;
-  at("question").value = "";
-  at("question").focus();
-  ask(question);
+  const values = fields.map(field => field.value.trim());
+  if (running.size || at("send").disabled) return;
+  const missing = values.indexOf("");
+  if (missing >= 0) return fields[missing].focus();
+  for (const field of fields) field.value = "";
+  fields[0].focus();
+  ask(values);
 };
-at("question").onkeydown = event => {
+
+function keys(event) {
   if (event.isComposing || event.keyCode === 229) return;  // Enter ends a word of an input method (229: Safari)
   if (event.key === "Escape") stop();
   if (event.key !== "Enter" || event.shiftKey) return;
   event.preventDefault();
   at("composer").requestSubmit();
-};
+}
+
+at("question").onkeydown = keys;
 at("send").disabled = true;  // until there is a model
 loadModels();
