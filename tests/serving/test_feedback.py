@@ -54,7 +54,9 @@ def test_a_row_is_the_conversation_with_the_answer_and_an_edit_beside_its_draft(
 
 
 def test_a_rows_tools_stand_in_what_is_trained_as_they_stood_in_what_was_asked(rows, gateway):
-    tools = [{"type": "function", "function": {"name": "find_order", "parameters": {"type": "object", "properties": {}}}}]
+    tools = [
+        {"type": "function", "function": {"name": "find_order", "parameters": {"type": "object", "properties": {}}}}
+    ]
     with_tools, without = rows(SAID | {"tools": tools}, SAID)
     assert with_tools["tools"] == tools and "tools" not in without
     file = str(gateway.recipe.output_dir / FEEDBACK)
