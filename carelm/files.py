@@ -70,8 +70,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def made_whole(folder: Path, *errors: type[Exception], key: str = "--output_dir") -> Iterator[Path]:
+def made_whole(
+    folder: Path, *errors: type[Exception], key: str = "--output_dir", replaces: bool = False
+) -> Iterator[Path]:
     """A name beside `folder`, for one that takes its place once all within has gone well; of one that fails nothing is left.
+    One that `replaces` a folder leaves that as it is until then.
 
     Raises:
         UserError: for an OSError or one of `errors` within, which names `key`.
@@ -80,7 +83,12 @@ def made_whole(folder: Path, *errors: type[Exception], key: str = "--output_dir"
     shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
     try:
         yield aside
-        aside.rename(folder)
+        if replaces and folder.exists():
+            before = folder.rename(folder.with_name(folder.name + ".before"))
+            aside.rename(folder)
+            shutil.rmtree(before)
+        else:
+            aside.rename(folder)
     except (OSError, *errors) as error:
         raise UserError(
             f"{key}: {folder} is not made, nothing of it is left ({first_line(error)}); see that the disk has room and the "

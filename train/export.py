@@ -57,8 +57,10 @@ def main() -> None:
             raise UserError(f"--model: {options.model} belongs to no recipe.yaml; name its recipe with --config")
         keys = ["--config", str(saved), *keys]
     recipe = load_recipe(keys, usage=__doc__)
-    if options.output_dir.exists():
-        raise UserError(f"--output_dir: {options.output_dir} is there already; name another folder")
+    if options.output_dir.exists() and not is_export(options.output_dir):
+        raise UserError(
+            f"--output_dir: {options.output_dir} is there already, and no earlier export; name another folder, or remove it"
+        )
     stay_offline(recipe)
     from carelm.evaluation import candidates
 
@@ -76,7 +78,7 @@ def main() -> None:
     window = min(positions, recipe.max_length + recipe.max_new_tokens)
     system, tagged = system_message(recipe)
     untold = None
-    with made_whole(options.output_dir) as aside:
+    with made_whole(options.output_dir, replaces=True) as aside:
         aside.mkdir(parents=True)
         chat.tokenizer.save_pretrained(aside)
         draws = vllm_command.drawing(recipe) | {
@@ -118,6 +120,11 @@ def main() -> None:
         if 'eq .Role "system"' not in text:
             ranks.say("Ollama: a system message is left out there: the chat template takes none")
     print(json.dumps({"folder": str(options.output_dir), "model": candidate.name, "modelfile": not untold}), flush=True)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is one that this file has made, which another takes the place of."""
+    return all((folder / name).is_file() for name in ("vllm.sh", "generation_config.json", "tokenizer.json"))
 
 
 def name_of(recipe: Recipe, folder: Path | None) -> str:

@@ -163,3 +163,25 @@ def test_the_thread_that_steps_alone_has_a_pool_of_threads(recipes, speakers, mo
         assert seen == {2} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_base_in_4_bits_answers_as_in_the_evaluation(tmp_path):
+    """With an adapter beside it, in fp32: the same ids, asked at once."""
+    recipe = make_adapter(tmp_path, *KEYS[:-1], "true", "--precision", "fp32")
+    speakers = [Speaker(recipe, candidates.find(recipe, name)) for name in ("base", "adapter")]
+    engine = BatcherEngine(recipe, speakers)
+    questions = [[{"role": "user", "content": text}] for text in ("Where is my order?", "May I return a kettle?", "Hi")]
+    asked = [(speaker, speaker.chat.prompt_ids(question)) for speaker in speakers for question in questions]
+
+    async def all_at_once():
+        answers = await asyncio.gather(*(answer(engine, *pair) for pair in asked))
+        await engine.close()
+        return answers
+
+    served = asyncio.run(all_at_once())
+    assert all(speaker.candidate.bits == 4 for speaker in speakers)
+    weight = next(
+        w for name, w in causal_model(speakers[0].model).named_parameters() if "q_proj" in name and w.ndim == 2
+    )
+    assert len(set(weight.flatten()[:64].tolist())) <= 16  # a block of NF4
+    assert served == [alone(*pair) for pair in asked] and len({*map(tuple, served)}) > 3

@@ -18,6 +18,7 @@ from drawn import make_adapter
 from carelm.chat.chat import Chat
 from carelm.chat.template import settle
 from carelm.errors import UserError
+from carelm.serving import vllm_command
 from carelm.serving.go_template import Untold, conversation, render, tell
 from carelm.serving.modelfile import why_not_imported
 
@@ -189,6 +190,21 @@ def test_an_adapter_is_exported_with_the_command_that_computes_it_on_its_base(ex
         assert [model["id"] for model in models] == ["base", "adapter"]
 
 
+def test_an_export_takes_the_place_of_an_earlier_one_or_leaves_it(export, tmp_path, monkeypatch):
+    recipe = make_adapter(tmp_path / "run", "--load_in_4bit", "false")
+    export("--model", recipe.output_dir)
+    folder, earlier = tmp_path / "exported", tmp_path / "exported/of-the-earlier-one"
+    earlier.touch()
+    monkeypatch.setattr(vllm_command, "script", lambda words: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export("--model", recipe.output_dir)
+    assert earlier.exists() and (folder / "vllm.sh").exists()
+    monkeypatch.undo()
+    export("--model", recipe.output_dir)
+    assert not earlier.exists() and (folder / "adapter/adapter_config.json").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("exported")] == ["exported"]
+
+
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(export, tmp_path, monkeypatch):
     recipe = make_adapter(tmp_path / "run")
     with pytest.raises(
@@ -201,7 +217,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(export, tmp_path
     with pytest.raises(UserError, match="^models: 'adapter': there is no folder outputs/demo; train first"):
         export()  # the demo's
     with pytest.raises(UserError, match="^--output_dir: .* is there already"):
-        export("--model", recipe.output_dir, to=tmp_path)
+        export("--model", recipe.output_dir, to=tmp_path)  # a folder of others stays
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("exported")]
 
 

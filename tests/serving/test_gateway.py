@@ -19,6 +19,8 @@ from carelm.chat.tokenizer import load_tokenizer
 from carelm.evaluation import candidates
 from carelm.models.batcher import Batcher
 from carelm.models.generation import generate_all
+from carelm.recipe import FEEDBACK
+from carelm.serving.feedback import Feedback
 from carelm.serving.gateway import Gateway
 from carelm.serving.requests import ChatRequest
 from carelm.serving.security import AGAIN_SECONDS
@@ -403,15 +405,48 @@ messages = st.lists(
 )
 
 
-@settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+quietly = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, max_examples=80
 )
-@given(messages, st.dictionaries(fields, values, max_size=4))
+SECRET = "Zq7secretq7Z"  # in every body: no error says it
+more_fields = st.dictionaries(fields, values, max_size=4)
+with_secret = messages.map(lambda found: [*found, {"role": "user", "content": SECRET}])
+
+
+def is_said_well(reply, *well):
+    assert reply.status_code in (*well, 400, 404), reply.text
+    if reply.status_code not in well:
+        assert reply.json()["error"]["type"] == "invalid_request_error" and SECRET not in reply.text
+
+
+@quietly
+@given(with_secret, more_fields)
 def test_no_body_ends_in_a_500_and_no_error_says_what_was_sent(client, messages, more):
-    body = {"model": "base", "messages": messages, "max_tokens": 1, **more}
-    if body.get("stream") is True:
-        body["stream"] = False
-    reply = client.post(CHAT, json=body)
-    assert reply.status_code in (200, 400, 404), reply.text
-    if reply.status_code != 200:
-        assert reply.json()["error"]["type"] == "invalid_request_error"
+    body = {"model": "base", "messages": messages, "max_tokens": 1, **more, "stream": False}
+    is_said_well(client.post(CHAT, json=body), 200)
+
+
+@quietly
+@given(with_secret, more_fields, st.booleans())
+def test_no_stream_ends_without_an_end_or_an_error(client, messages, more, usage):
+    options = {"stream_options": {"include_usage": usage}} if usage else {}
+    reply = client.post(
+        CHAT, json={"model": "base", "messages": messages, "max_tokens": 2, **options, **more, "stream": True}
+    )
+    is_said_well(reply, 200)
+    if reply.status_code == 200:
+        chunks, last = chunks_of(reply)
+        assert last == "[DONE]" and not any("error" in chunk for chunk in chunks)
+
+
+@quietly
+@given(with_secret, st.dictionaries(st.sampled_from([*Feedback.model_fields, "fnord"]), values, max_size=3))
+def test_no_feedback_ends_in_a_500_and_what_is_kept_is_a_row(gateway, client, messages, more):
+    file = gateway.recipe.output_dir / FEEDBACK
+    file.unlink(missing_ok=True)
+    reply = client.post("/v1/feedback", json={"model": "base", "messages": messages, "answer": SECRET, **more})
+    is_said_well(reply, 201)
+    assert file.exists() == (reply.status_code == 201)
+    if file.exists():
+        (row,) = map(json.loads, file.read_text().splitlines())
+        assert row["messages"][-1]["role"] == "assistant" and row["mark"] in ("good", "bad", None)
