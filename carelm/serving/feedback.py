@@ -5,9 +5,9 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from carelm.data.masking import clean, clean_turns
 from carelm.recipe import FEEDBACK, Recipe
@@ -22,8 +22,17 @@ class Feedback(Strict):
     tools: Annotated[list[dict[str, Any]], AfterValidator(to_functions)] = []
     answer: Annotated[str, Field(min_length=1)]
     mark: Literal["good", "bad"] | None = None
+    whole: bool = True  # whether the answer had its end: it was not stopped, cut off or broken off
     comment: str | None = None
     edited: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def is_fit_to_train(self) -> Self:
+        if self.mark == "good" and not self.whole and not self.edited:
+            raise ValueError(
+                "mark: an answer that is not whole would teach to end like that; send it as it should be, edited"
+            )
+        return self
 
     def row(self, recipe: Recipe, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """The row: of the conversation, as training has it, the answer alone is trained, as edited where it was, which makes it

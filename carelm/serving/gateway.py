@@ -59,7 +59,7 @@ class Gateway:
         app.get("/v1/models")(self.list_models)
         app.get("/v1/models/{name:path}")(self.show_model)
         app.post("/v1/feedback")(self.keep_feedback)
-        app.get("/health")(self.health)
+        app.api_route("/health", methods=["GET", "HEAD"])(self.health)
         app.get("/metrics")(self.show_metrics)
         app.get("/")(lambda: FileResponse(PAGE / "page.html"))
         app.get("/page.js")(lambda: FileResponse(PAGE / "page.js"))

@@ -1,6 +1,7 @@
 """Listening: the address, uvicorn, and an end that lets answers finish."""
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -15,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.serving.gateway import Gateway
+from carelm.serving.log import Lines
 from carelm.serving.security import LONGEST_HEAD
 from carelm.serving.turn import FAREWELL_SECONDS
 from carelm.serving.wire import BODY_SECONDS
@@ -108,6 +110,8 @@ def serve(gateway: Gateway, key: str | None, listening: socket.socket, ask: Call
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_SECONDS, http=Connection, h11_max_incomplete_event_size=LONGEST_HEAD,
         timeout_graceful_shutdown=gateway.recipe.answer_timeout + BODY_SECONDS + FAREWELL_SECONDS,
     )  # fmt: skip
+    said = logging.getLogger("uvicorn.error")
+    said.handlers, said.propagate, said.level = [Lines(logging.WARNING)], False, logging.WARNING
     if threading.current_thread() is threading.main_thread():
         for stop in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop, lambda *_: None)  # uvicorn sends itself the signal again once it has stopped

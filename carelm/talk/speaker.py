@@ -15,6 +15,8 @@ from carelm.models.generation import Answer
 from carelm.models.precision import choose_precision
 from carelm.models.streaming import stream
 from carelm.recipe import Recipe
+from carelm.training.checkpoint_folders import find_recipe
+from carelm.yaml_file import read_yaml
 
 
 class Speaker:
@@ -58,7 +60,9 @@ class Speaker:
     def window(self) -> str:
         """How long a conversation it reads, and why."""
         own = self.candidate.recipe
-        why = "max_length, as in training"
+        saved = find_recipe(self.candidate.adapter or own.output_dir)
+        trained = read_yaml(saved).get("max_length", own.max_length) if saved else own.max_length
+        why = "max_length, as in training" if trained == own.max_length else f"max_length; trained with {trained}"
         if self.limit < own.max_length:
             why = f"{self.positions} positions less max_new_tokens {self.decoding.max_new_tokens}"
         return f"window: {self.limit} tokens of a conversation are read ({why}), {self.positions} with the answer"

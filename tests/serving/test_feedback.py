@@ -129,6 +129,7 @@ def test_a_disk_that_is_full_leaves_the_rows_before(tmp_path, monkeypatch):
         ("answer", {"answer": ""}),
         ("messages", {"messages": []}),
         ("more", {"more": 1}),
+        (None, {"whole": False}),  # a good answer that was cut off
     ],
 )
 def test_what_is_no_feedback_is_a_400_that_names_the_field(gateway, param, change):

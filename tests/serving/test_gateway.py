@@ -1,5 +1,6 @@
 """The API gives what the evaluation measures, in OpenAI's shapes, and names what it does not take."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -58,7 +59,7 @@ def test_models_are_listed_and_the_server_is_well(client):
     assert client.get("/v1/models/base").json() == listed["data"][0]
     assert (listed["data"][0]["max_model_len"], listed["data"][0]["max_prompt_len"]) == (1024, 96)
     assert client.get("/v1/models/other").status_code == 404
-    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/health").json() == {"status": "ok"} and client.head("/health").status_code == 200
 
 
 @pytest.mark.parametrize("model", ["base", "adapter"])
@@ -309,7 +310,11 @@ def test_a_template_of_several_columns_takes_a_message_of_json_and_says_how(
 
 def test_a_max_tokens_that_is_too_large_is_told_the_one_that_leaves_the_window_whole(gateway, client):
     speaker = gateway.speakers["adapter"]
-    assert speaker.positions == 1024 and "window: 96 tokens of a conversation are read (max_length" in speaker.window()
+    assert (
+        speaker.positions == 1024 and "window: 96 tokens of a conversation are read (max_length, as" in speaker.window()
+    )
+    recipe = dataclasses.replace(gateway.recipe, training=gateway.recipe.training | {"max_length": 200})
+    assert "are read (max_length; trained with 96)" in Speaker(recipe, candidates.find(recipe, "adapter")).window()
     for number in (1024, 1020):
         error = ask(client, model="adapter", max_tokens=number).json()["error"]
         assert (

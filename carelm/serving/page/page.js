@@ -111,6 +111,7 @@ async function write(answer) {
   running.add(controller);
   showRunning();
   answer.text = parts.text.textContent = "";
+  answer.isWhole = false;
   resetFeedback(answer);
   parts.note.hidden = parts.actions.hidden = true;
   box.setAttribute("aria-busy", "true");
@@ -151,6 +152,7 @@ async function read(response, answer) {
     answer.text += piece;
     keepingPlace(() => answer.parts.text.append(piece));
     if (choice.finish_reason === "length") notes.push("cut off at the length limit");
+    if (choice.finish_reason === "stop") answer.isWhole = true;
   }
   throw new Refusal("The server has ended the connection.");
 }
@@ -277,10 +279,14 @@ async function sendFeedback(answer) {
   parts.error.textContent = "";
   if (edited !== null && !edited.trim()) return void (parts.error.textContent = "Write an answer, or cancel.");
   if (!edited && !mark && !comment) return void (parts.error.textContent = "Change the answer, rate it or write a comment.");
+  if (mark === "good" && !edited && !answer.isWhole) {
+    openEdit(answer);
+    return void (parts.error.textContent = "The answer has no end, and would teach to end like that: write its end, or take the mark back.");
+  }
   const send = parts.feedback.querySelector(".main");
   send.disabled = true;
   try {
-    const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side), answer: text, mark, comment, edited };
+    const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side), answer: text, mark, whole: answer.isWhole, comment, edited };
     const response = await request("v1/feedback", { body });
     const { saved } = await response.json();
     showSaved(answer, edited, saved);
