@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from drawn import make_taught_adapter
 from playwright.sync_api import Page, expect, sync_playwright
 from served import listening, make_gateway
 
 from carelm.data import splits
 from carelm.models.batcher import Batcher
+from carelm.recipe_file import load_recipe
 from carelm.serving.gateway import Gateway
 from carelm.serving.security import AGAIN_SECONDS
 
@@ -240,6 +242,21 @@ def test_a_template_of_several_columns_has_a_field_for_each(gateway, open_page, 
         assert answers(page)[1]
 
 
+def test_a_good_mark_of_an_answer_that_was_cut_off_asks_for_its_end(url, open_page):
+    page = open_page(url)
+    page.select_option("#model", "base")
+    when_text_comes(page, "document.getElementById('stop').click()")
+    ask(page, ORDER)
+    expect(page.locator(".note")).to_contain_text("stopped")
+    page.click(".up")
+    page.click(".feedback .main")
+    expect(page.locator(".feedback .error")).to_contain_text("write its end")
+    (part,) = answers(page)
+    page.fill(".edited textarea", part + " It is on its way.")
+    page.click(".feedback .main")
+    expect(page.locator(".said")).to_contain_text("feedback.jsonl")
+
+
 def test_a_question_that_is_refused_comes_back_to_be_changed(url, open_page):
     page = open_page(url)
     question = "a" * 2**20
@@ -295,9 +312,8 @@ def test_an_edited_answer_is_a_row_that_trains_and_what_the_conversation_goes_on
         MARKUP, "good", "say it plainly", "adapter",
     )  # fmt: skip
     assert "draft" not in rated and (rated["mark"], rated["comment"]) == ("bad", None)
-    recipe = replace(
-        gateway.recipe, dataset_name=str(saved), row_filter={"mark": "good"}, validation_fraction=0, test_fraction=0
-    )
+    keys = ["--config", str(PROJECT / "recipes/datasets/marked.yaml"), "--dataset_name", str(saved)]
+    recipe = load_recipe(keys, usage="")
     examples, reports = splits.make_examples(recipe)
     (example,) = examples["train"]
     assert [(m["role"], m["content"]) for m in example.prompt + example.completion] == [
