@@ -66,9 +66,12 @@ def clean(text: str, as_laid_out: bool = False) -> str:
     blanks are one, and none begins a line, unless the text is to stay `as_laid_out`."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a pair alone
     text = _UNSEEN.sub("", re.sub(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]", "\n", text)).translate(_LIGATURES)
-    text = re.sub(r"[^\S\n]" if as_laid_out else r"[^\S\n]+", " ", text)
-    text = re.sub(r" +(?=\n)" if as_laid_out else r" ?\n ?", "" if as_laid_out else "\n", text)
-    return re.sub(r"\n\s*\n(?=[^\S\n]*\S)", "\n\n", text).strip("\n" if as_laid_out else None).rstrip()
+    lines: list[str] = []
+    for line in text.split("\n"):  # an expression that looks for blanks at ends takes the square of a long run's time
+        line = re.sub(r"\s", " ", line).rstrip() if as_laid_out else " ".join(line.split())
+        if line or (lines and lines[-1]):
+            lines.append(line)
+    return "\n".join(lines).rstrip()
 
 
 def one_line(text: str | None, longest: int = LONGEST_TITLE) -> str | None:
@@ -110,7 +113,7 @@ def sections_of(
             headings, text = headings[:-1], headings[-1][1]
         if text.strip():
             path = " > ".join(words for _, words in headings if words != title)
-            sections.append(Section(re.sub(r"\n\s*\n", "\n\n", text), page, one_line(path)))
+            sections.append(Section(clean(text, as_laid_out=True), page, one_line(path)))
     return sections
 
 
@@ -142,10 +145,11 @@ def contents_lines(lines: list[str]) -> set[int]:
         led = sum(len(line.split()) if _NUMBERS_ALONE.fullmatch(line) else
                   bool(_ENDS_IN_PAGE.search(line)) + len(_OUTLINE.findall(line)) for line in run)  # fmt: skip
         if entries < 3 or not (headed or led * 2 >= entries):
-            end = _growing(lines, begin) if headed else begin
-            if end < begin + 3:
+            grown = _growing(lines, begin) if headed else begin
+            if grown < begin + 3:
                 at = max(end, at + 1)
                 continue
+            end = grown
         found |= set(range(at, end))
         at = end
     return found

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from carelm.errors import first_line
 from carelm.retrieval.content import (
     Document,
     FileReport,
@@ -19,6 +20,7 @@ from carelm.retrieval.content import (
 )
 
 if TYPE_CHECKING:
+    import docx.document
     from lxml.etree import _Element
 
 MOST_UNPACKED_BYTES = 2**28  # of all parts together; what an archive of a few kB can hold has no bound of its own
@@ -35,63 +37,61 @@ def read_docx(raw: bytes, report: FileReport) -> Document:
     Raises:
         Unreadable: for another archive, a damaged or an oversized one.
     """
-    import docx
-    from docx.opc.exceptions import PackageNotFoundError
-    from lxml.etree import LxmlError
-
     try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            parts = archive.infolist()
-        if not any(part.filename == "word/document.xml" for part in parts):
-            kinds = {"xl/": "an Excel workbook; save it as CSV", "ppt/": "a PowerPoint file; save it as PDF",
-                     "META-INF/": "an OpenDocument or EPUB file; save it as DOCX or PDF"}  # fmt: skip
-            kind = next(
-                (kind for start, kind in kinds.items() if any(p.filename.startswith(start) for p in parts)), None
-            )
-            raise Unreadable(f"is {kind or 'a ZIP archive and no Word document; unpack it'}")
-        if (size := sum(part.file_size for part in parts)) > MOST_UNPACKED_BYTES:
-            raise Unreadable(
-                f"unpacks to {size / 2**20:,.0f} MB, more than {MOST_UNPACKED_BYTES // 2**20} are not read"
-            )
-        opened = docx.Document(io.BytesIO(raw))
-        properties = opened.core_properties
-        title, product = one_line(properties.title), one_line(properties.subject)
+        opened = _open(raw)
+        title, product = one_line(opened.core_properties.title), one_line(opened.core_properties.subject)
         notes = _footnotes(opened.part)
         body = opened.element.body
-        levels = {style.style_id: _style_level(style) for style in opened.styles if style.type == 1}  # of paragraphs
-    except (
-        zipfile.BadZipFile,
-        PackageNotFoundError,
-        LxmlError,
-        KeyError,
-        ValueError,
-        AttributeError,
-        NotImplementedError,
-    ) as error:
-        raise Unreadable(f"is damaged or no Word document ({str(error)[:100] or type(error).__name__})") from None
+        styles = [style for style in opened.styles if style.type == 1]  # of paragraphs
+        levels = {style.style_id: _style_level(style) for style in styles}
+        names = {style.style_id: (style.name or "").lower() for style in styles}  # English in every edition of Word
+    except Unreadable:
+        raise
+    except Exception as error:  # of zipfile, zlib, lxml and python-docx: all mean that its parts do not fit together
+        raise Unreadable(f"is damaged ({first_line(error)[:100]}); open it in Word and save it anew") from None
     headings: Headings = []
     stretches: list[tuple[Headings, list[str]]] = [(headings, [])]
-    for block in _blocks(body, report):
+    has_title = False
+    for block in _blocks(body):
+        if names.get(_style(block), "").startswith("toc") or block.tag == W + "sdt":
+            report.drop("contents line", max(1, sum(1 for _ in block.iter(W + "p")) - (block.tag == W + "p")))
+            continue
         if block.tag == W + "tbl":
             stretches[-1][1].append("\n" + "\n".join(_rows(block, notes)) + "\n")
             continue
         level, words = _level(block, levels), clean(_text(block, notes))
         if level is None or not words:
-            is_point = block.find(f"{W}pPr/{W}numPr") is not None or _style(block).startswith("List")
+            is_point = block.find(f"{W}pPr/{W}numPr") is not None or names.get(_style(block), "").startswith("list")
             stretches[-1][1].append(f"- {words}" if is_point and words else f"\n{words}\n" if words else "")
-        elif level == 0:
-            title = one_line(words)
+        elif level == 0 and not has_title:
+            title, has_title = one_line(words), True
         else:
-            headings = under(headings, level, one_line(words) or "")
+            headings = under(headings, max(1, level), one_line(words) or "")
             stretches.append((headings, []))
     title = title or only_top(held for held, _ in stretches)
     sections = sections_of([(held, clean("\n".join(lines)), None) for held, lines in stretches], title, report)
     return Document("", sections, title, product)
 
 
-def _blocks(parent: "_Element", report: FileReport) -> Iterator["_Element"]:
-    """Paragraphs and tables in their order, also those that stand in content controls and text boxes; a table of contents is
-    counted, and left out."""
+def _open(raw: bytes) -> "docx.document.Document":
+    import docx
+
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        parts = archive.infolist()
+    if not any(part.filename.startswith("word/") for part in parts):
+        kinds = {"xl/": "an Excel workbook; save it as CSV", "ppt/": "a PowerPoint file; save it as PDF",
+                 "META-INF/": "an OpenDocument or EPUB file; save it as DOCX or PDF"}  # fmt: skip
+        of_parts = (kind for start, kind in kinds.items() for part in parts if part.filename.startswith(start))
+        raise Unreadable(f"is {next(of_parts, 'a ZIP archive and no Word document; unpack it')}")
+    if (size := sum(part.file_size for part in parts)) > MOST_UNPACKED_BYTES:
+        most = MOST_UNPACKED_BYTES // 2**20
+        raise Unreadable(f"unpacks to {size / 2**20:,.0f} MB, more than {most} are not read")
+    return docx.Document(io.BytesIO(raw))
+
+
+def _blocks(parent: "_Element") -> Iterator["_Element"]:
+    """Paragraphs and tables in their order, also those that stand in content controls and text boxes; a table of contents as
+    the control (sdt) that holds it."""
     waiting = [iter(parent)]
     while waiting:
         element = next(waiting[-1], None)
@@ -100,15 +100,12 @@ def _blocks(parent: "_Element", report: FileReport) -> Iterator["_Element"]:
         elif element.tag == W + "tbl":
             yield element
         elif element.tag == W + "p":
-            if _style(element).upper().startswith("TOC"):
-                report.drop("contents line", 1)
-            else:
-                yield element
-                waiting.append(iter([box for box in element.iter(W + "txbxContent") if not _is_fallback(box, element)]))
+            yield element
+            waiting.append(iter([box for box in element.iter(W + "txbxContent") if not _is_fallback(box, element)]))
         elif element.tag == W + "sdt" and any(
             "Contents" in g.get(W + "val", "") for g in element.iter(W + "docPartGallery")
         ):
-            report.drop("contents line", sum(1 for _ in element.iter(W + "p")))
+            yield element
         elif element.tag not in PASSED or element.tag == W + "txbxContent":
             waiting.append(iter(element))
 
@@ -169,7 +166,7 @@ def _level(paragraph: "_Element", levels: dict[str, int | None]) -> int | None:
 
 
 def _style_level(style) -> int | None:
-    """By its name, which is English in every edition of Word, or its outline level, or those of the style it is based on."""
+    """By its name, its outline level, or those of the style that it is based on."""
     for _ in range(20):
         if style is None:
             return None

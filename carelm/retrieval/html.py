@@ -1,6 +1,8 @@
 """HTML as a document: what a reader sees of it. Imports no torch."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from carelm.retrieval.content import (
@@ -73,10 +75,19 @@ def _encoding(raw: bytes) -> str | None:
         return None if re.search(rb"<meta[^>]{0,200}charset|<\?xml[^>]{0,200}encoding", raw[:4096], re.I) else "cp1252"
 
 
+@dataclass(frozen=True)
+class _Selector:
+    """Of an element, by its name, its classes and its id; those that are empty are anything."""
+
+    name: str
+    classes: set[str]
+    id: str
+
+
 class _Reading:
     """One pass over a page's elements, which takes down what is seen."""
 
-    def __init__(self, hidden: list[tuple[str, set[str], str | None]]):
+    def __init__(self, hidden: dict[str, list[_Selector]]):
         self._hidden = hidden
         self._headings: Headings = []
         self._stretches: list[tuple[Headings, list[str]]] = [([], [])]
@@ -155,14 +166,16 @@ class _Reading:
 
     def _is_hidden(self, element: "_Element") -> bool:
         tag, get = element.tag, element.get
+        own = set((get("class") or "").split())
         return (
             (get("hidden") is not None and get("hidden") != "until-found")
             or get("aria-hidden", "").strip().lower() == "true"
             or (tag == "dialog" and get("open") is None)
             or _HIDING.search(get("style") or "") is not None
             or any(
-                name in ("", tag) and classes <= set((get("class") or "").split()) and of_id in (None, get("id"))
-                for name, classes, of_id in self._hidden
+                rule.name in ("", tag) and rule.classes <= own and rule.id in ("", get("id"))
+                for key in (tag, *own, f"#{get('id')}")
+                for rule in self._hidden.get(key, ())
             )
         )
 
@@ -179,30 +192,36 @@ def _is_of_rows(cell: "_Element") -> bool:
     return layout == "no"
 
 
-def _hidden_by_style(root: "_Element") -> list[tuple[str, set[str], str | None]]:
-    """What the page's own style sheets hide, by simple selectors: (element, classes, id). What holds for some screens or for
-    print alone (@media) hides nothing."""
-    hidden = []
+def _hidden_by_style(root: "_Element") -> dict[str, list[_Selector]]:
+    """What the page's own style sheets hide, each by the id, else a class, else the name that it asks for. What holds for some
+    screens or for print alone (@media) hides nothing."""
+    hidden: dict[str, list[_Selector]] = {}
     for style in root.iter("style"):
-        css = re.sub(r"/\*.*?(?:\*/|\Z)", "", style.text or "", flags=re.S)
-        depth, at_rule, start = 0, False, 0
-        for brace in re.finditer(r"[{};]", css):
-            if brace[0] == "{":
-                depth += 1
-                if depth == 1:
-                    selectors, start = css[start : brace.start()].strip(), brace.end()
-                    at_rule = selectors.startswith("@")
-            elif brace[0] == "}":
-                depth = max(0, depth - 1)
-                if depth == 0:
-                    if not at_rule and _HIDING.search(css[start : brace.start()]):
-                        for selector in selectors.split(","):
-                            if (simple := _SIMPLE.fullmatch(selector.strip())) and selector.strip():
-                                names = re.findall(r"([.#])([\w-]+)", simple[2])
-                                ids = [name for sign, name in names if sign == "#"]
-                                classes = {name for sign, name in names if sign == "."}
-                                hidden.append(((simple[1] or "").lower(), classes, ids[0] if ids else None))
-                    start = brace.end()
-            elif depth == 0:
-                start = brace.end()
+        for selectors, declarations in _rules(re.sub(r"/\*.*?(?:\*/|\Z)", "", style.text or "", flags=re.S)):
+            if selectors.startswith("@") or not _HIDING.search(declarations):
+                continue
+            for selector in filter(None, map(str.strip, selectors.split(","))):
+                if simple := _SIMPLE.fullmatch(selector):
+                    names = re.findall(r"([.#])([\w-]+)", simple[2])
+                    classes = {name for sign, name in names if sign == "."}
+                    of_id = next((name for sign, name in names if sign == "#"), "")
+                    key = f"#{of_id}" if of_id else min(classes, default=(simple[1] or "").lower())
+                    hidden.setdefault(key, []).append(_Selector((simple[1] or "").lower(), classes, of_id))
     return hidden
+
+
+def _rules(css: str) -> Iterator[tuple[str, str]]:
+    """The outer rules of a style sheet, each with all that stands between its braces."""
+    depth = start = 0
+    selectors = ""
+    for sign in re.finditer(r"[{};]", css):
+        if sign[0] == "{":
+            if depth == 0:
+                selectors, start = css[start : sign.start()].strip(), sign.end()
+            depth += 1
+        elif sign[0] == "}" and depth:
+            depth -= 1
+            if depth == 0:
+                yield selectors, css[start : sign.start()]
+        if depth == 0:
+            start = sign.end()

@@ -21,16 +21,13 @@ _POINT = re.compile(r"\s*(?:[-*+>•–]|\(?(?:\d{1,3}|[a-zA-Z])[.)])\s")
 _BREAK = "\ue000"  # the end of a line that is to stay: a sign of nobody's
 _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\n(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.S)
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#+)?[ \t]*")
+_HEADING = re.compile(r" {0,3}(#{1,6})(?=[ \t]|$)(.*)")
 _UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
 _NO_PARAGRAPH = re.compile(r"[ \t]*(?:[-*+>|#]|\d+[.)]\s|$)|.*\|")  # what an underline does not make a heading of
-_RULES = re.compile(
-    r"^[ \t]*\|?(?:[ \t]*:?-{3,}:?[ \t]*\|)+(?:[ \t]*:?-{3,}:?[ \t]*)?\n?", re.M
-)  # below a table's header
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.S)
 _PICTURE = re.compile(r"!\[([^\[\]]*)\]\([^()\s]*(?:\s\"[^\"]*\")?\)")
 _LINK = re.compile(r"\[([^\[\]]+)\]\(<?([^()<>\s]+)>?(?:\s\"[^\"]*\")?\)")
-_STRONG = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1|(?<![\w*])\*(?=[^\s*])([^*\n]+)(?<=\S)\*(?![\w*])")
+_STRONG = re.compile(r"(\*\*|__)(?=\S)(.{1,300}?)(?<=\S)\1|(?<![\w*])\*(?=[^\s*])([^*\n]+)(?<=\S)\*(?![\w*])")
 
 
 def read_text(text: str, report: FileReport) -> Document:
@@ -99,13 +96,18 @@ def _stretches(text: str) -> list[tuple[Headings, list[str]]]:
             fence = marks[1]
             stretches[-1][1].append(clean(line, as_laid_out=True))
         elif heading := _HEADING.fullmatch(line):
-            begin(len(heading[1]), heading[2] or "")
+            begin(len(heading[1]), re.sub(r"(?:^|[ \t])#+$", "", heading[2].strip()))
         elif (rule := _UNDERLINE.fullmatch(line)) and words and not _NO_PARAGRAPH.match(words[-1]):
             begin(1 if rule[1][0] == "=" else 2, words.pop())
-        else:
+        elif not _is_rule(line):
             words.append(line)
     close()
     return stretches
+
+
+def _is_rule(line: str) -> bool:
+    """Whether a line draws what stands below a table's header."""
+    return "|" in line and "--" in line and not line.strip("|:- \t")
 
 
 def _joined(text: str) -> str:
@@ -129,7 +131,7 @@ def _plain(text: str) -> str:
     text = _LINK.sub(
         lambda link: link[1] if link[2].startswith("#") or link[2] in link[1] else f"{link[1]} ({link[2]})", text
     )
-    text = _STRONG.sub(lambda strong: strong[2] or strong[3], _RULES.sub("", text))
+    text = _STRONG.sub(lambda strong: strong[2] or strong[3], text)
     text = re.sub(
         r"^[ \t]*\|(.*)\|[ \t]*$", lambda row: " | ".join(map(str.strip, row[1].split("|"))), text, flags=re.M
     )

@@ -1,5 +1,6 @@
 """Passages: what a document is cut into, what is found, and what stands in front of a question. Imports no torch."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from carelm.retrieval.content import Document, FileReport, Unreadable
 from carelm.retrieval.documents import read
 
 Count = Callable[[str], int]  # of a text's tokens
+LONGEST_TOKEN = 64  # characters; passages are at most as many times their bound
 LISTED = 30  # files that a report has a line for, besides those with something to say
 
 
@@ -84,18 +86,25 @@ def _pieces(text: str, limit: int, count: Count) -> Iterator[str]:
     """The text in pieces of at most `limit` tokens; one without a letter or digit is none."""
     if not re.search(r"\w", text):
         return
-    if count(text) <= limit:
+    if len(text) <= LONGEST_TOKEN * limit and count(text) <= limit:
         yield text
         return
+    units = list(_units(text, limit, count))
     groups: list[list[_Unit]] = []
-    tokens = 0
-    for unit in _units(text, limit, count):
-        tokens += unit.tokens + 1
-        if groups and (tokens <= 0.8 * limit or count(_join([*groups[-1], unit])) <= limit):
-            groups[-1].append(unit)
-        else:
-            groups.append([_below_header(unit, limit, count)])
-            tokens = groups[-1][0].tokens
+    at = 0
+    while at < len(units):
+        first, following = _below_header(units[at], limit, count), units[at + 1 : at + 1 + limit]
+        sums = itertools.accumulate(unit.tokens for unit in [first, *following])
+        low, high = 1, max(1, sum(1 for _ in itertools.takewhile(lambda tokens: tokens <= limit, sums)))
+        middle = (
+            high  # of the units that are no longer than the bound without what stands between them, all fit most times
+        )
+        while low < high:
+            fits = count(_join([first, *following[: middle - 1]])) <= limit
+            low, high = (middle, high) if fits else (low, middle - 1)
+            middle = (low + high + 1) // 2
+        groups.append([first, *following[: low - 1]])
+        at += low
     if len(groups) > 1 and sum(unit.tokens for unit in groups[-1]) < limit / 3:
         groups[-2:] = _balanced([*groups[-2], *groups[-1]], limit, count) or groups[-2:]
     yield from map(_join, groups)
@@ -130,20 +139,22 @@ def _balanced(units: list[_Unit], limit: int, count: Count) -> list[list[_Unit]]
 
 
 def _units(text: str, limit: int, count: Count) -> Iterator[_Unit]:
+    longest = LONGEST_TOKEN * limit
     for paragraph in text.split("\n\n"):
-        if (tokens := count(paragraph)) <= limit:
+        if len(paragraph) <= longest and (tokens := count(paragraph)) <= limit:
             yield _Unit(paragraph, "\n\n", tokens)
             continue
         lines = paragraph.split("\n")
-        header = lines[0] if all(" | " in line for line in lines[:2]) and count(lines[0]) <= limit / 4 else ""
+        header = lines[0] if all(" | " in line for line in lines[:2]) and len(lines[0]) <= longest else ""
+        header = header if count(header) <= limit / 4 else ""
         for i, line in enumerate(lines):
             before = "\n" if i else "\n\n"
-            if (tokens := count(line)) <= limit:
+            if len(line) <= longest and (tokens := count(line)) <= limit:
                 yield _Unit(line, before, tokens, header if i else "")
                 continue
-            for j, part in enumerate(_sentences(line)):
-                for k, piece in enumerate(_cut_anywhere(part, limit, count)):
-                    yield _Unit(piece[1], piece[0] if k else " " if j else before, count(piece[1]))
+            for j, (blank, sentence) in enumerate(_sentences(line)):
+                for k, (gap, piece) in enumerate(_cut_anywhere(sentence, limit, count)):
+                    yield _Unit(piece, gap if k else blank if j else before, count(piece))
 
 
 _END = re.compile(r"[.!?…][\"'”’»)\]]*\s+|[。！？][」』）]*\s*")
@@ -153,23 +164,23 @@ _SHORT = re.compile(
 )
 
 
-def _sentences(line: str) -> Iterator[str]:
-    """The sentences of a line. A point behind a short form, a letter or a number of two digits ends none, nor one that a small
-    letter follows."""
-    begin = 0
+def _sentences(line: str) -> Iterator[tuple[str, str]]:
+    """The sentences of a line, each with the blank before it, where there is one. A point behind a short form, a letter or a
+    number of two digits ends none, nor one that a small letter follows."""
+    begin, gap = 0, ""
     for end in _END.finditer(line):
-        following = line[end.end() :].lstrip("\"'“‘„«([¿¡")[:1]
+        following = line[end.end() : end.end() + 9].lstrip("\"'“‘„«([¿¡")[:1]
         if following and not following.islower() and not _SHORT.search(line[max(begin, end.start() - 12) : end.end()]):
-            yield line[begin : end.end()].rstrip()
-            begin = end.end()
-    yield line[begin:]
+            yield gap, line[begin : end.end()].rstrip()
+            begin, gap = end.end(), " " if end[0][-1].isspace() else ""
+    yield gap, line[begin:]
 
 
 def _cut_anywhere(sentence: str, limit: int, count: Count) -> Iterator[tuple[str, str]]:
     """A sentence in pieces of at most `limit` tokens, each with what stands before it: a blank, or nothing within a word."""
-    before = ""
-    while sentence and count(sentence) > limit:
-        low, high = 1, min(len(sentence), 64 * limit)  # the most characters that fit
+    before, longest = "", LONGEST_TOKEN * limit
+    while len(sentence) > longest or (sentence and count(sentence) > limit):
+        low, high = 1, min(len(sentence), longest)  # the most characters that fit
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if count(sentence[:middle].rstrip()) <= limit else (low, middle - 1)

@@ -1,5 +1,6 @@
 """PDF as a document: its lines, with where and how they stand on their pages, and what it says of itself. Imports no torch."""
 
+import contextlib
 import ctypes
 import math
 import re
@@ -79,11 +80,16 @@ def _lines(pdf: "pypdfium2.PdfDocument", number: int, report: FileReport) -> lis
     import pypdfium2
 
     try:
-        page = pdf[number]
-        text_page = page.get_textpage()
+        with contextlib.closing(pdf[number]) as page, contextlib.closing(page.get_textpage()) as text_page:
+            return _lines_of(text_page)
     except pypdfium2.PdfiumError:
         report.notes.append(f"page {number + 1} is broken and not read")
         return []
+
+
+def _lines_of(text_page: "pypdfium2.PdfTextPage") -> list[Line]:
+    import pypdfium2.raw
+
     text = text_page.get_text_range()
     if len(text) != text_page.count_chars():  # a character in two parts, or one that has no letter
         raw = (pypdfium2.raw.FPDFText_GetUnicode(text_page, i) for i in range(text_page.count_chars()))
@@ -102,8 +108,6 @@ def _lines(pdf: "pypdfium2.PdfDocument", number: int, report: FileReport) -> lis
         bold = _is_bold(text_page, middle) and _is_bold(text_page, last)
         baselines = _baseline(text_page, first), _baseline(text_page, last)
         lines.append(Line(words, left, right, *baselines, _size(text_page, middle), bold, word_end - left))
-    text_page.close()
-    page.close()
     return lines
 
 

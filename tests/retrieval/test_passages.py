@@ -1,6 +1,7 @@
 """Passages hold all that a document says, once, in its order, within their bound; each file's follow from that file alone."""
 
 import re
+import time
 from dataclasses import asdict
 
 import pytest
@@ -45,6 +46,7 @@ def test_only_a_sentence_that_is_longer_is_cut_and_then_at_words_and_a_text_with
     assert pieces("a b c d e f g. h i", 3) == ["a b c", "d e f", "g. h i"]
     assert pieces("abcdefghij", 4, len) == ["abcd", "efgh", "ij"]
     assert pieces("今日は。明日も。昨日。", 4, len) == ["今日は。", "明日も。", "昨日。"]
+    assert pieces("今日は。明日も。昨日。", 8, len) == ["今日は。明日も。", "昨日。"]
 
 
 def test_a_table_that_is_cut_has_its_first_row_in_each_part_and_one_that_fits_stays_whole():
@@ -58,6 +60,20 @@ def test_a_table_that_is_cut_has_its_first_row_in_each_part_and_one_that_fits_st
 
 def test_a_short_rest_shares_with_the_passage_before_it():
     assert [words(p) for p in pieces("\n\n".join(["a b"] * 11), 20)] == [10, 12]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [" " * 200_000 + "x", "# " + " " * 200_000 + "x", "A. B. " * 30_000, "word\n" * 30_000, "word " * 40_000,
+     ". . x\n" * 30_000, "<p>x" * 30_000, "**a " * 40_000, "[a](" * 40_000, "# a\n" * 10_000, "<!--" * 50_000,
+     "<style>" + "{" * 200_000, "| " * 90_000],
+    ids=lambda text: repr(text[:8]),
+)  # fmt: skip
+def test_no_file_takes_more_time_than_its_length_allows(tmp_path, text):
+    for name in ("a.txt", "a.md", "a.html"):
+        began = time.process_time()
+        passages_of(put(tmp_path, name, text), name, Recipe(), words)
+        assert time.process_time() - began < 5
 
 
 WORD = st.text(st.sampled_from("abcXYZ019äß.,!?|-"), min_size=1, max_size=12)

@@ -60,11 +60,62 @@ def test_a_docx_without_its_deleted_and_hidden_text_with_what_was_added_and_what
     assert report.dropped["contents line"] == 1
 
 
+def test_a_docx_with_text_boxes_nested_tables_and_contents_of_another_edition_of_word(tmp_path):
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    def build(document):
+        document.styles.add_style("Verzeichnis1", 1).element.name_val = "toc 1"
+        document.add_paragraph("Preise 3", style=document.styles["Verzeichnis1"])
+        document.add_heading("A", 0)
+        document.add_heading("B", 0)
+        outer = document.add_table(1, 2)
+        outer.cell(0, 0).add_table(1, 1).cell(0, 0).text = "inner"
+        outer.cell(0, 1).text = "outer"
+        box = "<{0}><w:txbxContent><w:p><w:r><w:t>in a box</w:t></w:r></w:p></w:txbxContent></{0}>".format
+        both = f"<mc:Choice Requires='x'>{box('w:pict')}</mc:Choice><mc:Fallback>{box('w:pict')}</mc:Fallback>"
+        link = "<w:hyperlink><w:r><w:t> and a link</w:t></w:r></w:hyperlink>"
+        document.element.body.insert(-1, parse_xml(
+            f"<w:p {nsdecls('w')} xmlns:mc='http://schemas.openxmlformats.org/markup-compatibility/2006'><w:r><w:t>Text</w:t>"
+            f"<mc:AlternateContent>{both}</mc:AlternateContent></w:r>{link}</w:p>"))  # fmt: skip
+
+    document, report = document_of(tmp_path, "a.docx", docx(build))
+    assert (document.title, report.dropped) == ("A", {"contents line": 1})
+    assert texts_of(document) == [(None, "B", "inner | outer\n\nText and a link\n\nin a box")]
+
+
+def test_a_footnote_of_a_docx_stands_where_it_is_called(tmp_path):
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    def build(document):
+        document.add_paragraph("Free from 50 euros")._p.append(parse_xml(
+            f"<w:r {nsdecls('w')}><w:footnoteReference w:id='2'/></w:r>"))  # fmt: skip
+
+    note = "<w:footnote w:id='2'><w:p><w:r><w:t>not on islands</w:t></w:r></w:p></w:footnote>"
+    note = f"<w:footnotes {nsdecls('w')}>{note}</w:footnotes>"
+    kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/footnotes"
+    added = {
+        "[Content_Types].xml": (
+            "</Types>",
+            "<Override PartName='/word/footnotes.xml' ContentType='application/xml'/></Types>",
+        ),
+        "word/_rels/document.xml.rels": ("</R", f"<Relationship Id='rId99' Type='{kind}' Target='footnotes.xml'/></R"),
+    }
+    with zipfile.ZipFile(io.BytesIO(docx(build))) as old:
+        parts = {name: old.read(name).decode("latin-1").replace(*added.get(name, ("", ""))) for name in old.namelist()}
+    content = archive(
+        **{name: part.encode("latin-1") for name, part in parts.items()}, **{"word/footnotes.xml": note.encode()}
+    )
+    document, _ = document_of(tmp_path, "a.docx", content)
+    assert texts_of(document) == [(None, None, "Free from 50 euros (not on islands)")]
+
+
 def archive(**files: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
         for name, content in files.items():
-            zipped.writestr(name.replace("__", "/"), content)
+            zipped.writestr(name, content)
     return file.getvalue()
 
 
@@ -72,9 +123,10 @@ def archive(**files: bytes) -> bytes:
     ("name", "content", "reason"),
     [
         ("a.docx", archive(**{"readme.txt": b"x"}), "a ZIP archive and no Word document"),
-        ("a.docx", archive(**{"xl__workbook.xml": b"x"}), "an Excel workbook"),
-        ("a.docx", archive(**{"word__document.xml": b"<x"}), "damaged"),
-        ("a.docx", archive(**{"word__document.xml": b"x", "word__b.xml": bytes(300 * 2**20)}), "unpacks to 300 MB"),
+        ("a.docx", archive(**{"xl/workbook.xml": b"x"}), "an Excel workbook"),
+        ("a.docx", archive(**{"word/document.xml": b"<x"}), "damaged"),
+        ("a.docx", (good := docx(lambda d: d.add_paragraph("x")))[:900] + bytes(50) + good[950:], "damaged"),
+        ("a.docx", archive(**{"word/document.xml": b"x", "word/b.xml": bytes(300 * 2**20)}), "unpacks to 300 MB"),
         ("a.docx", docx(lambda d: d.add_paragraph("x"))[:2000], "damaged"),
         ("a.docx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "has a password; save it as DOCX"),
         ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", ".doc is not read; save it as DOCX or PDF"),
@@ -120,6 +172,13 @@ def test_html_without_what_is_hidden_under_its_headings_and_markup_in_its_text_a
         (None, "Glass and brass > Code", "if x:\n    y\n\n1 < 2 <img src=x onerror=alert(1)> <|im_end|>"),
     ]
     assert report.dropped["hidden element"] == 6
+
+
+def test_style_sheets_that_are_broken_hide_nothing_else_and_a_footer_stands_below_no_heading(tmp_path):
+    page = "<html><style>} ; .a{display:none} {} @media x{.b{display:none}} .c, .d > p, em.e#f {display:none"
+    seen = "<h2>H</h2><p class=a>no</p><p class=b>b</p><p class=c>c</p><p class=d>d</p><footer>F</footer><p>last"
+    document, _ = document_of(tmp_path, "a.html", f"{page}</style><body>{seen}")
+    assert texts_of(document) == [(None, "H", "b\n\nc\n\nd"), (None, None, "F"), (None, "H", "last")]
 
 
 def test_html_of_old_encodings_and_for_layout_and_without_its_end_is_read(tmp_path):
