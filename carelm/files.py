@@ -46,7 +46,10 @@ def here(path: Path) -> Path:
 def near(path: Path) -> list[Path]:
     """What lies in the folder of a file that is not there and is called most like it, the nearest first; at most three."""
     there = {p.name.casefold(): p for p in sorted(path.parent.iterdir())} if path.parent.is_dir() else {}
-    return [there[name] for name in difflib.get_close_matches(path.name.casefold(), there)]
+    found = [there[name] for name in difflib.get_close_matches(path.name.casefold(), there)]
+    return [
+        p for p in found if difflib.get_close_matches(path.stem.casefold(), [p.stem.casefold()])
+    ]  # .yaml is not alike
 
 
 def cache() -> Path:

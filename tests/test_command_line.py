@@ -25,6 +25,7 @@ LINES = [
     ("train/sft.py --rate", "--rate is not for this command but for eval/run.py"),
     ("train/sft.py --dry_run", "did you mean --dry_run of train/sweep.py, or --preview 2 of train/sft.py?"),
     ("train/sft.py --config recipes/demos.yaml", "cannot be read (No such file or directory); did you mean recipes/demo."),
+    ("train/sft.py --config shp", "see recipes/ for those that come with CareLM"),  # nothing is called like it but .yaml
     ("train/sft.py --config demo", "did you mean recipes/demo.yaml?"),
     ("train/sft.py --config bitext_suport.yaml", "did you mean recipes/datasets/bitext_support.yaml?"),
     ("train/sft.py --config recipes", "recipe recipes cannot be read (Is a directory); name a .yaml file in it"),
