@@ -19,9 +19,7 @@ FOLDER holds rqe_question_pairs, medquad, bitext_support and eshop_manuals. Resu
 """
 
 import argparse
-import dataclasses
 import json
-import random
 import sys
 import tempfile
 import time
@@ -39,6 +37,7 @@ WHOLE = 10**6  # tokens: no passage is cut
 ANSWERS = {"test": {1: 41, 2: 32, 3: 85, 4: 106, 5: 69}, "demo": {1: 37, 2: 40, 3: 40, 4: 35, 5: 39}}
 WEIGHTS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 RRF_K = 60
+WORDS = 50_000  # of the invented passages
 
 
 def main() -> None:
@@ -125,7 +124,7 @@ PREPARE = {"rqe": rqe, "medquad": medquad, "medquad_cut": medquad_cut, "bitext":
 def choose_weight(data: Path, folder: Path) -> dict:
     """Mean reciprocal ranks on training rows: of the two alone, of their weighted sums, and of their ranks' fusion."""
     pairs = [row for row in read(data / "rqe_question_pairs/train.jsonl") if row["value"] == "true"]
-    answers, support = read(data / "medquad/train.jsonl")[:1500], read(data / "bitext_support/train.jsonl")
+    answers, support = read(data / "medquad/train.jsonl")[:800], read(data / "bitext_support/train.jsonl")
     of_faq, of_intent = {}, {}
     for row in pairs:
         of_faq.setdefault(row["faq"], len(of_faq))
@@ -136,8 +135,8 @@ def choose_weight(data: Path, folder: Path) -> dict:
     for number, row in enumerate(support[:2250]):
         of_intent.setdefault(row["intent"], set()).add(number)
     sets = {
-        "rqe": ([*of_faq], dict([*asked.items()][:400])),
-        "medquad": ([row["Answer"] for row in answers], {row["Question"]: {n} for n, row in enumerate(answers[:400])}),
+        "rqe": ([*of_faq], dict([*asked.items()][:300])),
+        "medquad": ([row["Answer"] for row in answers], {row["Question"]: {n} for n, row in enumerate(answers[:300])}),
         "bitext": (
             [r["instruction"] for r in support[:2250]],
             {r["instruction"]: of_intent[r["intent"]] for r in support[2250:]},
@@ -167,31 +166,44 @@ def fused(folder: Path, texts: list[str], questions: dict[str, set[int]]) -> dic
     content = Content({"rows": []}, lambda name: (passages, {}), {})
     build(folder / "passages", content, find_embedder(recipe))
 
-    def ranks_of(found: list[list[str]]) -> np.ndarray:
-        return np.array([
-            next((rank for rank, id in enumerate(of_one[:DEPTH], 1) if int(id) in gold), DEPTH + 1)
-            for of_one, gold in zip(found, questions.values())
-        ])  # fmt: skip
-
-    def scored(found: list[list[str]]) -> dict[str, float]:
-        tables = statistics(ranks_of(found))
+    def scored(found: list[dict[str, float]]) -> dict[str, float]:
+        """Of passages with their scores, for each question."""
+        best = [sorted(of_one, key=lambda id: -of_one[id])[:DEPTH] for of_one in found]
+        ranks = [
+            next((rank for rank, id in enumerate(of_one, 1) if int(id) in gold), DEPTH + 1)
+            for of_one, gold in zip(best, questions.values())
+        ]
+        tables = statistics(np.array(ranks))
         return {name: float(tables[name].score(tables[name].table.sum(0))) for name in SCORES}
 
-    def search(**keys) -> list[list[str]]:
-        retriever = Retriever(dataclasses.replace(recipe, **keys))
-        return [[one.passage.id for one in found] for found in retriever.search_many([*questions], POOL)]
-
-    words, meaning = search(retriever="bm25"), search(retriever="dense")
-    own = {"bm25": scored(words), "dense": scored(meaning), "score": {}, "reciprocal_rank": {}}
+    retriever = Retriever(recipe)
+    rows = retriever.index.table.to_arrow()
+    vectors = np.stack(rows["vector"].to_numpy())[np.argsort(np.array(rows["id"].to_pylist(), int))]
+    all_cosines = np.clip(retriever.embedder.embed([*questions], questions=True) @ vectors.T, 0, 1)
+    cosines, of_words = [], []
+    for question, row in zip(questions, all_cosines):
+        words = dict(bm25(retriever.index, question, POOL))
+        nearest = map(str, np.argsort(-row, kind="stable")[:POOL])
+        of_words.append(words)
+        cosines.append({id: float(row[int(id)]) for id in dict.fromkeys([*nearest, *words])})
+    own = {"bm25": scored(of_words), "dense": scored(cosines), "score": {}, "reciprocal_rank": {}}
     for weight in WEIGHTS:
-        own["score"][str(weight)] = scored(search(retriever="hybrid", dense_weight=weight))
-        both = [(fuse(one, weight), fuse(other, 1 - weight)) for one, other in zip(meaning, words)]
-        sums = [{id: a.get(id, 0) + b.get(id, 0) for id in a | b} for a, b in both]
-        own["reciprocal_rank"][str(weight)] = scored([sorted(of_one, key=lambda id: -of_one[id]) for of_one in sums])
+        of_score, of_rank = [], []
+        for a, b in zip(cosines, of_words):
+            highest = max(b.values(), default=1)
+            of_score.append({id: weight * a[id] + (1 - weight) * b.get(id, 0) / highest for id in a})
+            d, w = reciprocal([*a][:POOL], weight), reciprocal([*b], 1 - weight)
+            of_rank.append({id: d.get(id, 0) + w.get(id, 0) for id in d | w})
+        own["score"][str(weight)], own["reciprocal_rank"][str(weight)] = scored(of_score), scored(of_rank)
     return own
 
 
-def fuse(ids: list[str], weight: float) -> dict[str, float]:
+def bm25(index, question: str, number: int) -> list[tuple[str, float]]:
+    found = index.by_words(question, number)
+    return [*zip(found["id"].to_pylist(), found["_score"].to_pylist())]
+
+
+def reciprocal(ids: list[str], weight: float) -> dict[str, float]:
     return {id: weight / (RRF_K + rank) for rank, id in enumerate(ids, 1)}
 
 
@@ -203,13 +215,18 @@ def measure_large(folder: Path, number: int) -> dict:
     from carelm.retrieval.retriever import Retriever
     from carelm.retrieval.update import Content, build
 
-    random_words, random_vectors = random.Random(0), np.random.default_rng(0)
-    words = [f"word{k}" for k in range(50_000)]
-    texts = [" ".join(random_words.choices(words, weights=ZIPF, k=80)) for _ in range(number)]
+    random = np.random.default_rng(0)
+    likely = np.cumsum(1 / np.arange(1, WORDS + 1))
+
+    def draw_texts(number: int, words: int) -> list[str]:
+        drawn = np.searchsorted(likely, random.random((number, words)) * likely[-1])
+        return [" ".join(f"word{k}" for k in of_one) for of_one in drawn.tolist()]
+
     passages = [
-        Passage(str(k), "rows", None, None, None, f"product {k % 1000}", text, {}) for k, text in enumerate(texts)
+        Passage(str(k), "rows", None, None, None, f"product {k % 1000}", text)
+        for k, text in enumerate(draw_texts(number, 80))
     ]
-    centres = random_vectors.standard_normal((500, 384), np.float32)
+    centres = random.standard_normal((500, 384), np.float32)
 
     class Drawn:
         """An embedder whose vectors are drawn: what an index takes besides the embedding."""
@@ -217,8 +234,8 @@ def measure_large(folder: Path, number: int) -> dict:
         folder, fingerprint, precision = Path("drawn"), "drawn", "fp32"
 
         def embed(self, texts, questions=False):
-            near = centres[random_vectors.integers(0, 500, len(texts))]
-            vectors = near + random_vectors.standard_normal(near.shape, np.float32)
+            near = centres[random.integers(0, 500, len(texts))]
+            vectors = near + random.standard_normal(near.shape, np.float32)
             return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
         def count_too_long(self, texts):
@@ -229,7 +246,7 @@ def measure_large(folder: Path, number: int) -> dict:
     recipe = load_recipe(["--index", str(folder), "--retriever", "bm25"], usage="")
     retriever = Retriever(recipe)
     retriever.embedder = Drawn()
-    questions = [" ".join(random_words.choices(words, weights=ZIPF, k=10)) for _ in range(50)]
+    questions = draw_texts(50, 10)
     for way in ("bm25", "dense", "hybrid"):
         retriever.way = way
         for name, filters in (("", None), (", filtered", {"product": "product 7"})):
@@ -249,9 +266,6 @@ def measure_large(folder: Path, number: int) -> dict:
     near = [index.by_meaning(v, 10)["id"].to_pylist() for v in vectors]
     found["share_of_exact_10"] = float(np.mean([len({*a} & {*b}) / 10 for a, b in zip(exact, near)]))
     return found
-
-
-ZIPF = [1 / (k + 1) for k in range(50_000)]
 
 
 def read(file: Path) -> list[dict]:
