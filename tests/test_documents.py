@@ -150,7 +150,14 @@ def check_file(file: str, words: list[str]) -> None:
         load_recipe(keys if "--config" in keys else ["--config", EXAMPLES[0], *keys], usage="")
     elif file == "train/runs.py":
         module(file, words).parse()
-    elif file in ("train/sft.py", "eval/run.py", "train/chat.py", "serve/run.py", "serve/index.py"):
+    elif file in (
+        "train/sft.py",
+        "eval/run.py",
+        "eval/retrieval.py",
+        "train/chat.py",
+        "serve/run.py",
+        "serve/index.py",
+    ):
         if file == "train/chat.py" and "--message" in words:
             words = words[: words.index("--message")] + words[words.index("--message") + 2 :]
         load_recipe(words, usage="", first=() if file == "train/sft.py" else ("models", "rate", "certify"))
