@@ -1,8 +1,8 @@
 """Makes the index of a recipe's documents, or brings it up to date: what has not changed is not read again.
 
-    python serve/index.py --config recipes/shop_assistant.yaml
-    python serve/index.py --config recipes/shop_assistant.yaml --documents manuals/ "pages/*.html" catalogue.csv
-    python serve/index.py --config recipes/shop_assistant.yaml --retriever bm25        # by words alone, without an embedder
+    python serve/index.py --config recipes/shop.yaml
+    python serve/index.py --config recipes/shop.yaml --documents manuals/ "pages/*.html" catalogue.csv
+    python serve/index.py --config recipes/shop.yaml --retriever bm25        # by words alone, without an embedder
 
 The index is searched as it was until the new one is whole; a server that is running takes the new one with the next question.
 What was read, dropped and could not be read is said, and one JSON object is the last line of standard output.
