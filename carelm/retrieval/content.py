@@ -100,7 +100,7 @@ def sections_of(
     """Sections of texts with the headings that hold for them and their pages, without tables of contents, which are counted,
     and without the title among the headings. A heading with nothing below it is text, unless the title
     has it."""
-    sections = []
+    sections, seen = [], set()
     for i, (headings, text, page) in enumerate(stretches):
         lines = text.split("\n")
         full = [at for at, line in enumerate(lines) if line.strip()]
@@ -108,12 +108,16 @@ def sections_of(
         report.drop("contents line", len(gone))
         text = "\n".join(line for at, line in enumerate(lines) if at not in gone).strip("\n")
         following = stretches[i + 1][0] if i + 1 < len(stretches) else []
-        is_leaf = not text.strip() and not gone and headings and following[: len(headings)] != headings
+        is_empty = not text.strip() and not gone and headings and tuple(headings) not in seen
+        is_leaf = is_empty and following[: len(headings)] != headings
+        seen.add(tuple(headings))
         if is_leaf and headings[-1][1] not in (title or ""):
             headings, text = headings[:-1], headings[-1][1]
         if text.strip():
             path = " > ".join(words for _, words in headings if words != title)
             sections.append(Section(clean(text, as_laid_out=True), page, one_line(path)))
+    if not sections and title and any(headings for headings, _, _ in stretches):
+        sections.append(Section(title, stretches[0][2]))  # all that is there is a heading
     return sections
 
 

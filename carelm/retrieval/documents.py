@@ -191,7 +191,7 @@ def _read(path: Path, head: bytes, raw: bytes, report: FileReport) -> Document:
         _needs("pypdfium2")
         return read_pdf(raw, report)
     if suffix in OTHERS:
-        raise Unreadable(f"{suffix} is not read; {OTHERS[suffix]}")
+        raise Unreadable(f"has an ending that is not read ({suffix}); {OTHERS[suffix]}")
     if head.startswith(b"PK\x03\x04"):
         _needs("docx")
         return read_docx(raw, report)
@@ -207,7 +207,7 @@ def _read(path: Path, head: bytes, raw: bytes, report: FileReport) -> Document:
     if suffix in (".pdf", ".docx"):
         raise Unreadable(f"is no {suffix[1:].upper()} (it begins {head[:12]!r})")
     if suffix not in (*MARKDOWN, *TEXT):
-        raise Unreadable(f"{suffix or 'a name without an ending'} is not read; what is read: {READ}")
+        raise Unreadable(f"has an ending that is not read ({suffix or 'none'}); what is read: {READ}")
     try:
         encoding, called = find_encoding(raw, path)
     except UserError as error:

@@ -25,7 +25,7 @@ UNSEEN = {"head", "script", "style", "template", "noscript", "select", "datalist
 BLOCKS = {"p", "div", "section", "article", "main", "header", "footer", "aside", "ul", "ol", "dl", "table", "blockquote", "pre",
           "form", "fieldset", "figure", "figcaption", "address", "details", "summary", "hr", "body", "caption", "center",
           "legend", "dialog", "search", "hgroup"}  # fmt: skip
-LINES = {"br", "li", "tr", "dt", "dd", "option", "label"}
+LINES = {"br", "li", "tr", "dt", "dd", "option", "label", "button", "textarea"}
 BESIDE = {"footer", "aside"}  # not below the heading that stands before them
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _HIDING = re.compile(r"(?:^|[;{\s])(?:display\s*:\s*none|visibility\s*:\s*(?:hidden|collapse))(?![\w-])", re.I)

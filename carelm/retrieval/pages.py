@@ -18,6 +18,7 @@ from carelm.retrieval.content import (
 )
 
 EDGE_LINES = 3  # at the top and the bottom of a page, where headers and footers stand
+COLUMN = " | "  # between the cells of a row
 HYPHENS = "-\u2010\ufffe\x02"  # the last two are PDFium's, where a line ends within a word
 _POINT = re.compile(r"(?:[•●▪■‣◦○–—*·-]|\(?(?:\d{1,3}|[a-zA-Z])[.)]|[\uf0a7\uf0b7])\s")
 # Words that keep the hyphen behind them where nothing else in the document tells.
@@ -37,6 +38,10 @@ class Line:
     size: float  # of the font
     bold: bool
     first_word: float  # its width
+
+    def stands_beside(self, other: "Line") -> bool:
+        """Whether this one is to the right of `other`, on the same height."""
+        return abs(other.last_baseline - self.baseline) < 0.2 * self.size and self.left > other.right - 1
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ def _goes_on(start: Line, above: Line, line: Line, pitch: float, lines: list[Lin
         return False
     if above.text[-1] in HYPHENS[1:]:
         return True
+    if COLUMN in above.text or COLUMN in line.text:
+        return False
     if above.right - above.left < 14 * above.size or LEADERS.search(
         above.text
     ):  # names, prices, a form to be filled in
@@ -228,7 +235,7 @@ def document_of(
 
 
 def _is_heading(block: Block, body: float, body_is_bold: bool, outline: dict[str, int]) -> bool:
-    if len(block.text) > 150 or block.lines > 3 or not any(map(str.isalpha, block.text)):
+    if len(block.text) > 150 or block.lines > 3 or COLUMN in block.text or not any(map(str.isalpha, block.text)):
         return False
     if len(block.text) > 3 and bare(block.text) in outline:
         return True

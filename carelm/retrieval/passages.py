@@ -26,7 +26,7 @@ class Passage:
         id: the same for as long as its document does not change, whatever other documents do.
         document: the name of its file, as it is shown.
         page: its page, counted from 1; None where the format has none.
-        columns: of a row of a table, all of its columns.
+        columns: of a row of a table its columns, but for long ones; of others what they say of themselves (`---`, meta).
     """
 
     id: str

@@ -4,14 +4,17 @@ import contextlib
 import ctypes
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from carelm.retrieval.content import Document, FileReport, Unreadable, one_line
-from carelm.retrieval.pages import HYPHENS, Line, bare, document_of
+from carelm.retrieval.pages import COLUMN, HYPHENS, Line, bare, document_of
 
 if TYPE_CHECKING:
     import pypdfium2
 
+WIDEST = 0.62  # of the font's size: what a character of running text takes at most, gaps between words included
+GAP = 1.5  # of the font's size: blanks from there on part columns
 _BOLD = re.compile(rb"bold|black|heavy|semib|demi|-bx|cmbx", re.I)
 _MADE_UP_TITLE = re.compile(
     r"(?:microsoft (?:word|powerpoint|excel) - |untitled|document\d*$|.*\.(?:docx?|pdf|indd|tex|rtf|odt|dvi|qxd)$)",
@@ -106,9 +109,24 @@ def _lines_of(text_page: "pypdfium2.PdfTextPage") -> list[Line]:
         word_end = _box(text_page, first + len(words.split(maxsplit=1)[0]) - 1)[2]
         middle = first + len(words) // 2 - (words[len(words) // 2] == " ")  # a point's sign may be of another font
         bold = _is_bold(text_page, middle) and _is_bold(text_page, last)
-        baselines = _baseline(text_page, first), _baseline(text_page, last)
-        lines.append(Line(words, left, right, *baselines, _size(text_page, middle), bold, word_end - left))
+        line = Line(words, left, right, _baseline(text_page, first), _baseline(text_page, last), _size(text_page, middle), bold,
+                    word_end - left)  # fmt: skip
+        if right - left > WIDEST * line.size * len(words):
+            line = replace(line, text=_with_columns(text_page, words, first, line.size))
+        if lines and line.stands_beside(lines[-1]):
+            gap = COLUMN if line.left - lines[-1].right > GAP * line.size else " "
+            line = replace(lines[-1], text=f"{lines.pop().text}{gap}{line.text}", right=line.right)
+        lines.append(line)
     return lines
+
+
+def _with_columns(text_page: "pypdfium2.PdfTextPage", words: str, first: int, size: float) -> str:
+    """The line with its columns parted: PDFium makes one blank of any gap."""
+    parts = []
+    for blank in re.finditer(" ", words):
+        before, after = _box(text_page, first + blank.start() - 1)[2], _box(text_page, first + blank.end())[0]
+        parts.append(COLUMN if after - before > GAP * size else " ")
+    return "".join(word + gap for word, gap in zip(words.split(" "), [*parts, ""]))
 
 
 def _box(text_page: "pypdfium2.PdfTextPage", index: int) -> tuple[float, float, float, float]:

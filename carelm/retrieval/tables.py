@@ -11,6 +11,10 @@ from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.retrieval.content import Document, FileReport, Unreadable, clean, one_line, sections_of
 
+LONGEST_VALUE = (
+    1000  # characters of a column that goes with each passage of its row; what is longer is no value to filter by
+)
+
 
 def read_table(path: Path, name: str, recipe: Recipe, report: FileReport) -> list[Document]:
     """A document for each row that says something: `passage_template` filled in, or its columns, one a line.
@@ -57,6 +61,6 @@ def _document(recipe: Recipe, source: str, row: dict[str, Any], report: FileRepo
     else:
         text = "\n".join(f"{column}: {value}" for column, value in values.items() if value.strip())
     title, product = (one_line(values.get(column or "")) for column in (recipe.title_column, recipe.product_column))
-    columns = {column: value for column, value in values.items() if value}
+    columns = {column: value for column, value in values.items() if 0 < len(value) <= LONGEST_VALUE}
     sections = sections_of([([], clean(text), None)], None, report)
     return Document(source, sections, title, product, columns)

@@ -121,6 +121,21 @@ def test_points_of_a_list_are_lines_and_each_has_its_own_next_lines(tmp_path):
     assert document.sections[0].text.split("\n") == [f"- {LONG[:140]}", "- The second.", "", LONG]
 
 
+def test_the_rows_of_a_table_are_rows_with_their_cells_parted_and_its_bold_header_is_no_heading(tmp_path):
+    rows = [
+        ("Product", "Price", "Stock"),
+        ("Skerry wool blanket", "59.90 euros", "12"),
+        ("Lantern storm lamp", "34.50 euros", "7"),
+    ]
+    cells = [
+        write_pdf.Words(text, x, 500 - 16 * i, bold=i == 0)
+        for i, row in enumerate(rows)
+        for x, text in zip((70, 250, 400), row)
+    ]
+    document, _ = read(tmp_path, [[*flowing(LONG), *cells]])
+    assert texts_of(document) == [(1, None, LONG + "\n\n" + "\n".join(" | ".join(row) for row in rows))]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -129,7 +129,7 @@ def archive(**files: bytes) -> bytes:
         ("a.docx", archive(**{"word/document.xml": b"x", "word/b.xml": bytes(300 * 2**20)}), "unpacks to 300 MB"),
         ("a.docx", docx(lambda d: d.add_paragraph("x"))[:2000], "damaged"),
         ("a.docx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "has a password; save it as DOCX"),
-        ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", ".doc is not read; save it as DOCX or PDF"),
+        ("a.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "has an ending that is not read (.doc); save it as DOCX or PDF"),
         ("a.docx", b"Hello", "is no DOCX"),
         ("a.txt", b"{\\rtf1 Hello}", "is RTF"),
         ("a.txt", bytes(100), "NUL"),
@@ -141,8 +141,8 @@ def archive(**files: bytes) -> bytes:
         ("a.csv", b"a,b\n", "has no rows"),
         ("a.json", b"{}", "a .json file must hold a list"),
         ("a.jsonl", b'{"a": 1}\n{', "2: not JSON"),
-        ("a.xlsx", b"PK\x03\x04", ".xlsx is not read; save each sheet as CSV"),
-        ("a.exe", b"MZ", ".exe is not read; what is read: PDF"),
+        ("a.xlsx", b"PK\x03\x04", "(.xlsx); save each sheet as CSV"),
+        ("a.exe", b"MZ", "(.exe); what is read: PDF"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_line_with_the_reason(tmp_path, name, content, reason):
@@ -176,9 +176,15 @@ def test_html_without_what_is_hidden_under_its_headings_and_markup_in_its_text_a
 
 def test_style_sheets_that_are_broken_hide_nothing_else_and_a_footer_stands_below_no_heading(tmp_path):
     page = "<html><style>} ; .a{display:none} {} @media x{.b{display:none}} .c, .d > p, em.e#f {display:none"
-    seen = "<h2>H</h2><p class=a>no</p><p class=b>b</p><p class=c>c</p><p class=d>d</p><footer>F</footer><p>last"
+    seen = "<h2>H</h2><p class=a>no</p><p class=b>b</p><p class=c>c</p><p class=d>d</p>"
+    seen += "<footer>F</footer><p>last<footer>F2</footer>"
     document, _ = document_of(tmp_path, "a.html", f"{page}</style><body>{seen}")
-    assert texts_of(document) == [(None, "H", "b\n\nc\n\nd"), (None, None, "F"), (None, "H", "last")]
+    assert texts_of(document) == [
+        (None, "H", "b\n\nc\n\nd"),
+        (None, None, "F"),
+        (None, "H", "last"),
+        (None, None, "F2"),
+    ]
 
 
 def test_html_of_old_encodings_and_for_layout_and_without_its_end_is_read(tmp_path):
@@ -300,6 +306,15 @@ def test_each_row_of_a_table_is_a_document_with_its_columns(tmp_path):
     assert texts == ["Storm lamp costs 34.50 euros. Brass & glass", "Wool socks costs 12.90 euros."]
     packed = put(tmp_path, "catalogue.jsonl.gz", gzip.compress(b'{"name": "Lamp", "price": 3.0}\n'))
     assert read(packed, "c.jsonl.gz", Recipe(), FileReport())[0].sections[0].text == "name: Lamp\nprice: 3"
+
+
+def test_a_heading_with_nothing_below_it_is_not_lost_and_long_columns_stay_with_the_text(tmp_path):
+    assert texts_of(document_of(tmp_path, "a.md", "# Only a heading")[0]) == [(None, None, "Only a heading")]
+    document, _ = document_of(tmp_path, "a.md", "# T\n## A\n## B\ntext\n### C")
+    assert texts_of(document) == [(None, None, "A"), (None, "B", "text"), (None, "B", "C")]
+    path = put(tmp_path, "a.csv", f"name,text\nLamp,{'word ' * 400}\n")
+    passages, _ = passages_of(path, "a.csv", Recipe(title_column="name"), words)
+    assert len(passages) > 1 and all((p.title, p.columns) == ("Lamp", {"name": "Lamp"}) for p in passages)
 
 
 def test_a_column_that_the_recipe_names_and_a_table_lacks_is_named_with_those_that_are_there(tmp_path):
