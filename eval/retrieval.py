@@ -30,7 +30,7 @@ WAYS = ("bm25", "dense", "hybrid")
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__, first=KEYS)
-    stay_offline(recipe)
+    stay_offline(recipe, and_embedder=True)
     quiet.silence(has_gpu=False, is_first_rank=True)
     from carelm.retrieval import gold, retriever_results
     from carelm.retrieval.index import open_index

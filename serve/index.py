@@ -27,7 +27,7 @@ from carelm.retrieval.embedder import check_installed
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__, first=RETRIEVAL_KEYS)
     check_installed("lancedb")
-    stay_offline(recipe)
+    stay_offline(recipe, and_embedder=True)
     from carelm import quiet
 
     quiet.silence(has_gpu=False, is_first_rank=True)

@@ -67,7 +67,8 @@ def main() -> None:
         raise UserError("documents: the recipe names none; set documents: [folder or files]")
     folder = folder_of(recipe)
     asked_by = questions_of(options.questions)
-    stay_offline(dataclasses.replace(recipe, dataset_name=asked_by.dataset_name))  # recipe's own is still to be made
+    needed = dataclasses.replace(recipe, dataset_name=asked_by.dataset_name)  # the recipe's own is still to be made
+    stay_offline(needed, and_embedder=True)
     from carelm import quiet
     from carelm.retrieval.retriever import Retriever
 

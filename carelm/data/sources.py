@@ -92,17 +92,16 @@ def changed_files(then: dict[str, str], now: dict[str, str]) -> dict[str, str]:
     return gone | changed | {name: "is new" for name in now if name not in then}
 
 
-def stay_offline(recipe: Recipe, *others: Recipe) -> None:
+def stay_offline(recipe: Recipe, *others: Recipe, and_embedder: bool = False) -> None:
     """Where a run needs nothing from the Hub, or the Hub is silent, which is said, it is not waited for: its libraries try for
-    most of a minute. To be called before any of them is imported. `others` name more data."""
+    most of a minute. To be called before any of them is imported. `others` name more data; `and_embedder` is for what searches
+    documents too."""
     if recipe.training.get("push_to_hub"):
         return
-    recipes = (recipe, *recipe.mixed.values(), *others)
-    if os.path.exists(recipe.base) and not any(is_hub_id(one.dataset_name) for one in recipes):
+    needed = _needed(recipe, (*recipe.mixed.values(), *others), and_embedder)
+    if needed is None:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    elif not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & os.environ.keys() and (
-        reason := _why_silent(_needed(recipes))
-    ):
+    elif not {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & os.environ.keys() and (reason := _why_silent(needed)):
         say(f"{_hub()} cannot be reached ({reason}): there is only what an earlier run has fetched from it")
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -111,14 +110,15 @@ def _hub() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
-def _needed(recipes: Iterable[Recipe]) -> str:
-    """The address of what is needed from the Hub first."""
-    for recipe in recipes:
-        if not os.path.exists(recipe.base):
-            return f"{_hub()}/api/models/{quote(recipe.base)}"
-        if is_hub_id(recipe.dataset_name):
-            return f"{_hub()}/api/datasets/{quote(recipe.dataset_name)}"
-    return _hub()
+def _needed(recipe: Recipe, others: Iterable[Recipe], and_embedder: bool) -> str | None:
+    """The address of what is needed from the Hub first; None where nothing is."""
+    models = [recipe.base]
+    if and_embedder and recipe.retriever != "bm25" and recipe.embedder != "auto":
+        models.append(locate(recipe.embedder, cache()))
+    if missing := [name for name in models if not os.path.exists(name)]:
+        return f"{_hub()}/api/models/{quote(missing[0])}"
+    datasets = [one.dataset_name for one in (recipe, *others) if is_hub_id(one.dataset_name)]
+    return f"{_hub()}/api/datasets/{quote(datasets[0])}" if datasets else None
 
 
 def _why_silent(address: str) -> str | None:

@@ -62,6 +62,20 @@ def test_a_hub_that_answers_with_an_error_of_its_own_is_not_asked_again_and_agai
                          "fetched from it\n")  # fmt: skip
 
 
+def test_what_searches_documents_needs_the_embedder_too(monkeypatch, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    for words, is_needed in (
+        ([], False),
+        (["--embedder", "nobody/e5"], True),
+        (["--embedder", "nobody/e5", "--retriever", "bm25"], False),
+    ):
+        recipe = load_recipe(words, usage="")
+        sources.stay_offline(recipe)
+        assert "cannot be reached" not in capsys.readouterr().err and os.environ.pop("HF_HUB_OFFLINE") == "1"
+        sources.stay_offline(recipe, and_embedder=True)
+        assert ("cannot be reached" in capsys.readouterr().err) == is_needed and os.environ.pop("HF_HUB_OFFLINE") == "1"
+
+
 def test_what_is_told_to_stay_offline_asks_nothing(asked, monkeypatch):
     monkeypatch.setattr(sources, "urlopen", lambda *_, **__: pytest.fail("it was asked"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
