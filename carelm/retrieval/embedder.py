@@ -114,7 +114,8 @@ class Embedder:
 
         disable_progress_bar()  # of its weights, which take a moment
         has_gpu = torch.cuda.is_available()
-        self.precision = self.precision or choose_precision("auto", training=False).name
+        if self.precision is None:
+            self.precision = "bf16" if choose_precision("auto", training=False).name == "bf16" else "fp32"
         try:
             model = SentenceTransformer(
                 str(self.folder),

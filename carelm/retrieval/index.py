@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from carelm.errors import UserError, first_line
-from carelm.files import read_json
 from carelm.recipe import Recipe
 from carelm.retrieval.embedder import Embedder, check_installed
 from carelm.retrieval.passages import Passage
@@ -46,15 +45,16 @@ class Index:
 
         self.folder = folder
         self.version, self._lock = open_current(folder)
-        self.manifest = read_json(self.version / MANIFEST)
-        self.filters: dict[str, str] = self.manifest["filters"]
         try:
+            self.manifest = json.loads((self.version / MANIFEST).read_text(encoding="utf-8"))
             self.table = lancedb.connect(str(self.version)).open_table(TABLE)
+            self.table.head(1)  # of data that is not there opening tells nothing
         except (RuntimeError, OSError, ValueError) as error:
             self.close()
             raise UserError(
                 f"index: {self.version} is damaged ({first_line(error)}); make it: {how_to_build()}"
             ) from None
+        self.filters: dict[str, str] = self.manifest["filters"]
 
     def close(self) -> None:
         """Lets a later build take this version away."""

@@ -120,7 +120,7 @@ def build(folder: Path, content: Content, embedder: Embedder | None) -> Report:
     check_installed("lancedb")
     began, report = time.monotonic(), Report(str(folder), embedder=embedder and str(embedder.folder))
     with building(folder):
-        old = Index(folder) if current(folder) is not None else None
+        old = _open(folder)
         before = old.manifest if old else {"files": {}, "settings": None, "embedder": None, "filters": None}
         same_settings = before["settings"] == content.settings
         manifest = {
@@ -184,6 +184,17 @@ def build(folder: Path, content: Content, embedder: Embedder | None) -> Report:
         now.close()
     report.seconds = time.monotonic() - began
     return report
+
+
+def _open(folder: Path) -> Index | None:
+    """The version before; None where there is none, or a damaged one, which is said."""
+    if current(folder) is None:
+        return None
+    try:
+        return Index(folder)
+    except UserError as error:
+        say(f"{str(error).partition(';')[0]}: all is read anew")
+        return None
 
 
 def _look(paths: list[Path], earlier: dict[str, Any] | None) -> dict[str, Any]:

@@ -51,8 +51,10 @@ def open_current(folder: Path) -> tuple[Path, IO[bytes]]:
         path = folder / str(version)
         try:
             lock = open(path / LOCK, "rb")
-        except FileNotFoundError:  # taken away since: another is current
-            continue
+        except FileNotFoundError:
+            if path.is_dir():
+                raise UserError(f"index: {path} is damaged (it has no {LOCK}); make it: {how_to_build()}") from None
+            continue  # taken away since: another is current
         fcntl.flock(lock, fcntl.LOCK_SH)
         if path.is_dir():
             return path, lock
@@ -103,7 +105,7 @@ def next_version(folder: Path) -> Iterator[Path]:
 
 
 def _remove_unread(version: Path) -> None:
-    with open(version / LOCK, "rb") as lock:
+    with open(version / LOCK, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_an_index_that_cannot_be_searched_is_one_line_with_the_command(tmp_path,
     state(tmp_path / "index")
     with pytest.raises(UserError, match=said):
         Index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("lost", ["lock", "manifest.json", "passages.lance/data"])
+def test_a_damaged_index_is_said_to_be_and_the_next_build_makes_it_anew(documents, tmp_path, capsys, lost):
+    build_small(tmp_path / "index", documents)
+    place = tmp_path / "index/1" / lost
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    with pytest.raises(UserError, match="index: .*1 is damaged .*; make it: python serve/index.py"):
+        Index(tmp_path / "index")
+    again = build_small(tmp_path / "index", documents, chunk_tokens=1)
+    assert (again.read, again.passages) == (["a.txt", "b.txt"], 5) and texts(tmp_path / "index") == sorted(SENTENCES)
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_one_of_a_newer_format_is_neither_read_nor_replaced(documents, tmp_path):

@@ -1,5 +1,8 @@
 """A question finds its passage by words, by meaning, or by both, among those that the filters leave."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from small_index import SENTENCES, content_of, make_embedder
 
@@ -88,6 +91,26 @@ def test_a_version_that_is_built_meanwhile_is_searched_from_the_next_question_on
     for _ in range(2):
         assert retriever.search("cable", 5)[0].passage.text == "The lamp has a cable."
     assert capsys.readouterr().err.count("was made with another embedder") == 1
+
+
+def test_threads_that_search_while_versions_change_see_one_of_them_whole(make):
+    retriever, done = make("--retriever", "hybrid"), threading.Event()
+
+    def search() -> set[frozenset[str]]:
+        seen = set()
+        while not done.is_set():
+            found = retriever.search("lamp number", 9, {"document": "new.txt"})
+            seen.add(frozenset(one.passage.text.split()[-1] for one in found))
+        return seen
+
+    with ThreadPoolExecutor(3) as threads:
+        searches = [threads.submit(search) for _ in range(3)]
+        for version in ("one", "two", "three"):
+            (make.documents / "new.txt").write_text("\n".join(f"The lamp has number {k} {version}" for k in range(4)))
+            make()
+        done.set()
+    seen = set().union(*(of_one.result() for of_one in searches))
+    assert seen <= {frozenset(), frozenset({"one"}), frozenset({"two"}), frozenset({"three"})} and len(seen) > 1
 
 
 def test_an_index_without_vectors_is_searched_by_words_alone(make, tmp_path):
