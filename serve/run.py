@@ -20,6 +20,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
@@ -34,6 +35,9 @@ from carelm.next_steps import say_next, words_of
 from carelm.recipe import FEEDBACK, Recipe
 from carelm.recipe_file import load_recipe
 
+if TYPE_CHECKING:
+    from carelm.retrieval.assistant import Assistant
+
 KEYS = ("models", "max_new_tokens", "temperature", "top_p", "max_batch_tokens", *SERVING_KEYS)  # for --help
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "httpx")  # of the extra `serve`
 
@@ -45,6 +49,7 @@ def main() -> None:
 
     key = security.read_key(recipe)
     stay_offline(recipe)
+    assistant = open_assistant(recipe)
     from carelm.evaluation.candidates import find_candidates
 
     candidates = find_candidates(recipe)
@@ -76,7 +81,7 @@ def main() -> None:
             speaker.check_window(fill(recipe.system_prompt or "", {}) or None)
     for sentence in dict.fromkeys(speaker.window() for speaker in speakers):
         ranks.say(sentence)
-    gateway = Gateway(recipe, speakers, Engine(recipe, speakers))
+    gateway = Gateway(recipe, speakers, Engine(recipe, speakers), assistant)
     server.listen(recipe, listening)
     if recipe.certify:
         found = certificate.certify(recipe, speakers, gateway, key, listening)
@@ -116,6 +121,27 @@ def check_writable(recipe: Recipe) -> None:
             f"certify: {here(folder)} cannot be written, where the certificate goes; look at its permissions"
         )
     ranks.say(f"output_dir: {here(folder)} cannot be written: feedback is refused; look at its permissions")
+
+
+def open_assistant(recipe: Recipe) -> "Assistant | None":
+    """The shop assistant, where the recipe has documents; raises UserError where their index cannot be searched."""
+    if not recipe.documents and not recipe.index:
+        return None
+    if form := form_of(recipe):
+        ranks.say(
+            f"documents: no shop assistant, for prompt_template has several columns, {form}; it takes plain questions"
+        )
+        return None
+    from carelm.retrieval.assistant import Assistant
+
+    assistant = Assistant(recipe)
+    assistant.look_up([{"role": "user", "content": "Hello"}])  # so that the embedder is loaded before one waits for it
+    retriever = assistant.retriever
+    ranks.say(
+        f"the shop assistant: {retriever.index.manifest['passages']} passages, searched by {retriever.way}, at "
+        "POST /v1/shop/chat"
+    )
+    return assistant
 
 
 def say_address(recipe: Recipe, address: str, models: list[str], key: str | None) -> None:

@@ -128,6 +128,14 @@ class Chat:
             raise UserError(f"max_length: {limit} tokens do not even hold the chat template of a prompt; raise it")
         return Prompt(self.prompt_ids(shorter, tools=tools), shorter, "prompt cut")
 
+    def holds(self, messages: list[dict[str, Any]], limit: int) -> bool:
+        """Whether the prompt that asks for the next answer has at most `limit` ids.
+
+        Raises:
+            UserError: where the template refuses the conversation.
+        """
+        return self._ids_within(self._write(messages, None, True), limit) is not None
+
     def _ids_within(self, text: str, limit: int) -> list[int] | None:
         """The ids of a text; None where they are more than the limit. A text far too long is not even encoded."""
         ids = self._encoder.encode(text) if self._encoder.may_fit(text, limit) else None

@@ -3,6 +3,7 @@ their vectors."""
 
 import dataclasses
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,15 @@ class Index:
                 raise UserError(f"filters: '{name}' is no filter of the index (its: {', '.join(self.filters)})")
             parts.append(f"{self.filters[name]} = '{str(value).replace(chr(39), chr(39) * 2)}'")
         return " AND ".join(parts) or None
+
+    @cached_property
+    def filter_values(self) -> dict[str, list[str]]:
+        """The values that occur in each column that a search can be narrowed by, sorted."""
+        columns = self.table.search().select([*self.filters.values()]).to_arrow()
+        return {
+            name: sorted(value for value in columns[column].unique().to_pylist() if value)
+            for name, column in self.filters.items()
+        }
 
     def passages(self) -> list[Passage]:
         return [to_passage(row) for row in self.table.to_arrow().select([*COLUMNS]).to_pylist()]

@@ -20,12 +20,14 @@ from starlette.types import ASGIApp
 
 from carelm.chat.question import asked_columns, form_of
 from carelm.recipe import Recipe
+from carelm.retrieval.assistant import Assistant
 from carelm.serving import feedback
 from carelm.serving.completions import Completions
 from carelm.serving.metrics import Metrics
 from carelm.serving.prompts import Prompts
 from carelm.serving.requests import Problem, parse
-from carelm.serving.security import AGAIN_SECONDS, ROUTES, Guard, Pages, is_loopback, reply
+from carelm.serving.security import AGAIN_SECONDS, OF_A_SHOP, ROUTES, Guard, Pages, is_loopback, reply
+from carelm.serving.shop import Shop
 from carelm.serving.turn import GONE
 from carelm.serving.wire import read_body
 from carelm.talk.speaker import Speaker
@@ -41,10 +43,11 @@ class Gateway:
         recipe: names templates, window, decoding, limits.
         speakers: the models, of which tokenizer and window count here; their weights are the engine's.
         engine: what answers.
+        assistant: looks up the shop's documents, where the recipe has any.
     """
 
-    def __init__(self, recipe: Recipe, speakers: list[Speaker], engine: Any):
-        self.recipe, self.engine = recipe, engine
+    def __init__(self, recipe: Recipe, speakers: list[Speaker], engine: Any, assistant: Assistant | None = None):
+        self.recipe, self.engine, self.assistant = recipe, engine, assistant
         self.speakers = {speaker.name: speaker for speaker in speakers}
         self.prompts = Prompts(recipe)
         self.metrics = Metrics()
@@ -56,6 +59,8 @@ class Gateway:
         """The whole application, guarded by this key."""
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.add_route("/v1/chat/completions", Completions(self), methods=["POST"])
+        if self.assistant:
+            app.add_route("/v1/shop/chat", Shop(self, self.assistant), methods=["POST"])
         app.get("/v1/models")(self.list_models)
         app.get("/v1/models/{name:path}")(self.show_model)
         app.post("/v1/feedback")(self.keep_feedback)
@@ -65,7 +70,9 @@ class Gateway:
         app.get("/page.js")(lambda: FileResponse(PAGE / "page.js"))
         app.get("/page.css")(lambda: FileResponse(PAGE / "page.css"))
         app.exception_handler(Problem)(lambda request, problem: reply(problem, request.scope["path"]))
-        app.exception_handler(HTTPException)(lambda request, error: reply(_to_problem(error), request.scope["path"]))
+        app.exception_handler(HTTPException)(
+            lambda request, error: reply(_to_problem(error, request.scope["path"]), request.scope["path"])
+        )
         app.exception_handler(ClientDisconnect)(lambda request, error: Response(status_code=GONE))  # in mid-body
         app.exception_handler(Exception)(
             lambda request, error: reply(Problem(500, "the server failed at this request"), request.scope["path"])
@@ -75,12 +82,14 @@ class Gateway:
         return Pages(guarded, origins) if origins else guarded
 
     def note_reply(self, path: str, status: int) -> None:
-        self.metrics.requests.labels(path if path in ROUTES else "other", status).inc()
+        self.metrics.requests.labels(path if path in (*ROUTES, *OF_A_SHOP) else "other", status).inc()
 
     # Small routes
 
     def list_models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self._model(name) for name in self.engine.models]}
+        """OpenAI's list; beside it what else this server has: `shop`, with the values that its filters take."""
+        more = {"shop": {"filters": self.assistant.filters()}} if self.assistant else {}
+        return {"object": "list", "data": [self._model(name) for name in self.engine.models], **more}
 
     def show_model(self, name: str) -> dict[str, Any]:
         return self._model(self.speaker(name).name)
@@ -141,10 +150,12 @@ class Gateway:
             self.metrics.queue.set(self.in_flight)
 
 
-def _to_problem(error: HTTPException) -> Problem:
+def _to_problem(error: HTTPException, path: str) -> Problem:
     """What is said of a path or a method that there is none of."""
     if error.status_code == 405 and (method := (error.headers or {}).get("Allow")):
         return Problem(405, f"this route is asked by {method}", code="method", allow=method)
+    if error.status_code == 404 and path in OF_A_SHOP:
+        return Problem(404, f"{OF_A_SHOP[path]}: the recipe of this server names none, so that it has no such route")
     if error.status_code == 404:
         return Problem(404, f"there is no such route; there are {', '.join(ROUTES)}, and the API's address ends in /v1")
     return Problem(error.status_code, f"this cannot be asked ({error.status_code})")

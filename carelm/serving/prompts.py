@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from carelm.chat.grounding import Grounded
 from carelm.chat.question import as_trained, form_of, system_message
 from carelm.errors import UserError
 from carelm.recipe import Recipe
+from carelm.retrieval.assistant import put_in
+from carelm.retrieval.retriever import Found
 from carelm.serving.requests import Problem
 from carelm.talk.speaker import Speaker
 
@@ -73,6 +76,35 @@ class Prompts:
         """
         make = partial(self._make, turns, speaker, tools, longest_answer)
         return await asyncio.get_running_loop().run_in_executor(self._thread, make)
+
+    async def ground(
+        self, turns: list[dict[str, Any]], found: list[Found], customer: dict[str, Any], speaker: Speaker
+    ) -> tuple[list[dict[str, Any]], Grounded]:
+        """The conversation with passages in its last turn, as many as fit the window beside the question.
+
+        Raises:
+            Problem: 400, where not even the beginning of one does.
+        """
+        system = [turn for turn in turns if turn["role"] == "system"]
+
+        def fits(text: str) -> bool:
+            asked = self.as_trained([*system, {"role": "user", "content": text}])
+            return speaker.chat.holds(asked, speaker.limit)
+
+        loop = asyncio.get_running_loop()
+        try:
+            messages, grounded = await loop.run_in_executor(self._thread, put_in, turns, found, customer, fits)
+        except UserError:
+            raise Problem(
+                400, "messages: the model's chat template does not take this conversation", param="messages",
+                code="chat_template",
+            ) from None  # fmt: skip
+        if not grounded.shown:
+            raise Problem(
+                400, f"messages: the last one leaves no room for passages in the window of {speaker.limit} tokens; ask it in "
+                "fewer words, with less about the customer", param="messages", code="context_length_exceeded",
+            )  # fmt: skip
+        return messages, grounded
 
     def _make(
         self, turns: list[dict[str, Any]], speaker: Speaker, tools: list[dict] | None, longest_answer: int | None

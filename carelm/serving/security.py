@@ -22,6 +22,7 @@ from carelm.serving.requests import Problem
 KEY_VARIABLE = "CARELM_API_KEY"
 OPEN = {"/health", "/", "/page.js", "/page.css"}  # without a key: no text of anyone's, and the page that asks for it
 ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/feedback", "/health", "/metrics")
+OF_A_SHOP = {"/v1/shop/chat": "documents", "/v1/tickets/match": "tickets"}  # and the key of the recipe that each needs
 # Of OpenAI's, and with an address that lacks /v1 or has it twice: what clients ask that are not set up yet.
 ELSEWHERE = ("/chat/completions", "/models", "/v1/v1/chat/completions", "/v1/v1/models", "/v1/completions", "/v1/responses",
              "/v1/embeddings")  # fmt: skip
@@ -182,4 +183,4 @@ def shown(path: str) -> str:
     """A path as the log has it: one that a client makes up may hold anything."""
     if path.startswith("/v1/models/"):
         return "/v1/models/..."
-    return path if path in (*ROUTES, *ELSEWHERE) else "another path"
+    return path if path in (*ROUTES, *OF_A_SHOP, *ELSEWHERE) else "another path"

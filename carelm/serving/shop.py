@@ -1,0 +1,120 @@
+"""POST /v1/shop/chat: an answer from the shop's own documents, with its sources, whole or as a stream of events.
+
+sources   {"sources": [{"number", "document", "title", "product", "page", "heading", "passage", "score", "confidence"}]}
+token     {"text"}, as often as there is more
+done      {"answer", "cited", "knows", "model", "finish_reason", "usage"}
+error     {"error": ...}, in OpenAI's shape, in place of the rest
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from carelm.chat.grounding import without_false_marks
+from carelm.errors import UserError
+from carelm.models.decoding import Decoding
+from carelm.retrieval.assistant import REFUSAL, Assistant, TrueMarks, outcome, sources
+from carelm.serving.requests import MOST_MESSAGES, Message, Problem, Strict, parse, to_messages
+from carelm.serving.turn import Turn
+from carelm.serving.wire import read_body
+
+if TYPE_CHECKING:
+    from carelm.serving.gateway import Gateway
+
+
+def of_a_user(messages: list[Message]) -> list[dict[str, Any]]:
+    if messages[-1].role != "user":
+        raise ValueError("the last message must be a user's")
+    return to_messages(messages)
+
+
+class ShopRequest(Strict):
+    """A body of the route."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(of_a_user)]
+    filters: dict[str, str] = {}
+    customer: dict[str, Any] = {}
+    stream: bool = False
+    model: str | None = None
+
+
+class Shop:
+    """The route."""
+
+    def __init__(self, gateway: "Gateway", assistant: Assistant):
+        self.gateway, self.assistant = gateway, assistant
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gateway, recipe = self.gateway, self.gateway.recipe
+        body = await read_body(Request(scope, receive), recipe.max_body_bytes)
+        with gateway.place():
+            asked = parse(ShopRequest, body)
+            seed = secrets.randbits(63)
+            turn = Turn(
+                gateway, scope, receive, send, speaker=gateway.speaker(asked.model or gateway.engine.models[-1]), stops=[],
+                decoding=Decoding(recipe.max_new_tokens, recipe.temperature, recipe.top_p, seed),
+            )  # fmt: skip
+            consultation = Consultation(self.assistant, asked, turn)
+            await turn.deliver(consultation.stream if asked.stream else consultation.whole)
+
+
+class Consultation:
+    """One answer with its sources."""
+
+    def __init__(self, assistant: Assistant, asked: ShopRequest, turn: Turn):
+        self.assistant, self.asked, self.turn = assistant, asked, turn
+        self.sources: list[dict[str, Any]] = []
+        self.finish_reason = "stop"
+
+    async def whole(self) -> None:
+        knows = await self._look_up()
+        async for _ in self._texts(knows):
+            pass
+        body = {**self._said(knows), "sources": self.sources}
+        await JSONResponse(body, headers=self.turn.headers)(self.turn.scope, self.turn.receive, self.turn.send)
+
+    async def stream(self) -> None:
+        knows = await self._look_up()
+        events = self.turn.events("error")
+        await events.put({"sources": self.sources}, "sources")
+        async for piece in self._texts(knows):
+            if piece:
+                await events.put({"text": piece}, "token")
+        await events.put(self._said(knows), "done", is_last=True)
+
+    async def _look_up(self) -> bool:
+        """Finds the passages and makes the prompt; False where the model is not to be asked."""
+        messages, filters = self.asked.messages, self.asked.filters
+        try:
+            found = await asyncio.to_thread(self.assistant.look_up, messages, filters)
+        except UserError as error:
+            raise Problem(400, str(error), param="filters", code="filters") from None
+        if not self.assistant.knows(found):
+            return False
+        prompts = self.turn.gateway.prompts
+        messages, grounded = await prompts.ground(messages, found, self.asked.customer, self.turn.speaker)
+        self.sources = sources(found[: grounded.shown])
+        await self.turn.render(messages, None, None)
+        return True
+
+    async def _texts(self, knows: bool) -> AsyncIterator[str]:
+        if not knows:
+            yield REFUSAL["answer"]
+            return
+        shown = TrueMarks(len(self.sources))
+        async for piece in self.turn.texts():
+            yield shown.add(piece)
+        yield shown.end()
+        self.finish_reason = self.turn.answer.finish_reason
+
+    def _said(self, knows: bool) -> dict[str, Any]:
+        about = outcome(without_false_marks(self.turn.answer.text, len(self.sources))) if knows else REFUSAL
+        return {
+            **about, "model": self.turn.speaker.name, "finish_reason": self.finish_reason, "usage": self.turn.usage(),
+        }  # fmt: skip

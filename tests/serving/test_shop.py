@@ -1,0 +1,168 @@
+"""The shop's route answers from passages in the user's turn and names them; it refuses where nothing is known."""
+
+import json
+
+import pytest
+
+pytest.importorskip("lancedb")
+from served import make_client
+from shop import RETURNS, SHOP, events_of, make_shop, shop_gateway
+
+from carelm.chat.grounding import DONT_KNOW, ground
+from carelm.retrieval.assistant import Assistant
+from carelm.retrieval.update import update
+from carelm.serving.gateway import Gateway
+
+ASKED = [{"role": "user", "content": "Can a lamp come back within 30 days?"}]
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory):
+    return shop_gateway(make_shop(tmp_path_factory.mktemp("shop")), "base", "adapter")
+
+
+@pytest.fixture(scope="module")
+def client(gateway):
+    return make_client(gateway)
+
+
+@pytest.fixture
+def asked_of(gateway, monkeypatch):
+    """What the engine has been asked: models and prompt ids."""
+    asked, answer = [], gateway.engine.answer
+
+    def noting(model, ids, decoding):
+        asked.append((model, ids))
+        return answer(model, ids, decoding)
+
+    monkeypatch.setattr(gateway.engine, "answer", noting)
+    return asked
+
+
+def shop(client, messages=ASKED, **more):
+    return client.post(SHOP, json={"messages": messages, **more})
+
+
+def test_an_answer_names_its_passages_with_document_heading_and_score(gateway, client, asked_of):
+    body = shop(client).json()
+    first = body["sources"][0]
+    assert (first["document"], first["heading"], first["passage"]) == ("returns.md", "Lamps", RETURNS)
+    assert first["number"] == 1 and first["page"] is None and first["score"] > 0 and 0 < first["confidence"] < 1
+    assert body["model"] == "adapter" and body["usage"]["completion_tokens"] > 0 and isinstance(body["answer"], str)
+    found = gateway.assistant.look_up(ASKED)
+    turn = {"role": "user", "content": ground(ASKED[0]["content"], [f.passage for f in found])}
+    assert asked_of == [("adapter", gateway.speakers["adapter"].chat.prompt_ids([turn]))]
+
+
+def test_a_stream_is_sources_tokens_and_the_whole_answer(client):
+    whole = shop(client).json()
+    reply = shop(client, stream=True)
+    assert reply.headers["content-type"].startswith("text/event-stream") and reply.headers["x-request-id"]
+    (first, told), *tokens, (last, done) = events_of(reply)
+    assert (first, last) == ("sources", "done") and {name for name, _ in tokens} == {"token"} and len(tokens) > 3
+    assert told["sources"] == whole["sources"] and done | told == whole
+    assert "".join(token["text"] for _, token in tokens) == whole["answer"]
+
+
+def test_history_stays_and_a_short_question_is_looked_up_with_the_one_before_it(gateway, client, asked_of):
+    history = [*ASKED, {"role": "assistant", "content": "Yes [1]."}]
+    body = shop(client, [*history, {"role": "user", "content": "And after that?"}]).json()
+    assert body["sources"][0]["document"] == "returns.md"
+    found = gateway.assistant.look_up(ASKED)
+    turn = {"role": "user", "content": ground("And after that?", [f.passage for f in found])}
+    assert asked_of[0][1] == gateway.speakers["adapter"].chat.prompt_ids([*history, turn])
+
+
+def test_a_customer_stands_beside_the_passages(gateway, client, asked_of):
+    customer = {"name": "Ada", "orders": [{"id": 4711, "state": "sent"}]}
+    assert shop(client, customer=customer, model="base").status_code == 200
+    found = gateway.assistant.look_up(ASKED)
+    turn = {"role": "user", "content": ground(ASKED[0]["content"], [f.passage for f in found], customer)}
+    assert "orders: id 4711, state sent" in turn["content"]
+    assert asked_of == [("base", gateway.speakers["base"].chat.prompt_ids([turn]))]
+
+
+def test_filters_narrow_what_is_found(client):
+    question = [{"role": "user", "content": "What does the Harbour one cost in euros?"}]
+    products = {s["product"] for s in shop(client, question).json()["sources"]}
+    assert products == {"Harbour lamp", "Harbour kettle"}
+    for filters in ({"product": "Harbour kettle"}, {"room": "kitchen"}):
+        assert {s["product"] for s in shop(client, question, filters=filters).json()["sources"]} == {"Harbour kettle"}
+    listed = client.get("/v1/models").json()
+    assert listed["shop"]["filters"]["product"] == ["Harbour kettle", "Harbour lamp"] and listed["object"] == "list"
+
+
+def test_below_the_threshold_and_where_nothing_is_found_the_model_is_not_asked(gateway, client, asked_of):
+    for messages, filters in (([{"role": "user", "content": "Xylophones?"}], {}), (ASKED, {"product": "no such"})):
+        body = shop(client, messages, filters=filters).json()
+        assert (body["answer"], body["sources"], body["knows"], body["cited"]) == (DONT_KNOW, [], False, [])
+    gateway.assistant.recipe.answer_threshold = 0.999
+    try:
+        names = [name for name, _ in events_of(shop(client, stream=True))]
+        body = shop(client).json()
+    finally:
+        gateway.assistant.recipe.answer_threshold = None
+    assert names == ["sources", "token", "done"] and body["answer"] == DONT_KNOW
+    assert asked_of == []
+
+
+@pytest.mark.parametrize(
+    ("param", "change"),
+    [
+        ("messages", {"messages": []}),
+        ("messages.0", {"messages": [{"role": "user", "content": " "}]}),
+        ("messages", {"messages": [*ASKED, {"role": "tool", "content": "x"}]}),
+        ("filters", {"filters": {"colour": "red"}}),
+        ("filters.room", {"filters": {"room": 3}}),
+        ("customer", {"customer": "Ada"}),
+        ("stream", {"stream": "yes"}),
+        ("temperature", {"temperature": 0.5}),
+        ("messages", {"messages": [{"role": "user", "content": "lamp " * 20_000}]}),
+        ("messages", {"customer": {"notes": "lamp " * 20_000}}),
+    ],
+)
+def test_what_cannot_be_answered_is_a_400_that_names_the_field(client, param, change):
+    reply = client.post(SHOP, json={"messages": ASKED, **change})
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == param, reply.json()
+
+
+def test_it_is_one_of_the_servers_routes(gateway, client, monkeypatch):
+    assert shop(client, model="other").status_code == 404
+    assert make_client(gateway, "a-key").post(SHOP, json={"messages": ASKED}).status_code == 401
+    shop(client)
+    assert '{route="/v1/shop/chat",status="200"}' in client.get("/metrics").text
+    monkeypatch.setattr(gateway, "in_flight", gateway.recipe.max_queue)
+    assert shop(client).status_code == 429
+
+
+def test_a_server_without_documents_has_no_such_route(gateway):
+    plain = make_client(Gateway(gateway.recipe, [*gateway.speakers.values()], gateway.engine))
+    assert (
+        plain.post(SHOP, json={"messages": ASKED}).status_code == 404 and "shop" not in plain.get("/v1/models").json()
+    )
+
+
+def test_out_of_time_is_an_error_event_once_the_sources_are_there(gateway, client, monkeypatch):
+    async def never(model, ids, decoding):
+        import asyncio
+
+        await asyncio.sleep(5)
+        yield 0
+
+    monkeypatch.setattr(gateway.engine, "answer", never)
+    monkeypatch.setattr(gateway.recipe, "answer_timeout", 1)
+    (first, _), (last, said) = events_of(shop(client, stream=True))
+    assert (first, last, said["error"]["code"]) == ("sources", "error", "timeout")
+    assert shop(client).status_code == 503
+
+
+def test_a_new_version_is_answered_from_with_the_next_question(tmp_path):
+    recipe = make_shop(tmp_path)
+    assistant = Assistant(recipe)
+    assert assistant.look_up(ASKED)[0].passage.text == RETURNS
+    (tmp_path / "documents/returns.md").unlink()
+    assert assistant.look_up(ASKED)[0].passage.text == RETURNS  # a document that is gone stays until the next update
+    (tmp_path / "documents/new.md").write_text("# News\n\nA lamp can come back within 90 days.\n", encoding="utf-8")
+    update(recipe)
+    assert assistant.look_up(ASKED)[0].passage.document == "new.md"
+    assert json.dumps(assistant.filters())
