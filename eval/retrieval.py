@@ -77,16 +77,9 @@ def main() -> None:
                     "rank": {name: int(of_one[k]) for name, of_one in found.items()}}, ensure_ascii=False) + "\n"
         for k, question in enumerate(questions)
     ]  # fmt: skip
-    built = index.manifest["built"]
-    about = (
-        f"{len(questions)} test questions ({without} more have no gold passage), {report.passages} passages, "
-        f"{report.bytes / 2**20:.1f} MB; the index took {built['seconds']:.1f} s, {built['embedded']} of its passages embedded."
-    )
-    parts = [f"# {recipe.name}: are passages found?", about, *(f"- {verdict}" for verdict in results["verdicts"])]
-    parts += [table.as_markdown() for table in retriever_results.tables(results)]
     write_whole(folder / "ranks.jsonl", "".join(lines))
     write_whole(folder / "results.json", json.dumps(results, ensure_ascii=False, indent=1))
-    write_whole(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_whole(folder / "report.md", retriever_results.markdown(f"{recipe.name}: are passages found?", results))
     for verdict in results["verdicts"]:
         ranks.say(verdict)
     ranks.say(f"the report is {folder / 'report.md'}")

@@ -135,3 +135,14 @@ def tables(found: dict[str, Any]) -> list[Table]:
             )
         )
     return shown
+
+
+def markdown(title: str, found: dict[str, Any]) -> str:
+    """report.md of results.json."""
+    test, index, built = found["test"], found["index"], found["index"]["built"]
+    about = (
+        f"{test['questions']} test questions ({test['without_gold']} more have no gold passage), {index['passages']} passages, "
+        f"{index['bytes'] / 2**20:.1f} MB; the index took {built['seconds']:.1f} s, {built['embedded']} passages embedded."
+    )
+    verdicts = "\n".join(f"- {verdict}" for verdict in found["verdicts"])
+    return "\n\n".join([f"# {title}", about, verdicts, *(table.as_markdown() for table in tables(found))]) + "\n"

@@ -1,5 +1,6 @@
 """A question finds its passage by words, by meaning, or by both, among those that the filters leave."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -128,6 +129,14 @@ def test_without_an_embedder_in_the_cache_words_alone_are_searched_and_it_is_sai
     assert "by their words alone (BM25); python demo/embedder.py makes one" in capsys.readouterr().err
     with pytest.raises(UserError, match="embedder: .* is not in CareLM's cache"):
         make("--embedder", "auto", "--retriever", "dense")
+
+
+@pytest.mark.parametrize("package", ["lancedb", "sentence_transformers"])
+def test_without_its_packages_one_line_says_how_they_are_installed(make, monkeypatch, package):
+    make()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"^{package} not installed: pip install -e '\.\[retrieval\]'$"):
+        make()
 
 
 def test_a_question_of_100_kb_is_answered(make):
