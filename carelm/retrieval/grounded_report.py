@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from carelm.evaluation.plots import COLOURS, STYLE, as_svg
 from carelm.evaluation.scores import NAMES
 from carelm.evaluation.tables import Table, ranged
+from carelm.retrieval.grounded_results import FOUND, MISSED
 from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED
 from carelm.retrieval.refusals import at
 from carelm.retrieval.support import ENOUGH
@@ -52,7 +53,9 @@ def tables(found: dict[str, Any]) -> list[Table]:
         points = [at(own["curve"], limit) for limit in SHOWN_AT]
         curves.append([who, *(f"{p['refused']:.0%} at {p['false_refusals']:.1%}" if p else "-" for p in points)])
     for name, model in models.items():
-        rows.append([f"{name} alone", "-", _share(model["refused"][RETRIEVED]), _share(model["refused"][LEFT_OUT])])
+        told = model["refused"]
+        rows.append([f"{name} alone", "-", _share(told[RETRIEVED]), _share(told[LEFT_OUT])])
+        rows += [[f"{name} alone, {kind}", "-", _share(told[kind]), "-"] for kind in (FOUND, MISSED) if kind in told]
     shown = [*(shown if models else []), Table(
         "Refusals",
         f"The threshold is chosen on {refusals['validation_questions']} validation questions, for "

@@ -14,6 +14,7 @@ from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED
 from carelm.retrieval.support import Claim, claims
 
 SCORES = ("rouge1", "rougeL")
+FOUND, MISSED = "retrieved, a gold passage among them", "retrieved, no gold passage among them"
 Row = dict[str, Any]
 
 
@@ -25,7 +26,8 @@ def whole(rows: Sequence[Row], conditions: Sequence[str]) -> dict[str, list[Row]
 
 
 def of_model(rows: dict[str, list[Row]], said: dict[str, str], resamples: int, seed: int) -> dict[str, Any]:
-    """A model's scores by condition with the paired differences, its support, and what it refuses by itself.
+    """A model's scores by condition with the paired differences, its support, and what it refuses by itself: also of the
+    answerable questions those whose passages the retriever has found, and has not.
 
     Args:
         rows: of each condition, in the order of the same questions (`whole`).
@@ -48,11 +50,15 @@ def of_model(rows: dict[str, list[Row]], said: dict[str, str], resamples: int, s
             found = resample(_support([claims(*pair) for pair in zip(answers, shown)], list(map(len, shown))))
             supported[condition] = {name: scores.interval(one) for name, one in found.items()}
     says = {c: np.array([says_unknown(said[row["id"]]) for row in rows[c]]) for c in (RETRIEVED, LEFT_OUT)}
+    found = np.array([bool({*row["gold"]} & {*row["passages"]}) for row in rows[RETRIEVED]])
+    by_found = {
+        name: refusals.refused(says[RETRIEVED][own]) for name, own in ((FOUND, found), (MISSED, ~found)) if own.any()
+    }
     return {
         "scores": {c: {name: scores.interval(one) for name, one in own.items()} for c, own in scored.items()},
         "pairs": scores.compare(scored),
         "support": supported,
-        "refused": {c: refusals.refused(own) for c, own in says.items()},
+        "refused": {c: refusals.refused(own) for c, own in says.items()} | by_found,
         "says": says,
     }
 

@@ -94,6 +94,8 @@ def test_what_passages_change_what_is_supported_and_what_is_refused_stands_in_th
     assert tuned["refused"]["left out"] | {"low": 0, "high": 0} == {
         "value": 0.3, "low": 0, "high": 0, "refused": 6, "questions": 20,
     }  # fmt: skip
+    assert "retrieved, no gold passage among them" not in tuned["refused"]
+    assert tuned["refused"]["retrieved, a gold passage among them"]["questions"] == 20
     alone, both = found["refusals"]["by"]["threshold"], found["refusals"]["by"]["tuned"]
     assert alone["threshold"] == pytest.approx(0.365) and both["threshold"] == pytest.approx(
         0.335
