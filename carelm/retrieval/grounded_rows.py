@@ -187,7 +187,10 @@ class Rows:
 def hold_out(asked: dict[str, list[Asked]], share: float, seed: int) -> tuple[dict[str, list[Asked]], Counter]:
     """The questions by split so that no passage answers one of the test split and one of train: passages are drawn for testing
     until they answer `share` of the test questions; a question that is then on the wrong side is left out, and counted.
-    Validation chooses a threshold on the retriever, which learns nothing of passages: it keeps its questions."""
+    Validation chooses a threshold on the retriever, which learns nothing of passages: it keeps its questions. With 0 all are
+    kept: the questions are new, and the documents those of the shop."""
+    if not share:
+        return asked, Counter()
     drawn = sorted({gold for one in asked["test"] for gold in one.golds})
     random.Random(seed).shuffle(drawn)
     held: set[str] = set()

@@ -115,5 +115,8 @@ def test_what_cannot_be_made_is_one_line(shop, run):
     with pytest.raises(UserError, match="index"):
         run()
     index(shop)
-    with pytest.raises(UserError, match="no question of test is left .*12 test: its passage is on the other side"):
-        run("--held_out", "0")
+    (shop / "odd.yaml").write_text((shop / "asked.yaml").read_text().replace("{a}", "{id} nobody knows"))
+    with pytest.raises(
+        UserError, match="--questions: no question of train is left .39 answer in no passage.; give documents"
+    ):
+        run(questions="odd.yaml")
