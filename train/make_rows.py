@@ -51,8 +51,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--questions", default="recipes/demo.yaml", help="recipe whose rows are asked, or RECIPE=DATA "
                         "(default: recipes/demo.yaml)")  # fmt: skip
-    parser.add_argument("--left_out", type=float, default=0.5, help="share of the training questions that stand there again, "
-                        "with their passages left out (default: 0.5)")  # fmt: skip
+    parser.add_argument("--left_out", type=float, default=0.25, help="share of the training questions that stand there again, "
+                        "with their passages left out (default: 0.25)")  # fmt: skip
     parser.add_argument("--held_out", type=float, default=0.0, help="share of the test questions that are kept, with passages "
                         "that answer no training question; 0: any (default: 0)")  # fmt: skip
     parser.add_argument(
