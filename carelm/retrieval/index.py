@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from carelm.errors import UserError, first_line
+from carelm.errors import UserError
 from carelm.recipe import Recipe
 from carelm.retrieval.embedder import Embedder, check_installed
 from carelm.retrieval.passages import Passage
-from carelm.retrieval.versions import current, how_to_build, open_current
+from carelm.retrieval.versions import current, how_to_build, open_current, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -53,7 +53,7 @@ class Index:
         except (RuntimeError, OSError, ValueError) as error:
             self.close()
             raise UserError(
-                f"index: {self.version} is damaged ({first_line(error)}); make it: {how_to_build()}"
+                f"index: {self.version} is damaged ({reason_of(error)}); make it: {how_to_build()}"
             ) from None
         self.filters: dict[str, str] = self.manifest["filters"]
 

@@ -10,6 +10,7 @@ Imports no torch.
 
 import fcntl
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from carelm.errors import UserError
+from carelm.errors import UserError, first_line
 from carelm.files import made_whole, read_json, write_whole
 from carelm.ranks import say
 
@@ -97,10 +98,13 @@ def next_version(folder: Path) -> Iterator[Path]:
         UserError: for an error of the disk within.
     """
     version = 1 + max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
-    with made_whole(folder / str(version), RuntimeError, key="index") as aside:  # what LanceDB raises of a disk
+    with made_whole(folder / str(version), key="index") as aside:
         aside.mkdir()
         (aside / LOCK).touch()
-        yield aside
+        try:
+            yield aside
+        except RuntimeError as error:  # what LanceDB raises of a disk
+            raise OSError(reason_of(error)) from None
     write_whole(folder / CURRENT, json.dumps({"version": version, "format": FORMAT}))
 
 
@@ -113,6 +117,11 @@ def _remove_unread(version: Path) -> None:
         aside = version.with_name(f"{version.name}.partial")
         version.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def reason_of(error: Exception) -> str:
+    """What LanceDB says, without the places in its source."""
+    return re.sub(r",? /\S+\.rs:\S*", "", first_line(error))
 
 
 def how_to_build() -> str:
