@@ -1,4 +1,5 @@
-"""Makes the index of a recipe's documents, or brings it up to date: what has not changed is not read again.
+"""Makes the index of a recipe's documents, or brings it up to date: what has not changed is not read again. Where the recipe
+names past tickets (`tickets`), theirs too.
 
     python serve/index.py --config recipes/shop.yaml
     python serve/index.py --config recipes/shop.yaml --documents manuals/ "pages/*.html" catalogue.csv
@@ -13,6 +14,7 @@ exit status: 0 the index is there, 2 something in the recipe, the documents or t
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
@@ -23,21 +25,35 @@ from carelm.next_steps import say_next, words_of
 from carelm.recipe_file import load_recipe
 from carelm.retrieval.embedder import check_installed
 
+if TYPE_CHECKING:
+    from carelm.retrieval.update import Report
+
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__, first=RETRIEVAL_KEYS)
     check_installed("lancedb")
-    stay_offline(recipe, and_embedder=True)
+    from carelm.retrieval.tickets import recipe_of, update_tickets
+
+    stay_offline(recipe, *([recipe_of(recipe)] if recipe.tickets else []), and_embedder=True)
     from carelm import quiet
 
     quiet.silence(has_gpu=False, is_first_rank=True)
     from carelm.retrieval.update import update
 
-    report = update(recipe)
-    print(report.lines(), file=sys.stderr)
-    ranks.print_result({**dataclasses.asdict(report), "files": len(report.files), "unused": len(report.unused)})
+    result = {}
+    if recipe.documents or not recipe.tickets:
+        result |= said(update(recipe))
+    if recipe.tickets:
+        result["tickets"] = said(update_tickets(recipe))
+    ranks.print_result(result)
     if recipe.gold_passages:
         say_next(["eval/retrieval.py", *words_of(recipe, sys.argv[1:])])
+
+
+def said(report: "Report") -> dict[str, Any]:
+    """Says what was done, and returns it as JSON."""
+    print(report.lines(), file=sys.stderr)
+    return {**dataclasses.asdict(report), "files": len(report.files), "unused": len(report.unused)}
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from carelm.recipe_file import load_recipe
 
 if TYPE_CHECKING:
     from carelm.retrieval.assistant import Assistant
+    from carelm.retrieval.tickets import Tickets
 
 KEYS = ("models", "max_new_tokens", "temperature", "top_p", "max_batch_tokens", *SERVING_KEYS)  # for --help
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "httpx")  # of the extra `serve`
@@ -49,7 +50,7 @@ def main() -> None:
 
     key = security.read_key(recipe)
     stay_offline(recipe)
-    assistant = open_assistant(recipe)
+    assistant, tickets = open_shop(recipe)
     from carelm.evaluation.candidates import find_candidates
 
     candidates = find_candidates(recipe)
@@ -75,13 +76,14 @@ def main() -> None:
     from carelm.talk.speaker import Speaker
 
     listening = server.bind(recipe)
+    begin_shop(assistant, tickets)
     speakers = [Speaker(recipe, candidate) for candidate in candidates]
     if not template_columns(recipe.system_prompt or "", "system_prompt"):
         for speaker in speakers:
             speaker.check_window(fill(recipe.system_prompt or "", {}) or None)
     for sentence in dict.fromkeys(speaker.window() for speaker in speakers):
         ranks.say(sentence)
-    gateway = Gateway(recipe, speakers, Engine(recipe, speakers), assistant)
+    gateway = Gateway(recipe, speakers, Engine(recipe, speakers), assistant, tickets)
     server.listen(recipe, listening)
     if recipe.certify:
         found = certificate.certify(recipe, speakers, gateway, key, listening)
@@ -123,25 +125,40 @@ def check_writable(recipe: Recipe) -> None:
     ranks.say(f"output_dir: {here(folder)} cannot be written: feedback is refused; look at its permissions")
 
 
-def open_assistant(recipe: Recipe) -> "Assistant | None":
-    """The shop assistant, where the recipe has documents; raises UserError where their index cannot be searched."""
-    if not recipe.documents and not recipe.index:
-        return None
-    if form := form_of(recipe):
+def open_shop(recipe: Recipe) -> "tuple[Assistant | None, Tickets | None]":
+    """The shop assistant, where the recipe has documents, and its past tickets, where it has any; raises UserError where an
+    index or the matcher cannot be used."""
+    assistant = tickets = None
+    if (form := form_of(recipe)) and recipe.documents:
         ranks.say(
             f"documents: no shop assistant, for prompt_template has several columns, {form}; it takes plain questions"
         )
-        return None
-    from carelm.retrieval.assistant import Assistant
+    elif recipe.documents:
+        from carelm.retrieval.assistant import Assistant
 
-    assistant = Assistant(recipe)
-    assistant.look_up([{"role": "user", "content": "Hello"}])  # so that the embedder is loaded before one waits for it
-    retriever = assistant.retriever
-    ranks.say(
-        f"the shop assistant: {retriever.index.manifest['passages']} passages, searched by {retriever.way}, at "
-        "POST /v1/shop/chat"
-    )
-    return assistant
+        assistant = Assistant(recipe)
+    if recipe.tickets:
+        from carelm.retrieval.tickets import Tickets
+
+        tickets = Tickets(recipe)
+    return assistant, tickets
+
+
+def begin_shop(assistant: "Assistant | None", tickets: "Tickets | None") -> None:
+    """Loads what they need before somebody waits for it, and says what there is."""
+    if assistant:
+        assistant.look_up([{"role": "user", "content": "Hello"}])
+        retriever = assistant.retriever
+        number = retriever.index.manifest["passages"]
+        ranks.say(f"the shop assistant: {number} passages, found by {retriever.way}, at POST /v1/shop/chat")
+    if tickets:
+        if tickets.matcher:
+            tickets.matcher.load()
+        tickets.match("Hello", 1)
+        without = "no model says which are the same (matcher names none)"
+        says = "a model says which are the same" if tickets.matcher else without
+        number = tickets.retriever.index.manifest["passages"]
+        ranks.say(f"past tickets: {number}, at POST /v1/tickets/match; {says}")
 
 
 def say_address(recipe: Recipe, address: str, models: list[str], key: str | None) -> None:

@@ -44,7 +44,7 @@ def score_labels(
     for i in share:
         room = positions - recipe.virtual_tokens - len(part.prompts[i])
         reason = form.reason(answers.get(part.questions[i].id, ""))
-        asked.append((i, *_answers(part.chat, form, part.questions[i], reason, room)))
+        asked.append((i, *answers_with(part.chat, form, part.questions[i], reason, room)))
 
     def keep(k: int, log_probabilities: list[float]) -> None:
         watch.look()
@@ -61,7 +61,7 @@ def score_labels(
     return {"examples": len(left), "seconds": round(max(ranks.gather(seconds)), 3)}
 
 
-def _answers(chat: Chat, form: Form, question: Question, reason: str, room: int) -> tuple[str, list[list[int]]]:
+def answers_with(chat: Chat, form: Form, question: Question, reason: str, room: int) -> tuple[str, list[list[int]]]:
     """The reason, shorter where the model has no more `room` in tokens, and the ids of the answer with each label."""
     while True:
         try:

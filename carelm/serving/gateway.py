@@ -21,13 +21,14 @@ from starlette.types import ASGIApp
 from carelm.chat.question import asked_columns, form_of
 from carelm.recipe import Recipe
 from carelm.retrieval.assistant import Assistant
+from carelm.retrieval.tickets import Tickets
 from carelm.serving import feedback
 from carelm.serving.completions import Completions
 from carelm.serving.metrics import Metrics
 from carelm.serving.prompts import Prompts
 from carelm.serving.requests import Problem, parse
 from carelm.serving.security import AGAIN_SECONDS, OF_A_SHOP, ROUTES, Guard, Pages, is_loopback, reply
-from carelm.serving.shop import Shop
+from carelm.serving.shop import Shop, TicketRoute
 from carelm.serving.turn import GONE
 from carelm.serving.wire import read_body
 from carelm.talk.speaker import Speaker
@@ -44,10 +45,14 @@ class Gateway:
         speakers: the models, of which tokenizer and window count here; their weights are the engine's.
         engine: what answers.
         assistant: looks up the shop's documents, where the recipe has any.
+        tickets: looks up past tickets, where it has any.
     """
 
-    def __init__(self, recipe: Recipe, speakers: list[Speaker], engine: Any, assistant: Assistant | None = None):
-        self.recipe, self.engine, self.assistant = recipe, engine, assistant
+    def __init__(
+        self, recipe: Recipe, speakers: list[Speaker], engine: Any, assistant: Assistant | None = None,
+        tickets: Tickets | None = None,
+    ):  # fmt: skip
+        self.recipe, self.engine, self.assistant, self.tickets = recipe, engine, assistant, tickets
         self.speakers = {speaker.name: speaker for speaker in speakers}
         self.prompts = Prompts(recipe)
         self.metrics = Metrics()
@@ -61,6 +66,8 @@ class Gateway:
         app.add_route("/v1/chat/completions", Completions(self), methods=["POST"])
         if self.assistant:
             app.add_route("/v1/shop/chat", Shop(self, self.assistant), methods=["POST"])
+        if self.tickets:
+            app.add_route("/v1/tickets/match", TicketRoute(self, self.tickets), methods=["POST"])
         app.get("/v1/models")(self.list_models)
         app.get("/v1/models/{name:path}")(self.show_model)
         app.post("/v1/feedback")(self.keep_feedback)
@@ -87,8 +94,13 @@ class Gateway:
     # Small routes
 
     def list_models(self) -> dict[str, Any]:
-        """OpenAI's list; beside it what else this server has: `shop`, with the values that its filters take."""
-        more = {"shop": {"filters": self.assistant.filters()}} if self.assistant else {}
+        """OpenAI's list; beside it what else this server has: `shop`, with the values that its filters take, and
+        `tickets`, with their products and whether a model says which are the same."""
+        more: dict[str, Any] = {}
+        if self.assistant:
+            more["shop"] = {"filters": self.assistant.filters()}
+        if self.tickets:
+            more["tickets"] = {"products": self.tickets.products(), "has_matcher": bool(self.tickets.matcher)}
         return {"object": "list", "data": [self._model(name) for name in self.engine.models], **more}
 
     def show_model(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""POST /v1/shop/chat: an answer from the shop's own documents, with its sources, whole or as a stream of events.
+"""What a shop asks: answers from its documents, and past tickets that are like a new one.
+
+POST /v1/shop/chat: an answer from the shop's own documents, with its sources, whole or as a stream of events.
 
 sources   {"sources": [{"number", "document", "title", "product", "page", "heading", "passage", "score", "confidence"}]}
 token     {"text"}, as often as there is more
@@ -7,8 +9,11 @@ error     {"error": ...}, in OpenAI's shape, in place of the rest
 """
 
 import asyncio
+import dataclasses
 import secrets
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -20,12 +25,15 @@ from carelm.chat.grounding import without_false_marks
 from carelm.errors import UserError
 from carelm.models.decoding import Decoding
 from carelm.retrieval.assistant import REFUSAL, Assistant, TrueMarks, outcome, sources
+from carelm.retrieval.tickets import Tickets
 from carelm.serving.requests import MOST_MESSAGES, Message, Problem, Strict, parse, to_messages
-from carelm.serving.turn import Turn
-from carelm.serving.wire import read_body
+from carelm.serving.turn import GONE, Turn
+from carelm.serving.wire import ClientGone, read_body, unless_gone
 
 if TYPE_CHECKING:
     from carelm.serving.gateway import Gateway
+
+MOST_MATCHES = 20
 
 
 def of_a_user(messages: list[Message]) -> list[dict[str, Any]]:
@@ -118,3 +126,41 @@ class Consultation:
         return {
             **about, "model": self.turn.speaker.name, "finish_reason": self.finish_reason, "usage": self.turn.usage(),
         }  # fmt: skip
+
+
+def not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it says nothing")
+    return text
+
+
+class TicketRequest(Strict):
+    """A body of POST /v1/tickets/match."""
+
+    text: Annotated[str, AfterValidator(not_blank)]
+    product: str | None = None
+    k: Annotated[int, Field(ge=1, le=MOST_MATCHES)] = 5
+
+
+class TicketRoute:
+    """The route. Tickets are matched one after the other; one whose client has gone before its turn is not."""
+
+    def __init__(self, gateway: "Gateway", tickets: Tickets):
+        self.gateway, self.tickets = gateway, tickets
+        self._thread = ThreadPoolExecutor(1, "tickets")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        recipe = self.gateway.recipe
+        body = await read_body(Request(scope, receive), recipe.max_body_bytes)
+        with self.gateway.place():
+            asked = parse(TicketRequest, body)
+            match = partial(self.tickets.match, asked.text, asked.k, asked.product)
+            try:
+                async with asyncio.timeout(recipe.answer_timeout), unless_gone(receive):
+                    matches = await asyncio.get_running_loop().run_in_executor(self._thread, match)
+            except ClientGone:
+                scope["outcome"] = GONE
+                return
+            except TimeoutError:
+                raise Problem(503, f"no whole answer in {recipe.answer_timeout} s", code="timeout") from None
+        await JSONResponse({"matches": [dataclasses.asdict(m) for m in matches]})(scope, receive, send)

@@ -106,7 +106,7 @@ def test_the_ids_of_a_label_are_those_of_training(tmp_path, reasons):
     for question, trained in zip(questions, rendered):
         reason = form.reason(question.references[0]) if reasons else ""
         assert reason.startswith("Reason: ") == reasons and "Label" not in reason
-        _, ids = constrained._answers(chat, form, question, reason, room=10**6)
+        _, ids = constrained.answers_with(chat, form, question, reason, room=10**6)
         right = ids[form.labels.index(form.true_label(question.references[0]))]
         assert chat.prompt_ids(question.messages) + right == trained.input_ids.tolist()
         assert all(one[-1] == chat.end_of_turn_id for one in ids)
@@ -136,7 +136,7 @@ def test_a_reason_is_cut_where_the_model_has_no_more_positions(tmp_path):
     chat = make_chat(recipe)
     questions, _ = make_questions(recipe, chat)
     form = find_form(recipe, map(Question.expected, questions))
-    reason, ids = constrained._answers(chat, form, questions[0], "It is about the lamp. " * 30, room=40)
+    reason, ids = constrained.answers_with(chat, form, questions[0], "It is about the lamp. " * 30, room=40)
     assert reason and max(map(len, ids)) <= 40
 
 

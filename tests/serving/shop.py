@@ -1,5 +1,6 @@
 """A small shop with documents of its own and an assistant that answers from them, for the tests of this room."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from drawn import make_adapter
 from carelm.evaluation import candidates
 from carelm.recipe import Recipe
 from carelm.retrieval.assistant import Assistant
+from carelm.retrieval.tickets import Tickets, update_tickets
 from carelm.retrieval.update import update
 from carelm.serving.engine import BatcherEngine
 from carelm.serving.gateway import Gateway
@@ -50,7 +52,25 @@ def make_shop(folder: Path, texts: dict[str, str] | None = None, *more: str) -> 
 
 def shop_gateway(recipe: Recipe, *names: str) -> Gateway:
     speakers = [Speaker(recipe, candidates.find(recipe, name)) for name in names]
-    return Gateway(recipe, speakers, BatcherEngine(recipe, speakers), Assistant(recipe))
+    tickets = Tickets(recipe) if recipe.tickets else None
+    return Gateway(recipe, speakers, BatcherEngine(recipe, speakers), Assistant(recipe), tickets)
+
+
+def with_tickets(folder: Path, recipe: Recipe) -> Recipe:
+    """The recipe with two past tickets, and their index."""
+    past = [
+        {"asked": "My lamp flickers.", "answered": "We sent another bulb.", "product": "Harbour lamp"},
+        {"asked": "The kettle is loud.", "answered": "Descale it.", "product": "Harbour kettle"},
+    ]
+    (folder / "past.jsonl").write_text("".join(json.dumps(row) + "\n" for row in past), encoding="utf-8")
+    keys = {
+        "dataset_name": str(folder / "past.jsonl"), "prompt_template": "{asked}", "completion_template": "{answered}",
+        "product_column": "product", "validation_fraction": 0, "test_fraction": 0, "model_name_or_path": "demo/base",
+    }  # fmt: skip
+    (folder / "past.yaml").write_text(json.dumps(keys))
+    recipe = dataclasses.replace(recipe, tickets=str(folder / "past.yaml"))
+    update_tickets(recipe)
+    return recipe
 
 
 def events_of(reply) -> list[tuple[str, dict]]:

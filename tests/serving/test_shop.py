@@ -6,19 +6,21 @@ import pytest
 
 pytest.importorskip("lancedb")
 from served import make_client
-from shop import RETURNS, SHOP, events_of, make_shop, shop_gateway
+from shop import RETURNS, SHOP, events_of, make_shop, shop_gateway, with_tickets
 
 from carelm.chat.grounding import DONT_KNOW, ground
 from carelm.retrieval.assistant import Assistant
 from carelm.retrieval.update import update
 from carelm.serving.gateway import Gateway
 
+MATCH = "/v1/tickets/match"
 ASKED = [{"role": "user", "content": "Can a lamp come back within 30 days?"}]
 
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory):
-    return shop_gateway(make_shop(tmp_path_factory.mktemp("shop")), "base", "adapter")
+    folder = tmp_path_factory.mktemp("shop")
+    return shop_gateway(with_tickets(folder, make_shop(folder)), "base", "adapter")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,23 @@ def test_below_the_threshold_and_where_nothing_is_found_the_model_is_not_asked(g
 def test_what_cannot_be_answered_is_a_400_that_names_the_field(client, param, change):
     reply = client.post(SHOP, json={"messages": ASKED, **change})
     assert reply.status_code == 400 and reply.json()["error"]["param"] == param, reply.json()
+
+
+def test_past_tickets_are_matched_and_without_a_matcher_nothing_is_said_of_the_same(client):
+    (first, *_) = client.post(MATCH, json={"text": "The lamp flickers again", "k": 2}).json()["matches"]
+    assert first == {
+        "ticket_id": first["ticket_id"], "question": "My lamp flickers.", "resolution": "We sent another bulb.",
+        "score": first["score"], "same": None, "probability": None, "reason": None,
+    }  # fmt: skip
+    body = {"text": "It is loud and flickers", "product": "Harbour kettle"}
+    assert [m["question"] for m in client.post(MATCH, json=body).json()["matches"]] == ["The kettle is loud."]
+    assert client.post(MATCH, json={**body, "product": "none' OR 'a' = 'a"}).json() == {"matches": []}
+    told = client.get("/v1/models").json()["tickets"]
+    assert told == {"products": ["Harbour kettle", "Harbour lamp"], "has_matcher": False}
+    assert client.post(MATCH, json={"text": "lamp " * 20_000}).status_code == 200
+    for param, body in (("k", {"k": 0}), ("k", {"k": 1000}), ("text", {"text": "  "}), ("product", {"product": 3})):
+        reply = client.post(MATCH, json={"text": "lamp", **body})
+        assert reply.status_code == 400 and reply.json()["error"]["param"] == param
 
 
 def test_it_is_one_of_the_servers_routes(gateway, client, monkeypatch):
