@@ -17,7 +17,9 @@ def problem() -> "str | None":
         return None
     activate = os.path.join(ROOT, ".venv", "bin", "activate")
     way = "install CareLM: make install, then source .venv/bin/activate (or pip install -r requirements.txt)"
-    if os.path.exists(activate):
+    if os.path.dirname(sys.executable) == os.path.dirname(activate):
+        way = f"its environment is not whole: pip install -r {os.path.relpath(os.path.join(ROOT, 'requirements.txt'))}"
+    elif os.path.exists(activate):
         way = f"activate its environment: source {os.path.relpath(activate)}"
     return f"{sys.executable} has no {', '.join(missing)}; {way}"
 

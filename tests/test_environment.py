@@ -11,12 +11,10 @@ from launching import PROJECT
 LAUNCHED = [*(PROJECT / "train").glob("*.py"), PROJECT / "eval/run.py", PROJECT / "serve/run.py"]
 
 
-def outside(*words, cwd=PROJECT):
+def outside(*words, cwd=PROJECT, python=sys.executable):
     """Without site-packages, as a Python has it into which nothing is installed."""
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, "-S", *map(str, words)], cwd=cwd, env=variables, capture_output=True, text=True
-    )
+    return subprocess.run([python, "-S", *map(str, words)], cwd=cwd, env=variables, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("file", LAUNCHED, ids=lambda file: file.name)
@@ -36,6 +34,9 @@ def test_an_environment_that_is_there_is_to_be_activated_and_not_installed(tmp_p
     (tmp_path / ".venv/bin/activate").touch()
     line = outside("merge.py", cwd=tmp_path / "train").stderr
     assert line.endswith("; activate its environment: source ../.venv/bin/activate\n") and "install" not in line
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    line = outside("train/merge.py", cwd=tmp_path, python=tmp_path / ".venv/bin/python").stderr
+    assert line.endswith("; its environment is not whole: pip install -r requirements.txt\n")
 
 
 @pytest.fixture
