@@ -82,7 +82,7 @@ def main() -> None:
     base.check_vocabulary(chat, base.load_config(recipe))
     card_prompts = card.make_prompts(recipe, chat, base.load_config(recipe))
     shape = adapters.check_base(recipe, goes_on)
-    arguments = make_training_args(recipe, prepared, precision)
+    arguments = make_training_args(recipe, prepared, precision, shape)
     check_optional(arguments, shape)
     zero_stage = runs.check_zero(recipe, launch, arguments)
     check_nodes_agree(prepared)

@@ -2,10 +2,11 @@
 
 import os
 
-import torch.distributed
+import torch
 from trl import SFTConfig
 
 from carelm.errors import UserError
+from carelm.models.checkpointing import may_reenter
 from carelm.models.precision import Precision
 from carelm.ranks import say, world_size
 from carelm.recipe import Recipe, micro_batch_size
@@ -20,8 +21,11 @@ def _leave_out_shm_comm() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision) -> SFTConfig:
+def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision, shape: torch.nn.Module) -> SFTConfig:
     """TRL's arguments from the recipe, with the keys that CareLM derives; joins the process group.
+
+    Args:
+        shape: the base on the meta device.
 
     Raises:
         UserError: where TRL refuses a value.
@@ -51,7 +55,7 @@ def make_training_args(recipe: Recipe, prepared: Prepared, precision: Precision)
     }
     is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     is_alone = world_size() == 1 and not is_deepspeed and not values.get("torch_compile")
-    if is_alone and values.get("gradient_checkpointing_kwargs") is None:
+    if is_alone and values.get("gradient_checkpointing_kwargs") is None and may_reenter(shape):
         # The graph of a block is made once and not twice, which counts where a GPU waits for its processor.
         derived["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
     if is_deepspeed and not torch.cuda.is_available():

@@ -338,14 +338,14 @@ def test_the_recipe_decides_the_precision_and_not_the_launchers_default(monkeypa
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if name == "fp32" else "fp16")
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
     prepared = types.SimpleNamespace(validation=[])
-    arguments = make_training_args(recipe, prepared, Precision(name, "test"))
+    arguments = make_training_args(recipe, prepared, Precision(name, "test"), torch.nn.Module())
     assert arguments.mixed_precision == os.environ["ACCELERATE_MIXED_PRECISION"] == {"fp32": "no"}.get(name, name)
 
 
 def test_early_stopping_without_validation_rows_is_refused():
     recipe = load_recipe(["--config", "recipes/demo.yaml", "--early_stopping_patience", "2"], usage="")
     with pytest.raises(UserError, match="early_stopping_patience: .* set validation_fraction"):
-        make_training_args(recipe, types.SimpleNamespace(validation=None), Precision("fp32", "test"))
+        make_training_args(recipe, types.SimpleNamespace(validation=None), Precision("fp32", "test"), torch.nn.Module())
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,9 @@ def test_ranks_of_a_cpu_under_deepspeed_compile_nothing(monkeypatch, number):
     monkeypatch.setenv("WORLD_SIZE", str(number))
     recipe = load_recipe(["--config", "recipes/demo.yaml"], usage="")
     with pytest.raises(UserError, match="as far as this"):
-        arguments.make_training_args(recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"))
+        arguments.make_training_args(
+            recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"), torch.nn.Module()
+        )
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
 
 

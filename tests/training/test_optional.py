@@ -27,7 +27,9 @@ SCHEDULE_ARGUMENTS = {
 
 def check(*keys):
     recipe = load_recipe(["--config", "recipes/demo.yaml", *keys], usage="")
-    made = make_training_args(recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"))
+    made = make_training_args(
+        recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"), torch.nn.Module()
+    )
     check_optional(made, torch.nn.Sequential(torch.nn.Linear(8, 8, device="meta")))
 
 
@@ -59,7 +61,7 @@ def test_one_process_makes_the_graph_of_a_checkpointed_block_once(monkeypatch, v
     monkeypatch.setattr(arguments, "_leave_out_shm_comm", lambda: None)
     recipe = load_recipe(["--config", "recipes/demo.yaml", *keys], usage="")
     with suppress(UserError):  # two ranks are not there
-        make_training_args(recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"))
+        make_training_args(recipe, types.SimpleNamespace(validation=[]), Precision("fp32", "test"), torch.nn.Module())
     assert made[0].get("gradient_checkpointing_kwargs") == wanted
 
 
@@ -92,7 +94,10 @@ def test_every_tracker_works_or_is_one_line(name):
 def test_tensorboard_is_written_by_ours_alone(words, here):
     recipe = load_recipe(["--config", "recipes/demo.yaml", "--report_to", *words.split()], usage="")
     prepared = types.SimpleNamespace(validation=[], samples=[])
-    assert "tensorboard" not in make_training_args(recipe, prepared, Precision("fp32", "test")).report_to
+    assert (
+        "tensorboard"
+        not in make_training_args(recipe, prepared, Precision("fp32", "test"), torch.nn.Module()).report_to
+    )
     made = callbacks.make_callbacks(recipe, prepared, None, callbacks.Speed(1, 1.0))
     assert sum(isinstance(callback, callbacks.TensorBoard) for callback in made) == here
 
