@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, ranks  # noqa: F401
 from carelm.chat.question import form_of
+from carelm.data.readers import read_file
 from carelm.data.sources import stay_offline
 from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
@@ -180,8 +181,11 @@ def say_feedback(recipe: Recipe, marks: list[str | None], words: list[str]) -> N
 
     file, good = here(recipe.output_dir / FEEDBACK), marks.count("good")
     ranks.say(f"feedback: {len(marks)} row{'s' * (len(marks) > 1)} more, {good} of them good: {file}")
-    of_all = sum(json.loads(row)["mark"] == "good" for row in file.read_text(encoding="utf-8").splitlines())
-    if of_all:
+    try:
+        rows = read_file(file, str(file)).by_key[None]
+    except UserError as error:  # people edit it
+        return ranks.say(str(error))
+    if of_all := sum(row.get("mark") == "good" for _, row in rows):
         say_next(["train/sft.py", *training_words(recipe, file, of_all, words, "feedback")])
 
 

@@ -18,7 +18,7 @@ from carelm.errors import UserError
 from carelm.evaluation.api import ApiModel, find_api
 from carelm.files import fingerprint, locate, near, read_json
 from carelm.keys import DEFAULTS, FREE_KEYS, NOT_ABOUT_DATA, identity_of
-from carelm.recipe import Recipe
+from carelm.recipe import CERTIFIED, Recipe
 from carelm.training.checkpoint_folders import find_recipe
 from carelm.training.runs import untrained
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from carelm.models.precision import Precision
 
 HELD = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}, "bf16": {}, "fp16": {}, "fp32": {}}
-CERTIFIED = "serving_certificate.json"  # in the run's folder: how serve/run.py --certify has found its answers
 QUANTIZATION = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 
 

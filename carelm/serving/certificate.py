@@ -17,12 +17,11 @@ from carelm.chat.question import asked_columns, compose, parse
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill
 from carelm.errors import UserError
-from carelm.evaluation.candidates import CERTIFIED
 from carelm.evaluation.questions import Question, make_questions
 from carelm.files import write_whole
 from carelm.models.generation import generate_all
 from carelm.provenance import versions
-from carelm.recipe import Recipe
+from carelm.recipe import CERTIFIED, Recipe
 from carelm.serving import requests
 from carelm.serving.gateway import Gateway
 from carelm.serving.server import address_of, serve

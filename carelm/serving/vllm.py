@@ -19,13 +19,12 @@ import httpx
 from carelm import ranks
 from carelm.errors import UserError
 from carelm.models.decoding import Decoding
-from carelm.recipe import Recipe
+from carelm.recipe import ENGINE_LOG, Recipe
 from carelm.serving.engine import EngineError
 from carelm.serving.vllm_command import options
 from carelm.serving.vllm_process import CONNECT_S, KEY, VllmProcess
 from carelm.talk.speaker import Speaker
 
-LOG = "vllm.log"  # in the run's folder
 BETWEEN_TOKENS_S = 300.0
 # Said in each request: an engine that we did not start may have other defaults.
 PLAIN = {
@@ -51,7 +50,9 @@ class VllmEngine:
 
     def __init__(self, recipe: Recipe, speakers: list[Speaker]):
         self._stops = {speaker.name: sorted(speaker.stops) for speaker in speakers}
-        self._server = None if recipe.engine_url else VllmProcess(_command(recipe, speakers), recipe.output_dir / LOG)
+        self._server = (
+            None if recipe.engine_url else VllmProcess(_command(recipe, speakers), recipe.output_dir / ENGINE_LOG)
+        )
         self._url = _address(recipe.engine_url) if recipe.engine_url else ""
         self._client: httpx.AsyncClient | None = None
         try:

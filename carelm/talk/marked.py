@@ -26,6 +26,9 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
         good: how many answers are good.
     """
     folder = recipe.output_dir
+    goes_on = any(
+        str(name).startswith(f"{MARKED}=") for name in recipe.also_train or {}
+    )  # from a run of this command already
     mixed = {**(recipe.also_train or {}), f"{MARKED}={file}": f"{REPEATED} times"}
     keys = {"also_train": json.dumps(mixed, ensure_ascii=False)}
     if (folder / "adapter_config.json").exists():
@@ -36,7 +39,9 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
         others = max(FEWEST_OF_OTHERS, OF_OTHERS * good)
         passes = math.ceil(FEWEST_STEPS * recipe.global_batch_size / (others + REPEATED * good))
         keys |= {"max_samples": str(others), "num_train_epochs": str(max(PASSES, passes)), "max_steps": "-1"}
-        keys["learning_rate"] = f"{recipe.training['learning_rate'] * SHARE_OF_RATE:g}"
+        keys["learning_rate"] = f"{recipe.training['learning_rate'] * (1 if goes_on else SHARE_OF_RATE):g}"
+        if recipe.training.get("push_to_hub"):  # it is compared first
+            keys["push_to_hub"] = "false"
     keys["output_dir"] = _free(f"{re.sub(rf'-{ending}(-[0-9]+)?$', '', str(folder))}-{ending}")
     kept = without(words, *keys, *SERVING_KEYS, "max_new_tokens", "temperature", "top_p")  # what training does not read
     return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]

@@ -8,10 +8,15 @@ from carelm.data.sources import is_hub_id
 from carelm.errors import UserError, first_line
 from carelm.files import locate
 from carelm.ranks import say
-from carelm.recipe import CHATS, Recipe
+from carelm.recipe import CHATS, ENGINE_LOG, FEEDBACK, Recipe
 from carelm.recipe_file import load_recipe
 from carelm.training import card
 from carelm.training.checkpoint_folders import find_recipe
+
+# Beside the result; some of it holds what people have said, or a shop's own documents.
+NOT_PUSHED = [
+    "checkpoint-*", "runs/*", "eval/*", "merged/*", "index/*", f"{CHATS}/*", FEEDBACK, ENGINE_LOG, "*.partial", ".*",
+]  # fmt: skip
 
 
 def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) -> str:
@@ -103,7 +108,7 @@ def _of_hub(recipe: Recipe) -> list[str]:
 
 
 def push(recipe: Recipe) -> str:
-    """Uploads the finished output folder, without checkpoints and TensorBoard events; returns the repository's address.
+    """Uploads the finished output folder, without checkpoints, TensorBoard events and what people have said; returns the repository's address.
 
     Raises:
         UserError: where the Hub refuses.
@@ -119,7 +124,7 @@ def push(recipe: Recipe) -> str:
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=recipe.output_dir,
-            ignore_patterns=["checkpoint-*", "runs/*", "eval/*", "merged/*", f"{CHATS}/*", "*.partial", ".*"],
+            ignore_patterns=NOT_PUSHED,
             commit_message=f"{recipe.name}, fine-tuned with CareLM",
         )
     except (HTTPError, OSError, ValueError) as error:  # ValueError: a name or a card that the Hub would not take

@@ -26,7 +26,7 @@ from carelm.errors import UserError
 from carelm.files import read_json, write_whole
 from carelm.provenance import git_commit, versions
 from carelm.ranks import Launch, rank, say, share
-from carelm.recipe import CHATS, FEEDBACK, PRECISION_NOTE, Recipe
+from carelm.recipe import CERTIFIED, CHATS, ENGINE_LOG, FEEDBACK, PRECISION_NOTE, Recipe
 from carelm.recipe_file import check_identity, save_recipe
 from carelm.training import finished, hub
 from carelm.training.checkpoint_folders import find_checkpoints, step_of
@@ -41,9 +41,12 @@ MADE_BESIDE = {
     "eval",
     "index",
     "merged",
+    CERTIFIED,
     CHATS,
+    ENGINE_LOG,
+    FEEDBACK,
     PRECISION_NOTE,
-}  # by eval/run.py, serve/index.py, train/merge.py and train/chat.py, maybe before there is a run
+}  # by eval/run.py, serve/, train/merge.py and train/chat.py, maybe before there is a run
 LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 
 

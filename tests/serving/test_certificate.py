@@ -11,6 +11,7 @@ from served import KEYS, make_gateway
 from carelm.evaluation import candidates
 from carelm.evaluation.questions import Question
 from carelm.models.decoding import Decoding
+from carelm.recipe import CERTIFIED
 from carelm.serving import certificate, server
 from carelm.serving.gateway import Gateway
 from carelm.serving.requests import ChatRequest, parse
@@ -36,7 +37,7 @@ def gateway(run):
 def test_in_fp32_all_answers_that_are_served_are_the_evaluations_and_the_report_says_so(run):
     keys = ["--output_dir", run.output_dir, "--load_in_4bit", "false", "--max_eval_samples", "12", "--max_length", "96"]
     done = script(*keys, "--max_new_tokens", "24", "--certify", "4", "--port", "0", file="serve/run.py", check=True)
-    found = json.loads((run.output_dir / candidates.CERTIFIED).read_text())
+    found = json.loads((run.output_dir / CERTIFIED).read_text())
     assert found["questions"] == 4 and [*found["models"]] == ["base", "adapter"] and found["engine"] == "batcher"
     for name, of_model in found["models"].items():
         assert (of_model["equal_prompts"], of_model["equal_answers"], of_model["share"]) == (4, 4, 1.0), of_model

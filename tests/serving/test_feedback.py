@@ -4,6 +4,7 @@ import dataclasses
 import json
 import runpy
 import shlex
+import shutil
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +14,10 @@ from drawn import make_adapter
 from served import ASKED, KEYS, make_client, make_gateway
 
 from carelm.data.splits import make_examples
-from carelm.recipe import CHATS, FEEDBACK
-from carelm.recipe_file import load_recipe
+from carelm.recipe import CERTIFIED, CHATS, ENGINE_LOG, FEEDBACK
+from carelm.recipe_file import load_recipe, save_recipe
 from carelm.serving import feedback
+from carelm.talk.marked import training_words
 from carelm.training import runs
 
 SAID = {"model": "base", "messages": ASKED, "answer": "Soon.", "mark": "good"}
@@ -101,6 +103,47 @@ def test_the_command_at_the_servers_end_trains_on_what_is_good_or_was_edited_and
     examples = make_examples(mixed)[0]["train"]
     assert recipe.prompt_template == load_recipe(words, usage="").prompt_template  # what the next server serves
     assert sorted(e.completion[0]["content"] for e in examples) == ["On Monday.", "On Tuesday.", "Soon."]
+
+
+def test_a_second_command_goes_on_at_the_rate_of_the_first_and_pushes_nothing_that_is_not_compared(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(PROJECT)
+    (run := tmp_path / "run").mkdir()
+    make_adapter(run, *KEYS)
+    words = ["--output_dir", str(run), "--push_to_hub", "true", "--learning_rate", "2e-4"]
+    rates = []
+    for ending in ("feedback", "feedback-2"):
+        recipe = load_recipe(words, usage="")
+        words = training_words(recipe, recipe.output_dir / FEEDBACK, 3, words, "feedback")
+        after = load_recipe(words, usage="")
+        rates.append(after.training["learning_rate"])
+        assert after.output_dir.name == f"run-{ending}" and not after.training["push_to_hub"]
+        shutil.copytree(run, after.output_dir)
+        words = ["--config", str(after.output_dir / "recipe.yaml")]
+        save_recipe(after, after.output_dir / "recipe.yaml")
+    assert rates == [5e-5, 5e-5]
+
+
+def test_the_servers_end_reads_any_text_and_says_which_line_a_person_has_broken(tmp_path, capsys):
+    recipe = load_recipe(["--output_dir", str(tmp_path)], usage="")
+    feedback.append(tmp_path, {"mark": "good", "messages": [], "comment": "one\u2028line\x85"})
+    with open(tmp_path / FEEDBACK, "a") as file:
+        file.write("\n{}\n")
+    say_feedback = runpy.run_path("serve/run.py")["say_feedback"]
+    say_feedback(recipe, ["good"], [])
+    assert "next: " in capsys.readouterr().err
+    with open(tmp_path / FEEDBACK, "a") as file:
+        file.write('{"mark": good}\n')
+    say_feedback(recipe, ["good"], [])
+    assert f"{FEEDBACK}:4: not JSON" in capsys.readouterr().err
+
+
+def test_a_run_may_begin_where_its_base_has_been_served(tmp_path):
+    recipe = load_recipe(["--output_dir", str(tmp_path)], usage="")
+    for name in (FEEDBACK, CERTIFIED, ENGINE_LOG):
+        (tmp_path / name).write_text("{}\n")
+    assert runs.find_finished(recipe) is None
 
 
 def test_rows_written_at_once_stand_whole_each_on_its_line(tmp_path):
