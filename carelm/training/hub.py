@@ -13,7 +13,7 @@ from carelm.recipe_file import load_recipe
 from carelm.training import card
 from carelm.training.checkpoint_folders import find_recipe
 
-# Beside the result; some of it holds what people have said, or a shop's own documents.
+# Beside the result: some of it holds what people have said, or a shop's own documents.
 NOT_PUSHED = [
     "checkpoint-*", "runs/*", "eval/*", "merged/*", "index/*", f"{CHATS}/*", FEEDBACK, ENGINE_LOG, "*.partial", ".*",
 ]  # fmt: skip
@@ -108,7 +108,7 @@ def _of_hub(recipe: Recipe) -> list[str]:
 
 
 def push(recipe: Recipe) -> str:
-    """Uploads the finished output folder, without checkpoints, TensorBoard events and what people have said; returns the repository's address.
+    """Uploads the finished output folder, less what is not of the result; returns the repository's address.
 
     Raises:
         UserError: where the Hub refuses.
