@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 # A normalizer that writes blanks in another way, and nothing else: one sign for one, and one more in front.
 BLANK = r'Prepend\(prepend="▁"\)|Replace\(pattern=String\(" "\), content="▁"\)'
+# What parts a text into words and leaves nothing of it out, where it does not remove what it parts at.
+KEEP_ALL = {"Sequence", "ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts"}
 BLANKS_ALONE = re.compile(rf"None|{BLANK}|Sequence\(normalizers=\[({BLANK})(, ({BLANK}))*\]\)")
+
+
+def _keeps_all(pre_tokenizer: Any) -> bool:
+    state = b"" if pre_tokenizer is None else pre_tokenizer.__getstate__()
+    kinds = {kind.decode() for kind in re.findall(rb'"type":"(\w+)"', state)}
+    return kinds <= KEEP_ALL and b'"behavior":"Removed"' not in state
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Encoder:
         tokenizer leaves out: this tells those whose vocabulary writes all bytes and whose normalizer shortens nothing."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         strips = any(token.lstrip or token.rstrip for token in self.tokenizer.added_tokens_decoder.values())
-        if backend is None or strips or "Removed" in repr(backend.pre_tokenizer):
+        if backend is None or strips or type(backend.model).__name__ != "BPE" or not _keeps_all(backend.pre_tokenizer):
             return math.inf, []
         vocabulary, normalizer = self.tokenizer.get_vocab(), repr(backend.normalizer)
         if getattr(backend.model, "byte_fallback", False):

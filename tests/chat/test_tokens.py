@@ -5,11 +5,12 @@ import pytest
 from conftest import PROJECT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import KINDS
+from small_tokenizers import KINDS, byte_level
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from carelm.chat.chat import Chat
+from carelm.chat.tokens import Encoder
 from carelm.data.example import Example
 from carelm.errors import UserError
 
@@ -119,3 +120,37 @@ def test_a_special_token_that_a_tokenizer_cannot_write_as_text_is_refused_with_t
         UserError, match="^rows.jsonl:1: its text holds '</s>', which this tokenizer cannot write as text"
     ):
         Chat(tokenizer, max_length=64).render([example("Yes </s>", "Yes")])
+
+
+def without_blanks(*first):
+    tokenizer = byte_level().backend_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return tokenizer
+
+
+def of_words():
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1} | {b: 2 + i for i, b in enumerate(ALPHABET)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+ALPHABET = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"a"})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        byte_level,
+        lambda: without_blanks(pre_tokenizers.WhitespaceSplit()),
+        lambda: without_blanks(pre_tokenizers.BertPreTokenizer()),
+        lambda: without_blanks(pre_tokenizers.CharDelimiterSplit(" ")),
+        lambda: without_blanks(pre_tokenizers.Punctuation("removed")),
+        of_words,
+    ],
+)
+def test_no_text_that_fits_is_too_long_to_be_encoded(make):
+    made = make()
+    encoder = Encoder(made if hasattr(made, "backend_tokenizer") else PreTrainedTokenizerFast(tokenizer_object=made))
+    for text in ("Yes." + " " * 500 + "No.", "!" * 500, "x" * 500, "Yes, 38.", " \n" * 200, "é" * 200, "a\u0301" * 90):
+        assert encoder.may_fit(text, max(1, len(encoder.encode(text))))
+    assert make is not byte_level or not encoder.may_fit("x" * 500, 20)
