@@ -208,9 +208,10 @@ def hold_out(asked: dict[str, list[Asked]], share: float, seed: int) -> tuple[di
 
 
 def _marked(one: Asked, shown: Sequence[Passage]) -> str:
-    """The answer, with the number of its gold passage in each sentence that has one among those shown."""
+    """The sentences of the answer that a passage supports, each with the number of its gold passage where that is among those
+    shown. The others, such as a greeting, are left out: they would compete with the first words of `DONT_KNOW` alone."""
     numbers = {passage.id: n for n, passage in enumerate(shown, 1)}
-    return " ".join(with_marks(s, [numbers[g]]) if g in numbers else s for s, g in zip(one.said, one.gold))
+    return " ".join(with_marks(s, [numbers[g]]) if g in numbers else s for s, g in zip(one.said, one.gold) if g)
 
 
 def _user(text: str) -> dict[str, str]:

@@ -79,8 +79,8 @@ def test_training_rows_mark_the_gold_passage_among_others_like_it(asked):
         shown = passages_in(turn)
         assert turn.endswith(QUESTION + one.question) and set(row["gold"]) <= set(row["passages"])
         assert 2 <= len(shown) == row["num_passages"] == len(set(row["passages"])) <= 4
-        nice, price, returned = claims(answer, shown)
-        assert nice.marks == [] and price.share == returned.share == 1.0
+        price, returned = claims(answer, shown)  # not how nice it is of Ada to ask, which no passage says
+        assert price.share == returned.share == 1.0
         assert (
             row["passages"][price.marks[0] - 1] == one.gold[1] and row["passages"][returned.marks[0] - 1] == "terms#1"
         )
