@@ -60,15 +60,15 @@ def address_of(listening: socket.socket) -> str:
 
 class Connection(H11Protocol):
     """A client's connection. It is closed where the head of a request takes too long (uvicorn waits for it without end), and
-    where too many are open the one that has waited longest for its next request makes room. Where none waits, the newcomer's
-    requests are told that it is crowded."""
+    where too many are open the oldest one whose request is not there yet, or not all of it, makes room. Where there is none,
+    the newcomer's requests are told that it is crowded."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._await_head()
         if len(self.connections) <= MOST_CONNECTIONS:
             return
-        waiting = [other for other in self.connections if other is not self and other.is_waiting]
+        waiting = [other for other in self.connections if other is not self and (other.is_waiting or other.is_sending)]
         if waiting:
             min(waiting, key=lambda other: other.waits_since).transport.close()
         elif len(self.connections) > MOST_CONNECTIONS + 64:
@@ -85,6 +85,11 @@ class Connection(H11Protocol):
     def is_waiting(self) -> bool:
         """Whether no request is under way."""
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether the body of its request still comes; one who sends slowly would otherwise keep others out."""
+        return self.cycle is not None and self.cycle.more_body
 
     def _await_head(self) -> None:
         self.waits_since = self.loop.time()

@@ -288,6 +288,21 @@ def test_where_too_many_connections_are_open_those_that_wait_make_room_and_the_s
         until(lambda: gateway.in_flight == 0)
 
 
+def test_those_who_send_slowly_keep_nobody_out(gateway, monkeypatch):
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{{".encode()
+    with listening(gateway) as port:
+        slow = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(80)]
+        for connection in slow:
+            connection.sendall(head)
+        for path in ("/health", "/v1/models"):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as reply:
+                assert reply.status == 200
+        assert slow[0].recv(9) == b""
+        for connection in slow:
+            connection.close()
+
+
 def test_a_server_finishes_what_runs_once_it_is_told_to_stop(run):
     keys = ["--output_dir", str(run.output_dir), "--load_in_4bit", "false", "--port", "0", "--max_new_tokens", "900"]
     process = subprocess.Popen(
