@@ -32,7 +32,7 @@ from carelm.data.templates import fill, template_columns
 from carelm.errors import UserError
 from carelm.files import here
 from carelm.keys import SERVING_KEYS
-from carelm.next_steps import say_next, words_of
+from carelm.next_steps import words_of
 from carelm.recipe import FEEDBACK, Recipe
 from carelm.recipe_file import load_recipe
 
@@ -177,7 +177,7 @@ def say_address(recipe: Recipe, address: str, models: list[str], key: str | None
 
 def say_feedback(recipe: Recipe, marks: list[str | None], words: list[str]) -> None:
     """What was thought of answers, and the command that trains on the good ones."""
-    from carelm.talk.marked import training_words
+    from carelm.talk.marked import say_training
 
     file, good = here(recipe.output_dir / FEEDBACK), marks.count("good")
     ranks.say(f"feedback: {len(marks)} row{'s' * (len(marks) > 1)} more, {good} of them good: {file}")
@@ -186,7 +186,7 @@ def say_feedback(recipe: Recipe, marks: list[str | None], words: list[str]) -> N
     except UserError as error:  # people edit it
         return ranks.say(str(error))
     if of_all := sum(row.get("mark") == "good" for _, row in rows):
-        say_next(["train/sft.py", *training_words(recipe, file, of_all, words, "feedback")])
+        say_training(recipe, file, of_all, words, "feedback")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from carelm.data.templates import fill
 from carelm.errors import UserError
 from carelm.files import here
 from carelm.models.generation import Answer
-from carelm.next_steps import say_next
-from carelm.talk.marked import training_words
+from carelm.talk.marked import say_training
 from carelm.talk.session import Said, Session
 from carelm.talk.speaker import Speaker
 from carelm.talk.terminal import Screen, read_message
@@ -171,7 +170,7 @@ class Dialogue:
         there += f" and {undone} marked {'one' if undone == 1 else 'ones'} that you took back" if undone else ""
         ranks.say(f"saved: {there}, {good} marked good: {here(path)}")
         if good:
-            say_next(["train/sft.py", *training_words(session.recipe, here(path), good, self.words, "chat")])
+            say_training(session.recipe, here(path), good, self.words, "chat")
 
 
 def help_text(columns: int) -> str:

@@ -6,8 +6,9 @@ import math
 import re
 from pathlib import Path
 
+from carelm import ranks
 from carelm.keys import SERVING_KEYS
-from carelm.next_steps import without
+from carelm.next_steps import say_next, without
 from carelm.recipe import Recipe
 
 MARKED = "recipes/datasets/marked.yaml"  # reads the rows that chat and server write
@@ -31,11 +32,8 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
     )  # from a run of this command already
     mixed = {**(recipe.also_train or {}), f"{MARKED}={file}": f"{REPEATED} times"}
     keys = {"also_train": json.dumps(mixed, ensure_ascii=False)}
-    if (folder / "adapter_config.json").exists():
-        keys["adapter"] = str(folder)
-    elif recipe.method == "full" and (folder / "config.json").exists():
-        keys["model_name_or_path"] = str(folder)
-    if len(keys) > 1:
+    if result := _result(recipe):
+        keys |= result
         others = max(FEWEST_OF_OTHERS, OF_OTHERS * good)
         passes = math.ceil(FEWEST_STEPS * recipe.global_batch_size / (others + REPEATED * good))
         keys |= {"max_samples": str(others), "num_train_epochs": str(max(PASSES, passes)), "max_steps": "-1"}
@@ -45,6 +43,23 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
     keys["output_dir"] = _free(f"{re.sub(rf'-{ending}(-[0-9]+)?$', '', str(folder))}-{ending}")
     kept = without(words, *keys, *SERVING_KEYS, "max_new_tokens", "temperature", "top_p")  # what training does not read
     return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]
+
+
+def say_training(recipe: Recipe, file: Path, good: int, words: list[str], ending: str) -> None:
+    """Prints that command, and says so where there is no result to go on from."""
+    found = training_words(recipe, file, good, words, ending)
+    if not _result(recipe):
+        ranks.say(f"{recipe.output_dir} holds no result to go on from: the recipe is trained anew, with these answers")
+    say_next(["train/sft.py", *found])
+
+
+def _result(recipe: Recipe) -> dict[str, str]:
+    """The key that goes on from what the run has trained; none where it has not."""
+    folder = recipe.output_dir
+    if (folder / "adapter_config.json").exists():
+        return {"adapter": str(folder)}
+    has_model = recipe.method == "full" and (folder / "config.json").exists()
+    return {"model_name_or_path": str(folder)} if has_model else {}
 
 
 def _free(folder: str) -> str:

@@ -186,7 +186,8 @@ def test_an_unknown_command_is_one_line_and_quitting_saves_marks(dialogue, tmp_p
     assert not list(tmp_path.iterdir()) and [p.name for p in folder.iterdir()] == ["chat-20260102-030405.jsonl"]
     said = capsys.readouterr().err
     assert (
-        f"carelm: saved: 2 answers, 1 marked good: {folder}/chat-20260102-030405.jsonl\ncarelm: next: python " in said
+        f"carelm: saved: 2 answers, 1 marked good: {folder}/chat-20260102-030405.jsonl\n" in said
+        and "carelm: next: python " in said
     )
     shutil.rmtree(folder)
 

@@ -212,9 +212,17 @@ def test_tags_of_the_words_are_those_of_training():
     assert compose(pairs, parse(pairs, '{"a": "x", "b": "URGENT!"}')) == "[HIGH] x: URGENT!"
 
 
-@pytest.mark.parametrize("text", ["x", '{"a": "x"}', '{"a": "x", "b": 2}', "[1]"])
-def test_one_text_for_several_columns_is_asked_for_as_json(text):
-    with pytest.raises(UserError, match=r'give the message as JSON, \{"a": "...", "b": "..."\}'):
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("x", "give the message as JSON, "),
+        ('{"a": "x"}', "b is missing: a message is JSON, "),
+        ('{"a": "x", "b": 2}', "b is no text; write it in quotes: a message is JSON, "),
+        ("[1]", "give the message as JSON, "),
+    ],
+)
+def test_one_text_for_several_columns_is_asked_for_as_json(text, what):
+    with pytest.raises(UserError, match=what + r'\{"a": "...", "b": "..."\}'):
         parse(load_recipe(PAIRS, usage=""), text)
 
 
