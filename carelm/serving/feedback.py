@@ -14,17 +14,26 @@ from carelm.recipe import FEEDBACK, Recipe
 from carelm.serving.requests import MOST_MESSAGES, Message, Strict, to_functions, to_messages
 
 
+def says_something(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it says nothing")
+    return text
+
+
+Text = Annotated[str, AfterValidator(says_something)]  # a good row without an answer would be refused by the data step
+
+
 class Feedback(Strict):
     """A body of POST /v1/feedback: the conversation up to the answer, the answer, and what was thought of it."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(to_messages)]
     tools: Annotated[list[dict[str, Any]], AfterValidator(to_functions)] = []
-    answer: Annotated[str, Field(min_length=1)]
+    answer: Text
     mark: Literal["good", "bad"] | None = None
     whole: bool = True  # whether the answer had its end: it was not stopped, cut off or broken off
     comment: str | None = None
-    edited: Annotated[str, Field(min_length=1)] | None = None
+    edited: Text | None = None
 
     @model_validator(mode="after")
     def is_fit_to_train(self) -> Self:

@@ -170,6 +170,8 @@ def test_a_disk_that_is_full_leaves_the_rows_before(tmp_path, monkeypatch):
     [
         ("mark", {"mark": "so-so"}),
         ("answer", {"answer": ""}),
+        ("answer", {"answer": " \n"}),
+        ("edited", {"edited": " "}),
         ("messages", {"messages": []}),
         ("more", {"more": 1}),
         (None, {"whole": False}),  # a good answer that was cut off
