@@ -27,9 +27,8 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
         good: how many answers are good.
     """
     folder = recipe.output_dir
-    goes_on = any(
-        str(name).startswith(f"{MARKED}=") for name in recipe.also_train or {}
-    )  # from a run of this command already
+    # A run of this command has its rate already.
+    goes_on = any(str(name).startswith(f"{MARKED}=") for name in recipe.also_train or {})
     mixed = {**(recipe.also_train or {}), f"{MARKED}={file}": f"{REPEATED} times"}
     keys = {"also_train": json.dumps(mixed, ensure_ascii=False)}
     if result := _result(recipe):
