@@ -142,7 +142,10 @@ def report(recipe: Recipe, metrics: dict) -> None:
             ranks.say(sentence)
         words = words_of(recipe, sys.argv[1:])
         has_test = files.read_json(recipe.output_dir / "data_report.json").get("test", {}).get("used") != 0
-        say_next(*[["eval/run.py", *words]] * has_test, ["train/chat.py", *words], ["serve/run.py", *words])
+        before = (
+            ["--models", recipe.adapter, "adapter"] if recipe.adapter else []
+        )  # is it better than what it went on from?
+        say_next(*[["eval/run.py", *words, *before]] * has_test, ["train/chat.py", *words], ["serve/run.py", *words])
 
 
 if __name__ == "__main__":

@@ -241,10 +241,13 @@ class Candidate:
         metrics = read_json(self.adapter / "train_metrics.json") if self.adapter else {}
         if not metrics.get("data_files"):
             return []
-        was, now = (identity_of("dataset_name", keys) for keys in (_keys_of(self.adapter), recipe.keys()))
+        own = _keys_of(self.adapter)
+        was, now = (identity_of("dataset_name", keys) for keys in (own, recipe.keys()))
         if was != now:
             return []
-        return sorted(changed_files(metrics["data_files"], hash_files(recipe) or {}))
+        mixed = tuple(own.get("also_train") or ())  # no test question was among those rows, whatever they are now
+        files = {f: digest for f, digest in metrics["data_files"].items() if not f.startswith(mixed)}
+        return sorted(changed_files(files, hash_files(dataclasses.replace(recipe, mixed={})) or {}))
 
 
 def find_candidates(recipe: Recipe) -> list[Candidate | ApiModel]:

@@ -51,7 +51,7 @@ def read_key(recipe: Recipe) -> str | None:
     if recipe.api_key_file:
         where = f"api_key_file: {recipe.api_key_file}"
         try:
-            key = Path(locate(recipe.api_key_file)).read_text(encoding="utf-8")
+            key = Path(locate(recipe.api_key_file)).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is no text"
             raise UserError(f"{where} cannot be read ({reason}); name a file that holds the key") from None

@@ -7,15 +7,16 @@ import re
 from pathlib import Path
 
 from carelm import ranks
+from carelm.files import read_json
 from carelm.keys import SERVING_KEYS
 from carelm.next_steps import say_next, without
 from carelm.recipe import Recipe
 
 MARKED = "recipes/datasets/marked.yaml"  # reads the rows that chat and server write
 # Of the recipe's own rows so many for each good answer, and in all; the good ones are repeated. At the whole learning rate, or
-# without its own rows, the demo's model forgot what it knew.
-OF_OTHERS, FEWEST_OF_OTHERS, REPEATED = 10, 200, 10
-PASSES, FEWEST_STEPS, SHARE_OF_RATE = 3, 25, 1 / 4
+# without its own rows, the demo's model forgot what it knew; with fewer repetitions or steps it did not learn every answer.
+OF_OTHERS, FEWEST_OF_OTHERS, REPEATED = 10, 200, 20
+PASSES, FEWEST_STEPS, SHARE_OF_RATE = 3, 80, 1 / 4
 
 
 def training_words(recipe: Recipe, file: Path, good: int, words: list[str], ending: str) -> list[str]:
@@ -34,7 +35,8 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
     if result := _result(recipe):
         keys |= result
         others = max(FEWEST_OF_OTHERS, OF_OTHERS * good)
-        passes = math.ceil(FEWEST_STEPS * recipe.global_batch_size / (others + REPEATED * good))
+        there = read_json(folder / "data_report.json").get("train", {}).get("used", others)
+        passes = math.ceil(FEWEST_STEPS * recipe.global_batch_size / (min(others, there) + REPEATED * good))
         keys |= {"max_samples": str(others), "num_train_epochs": str(max(PASSES, passes)), "max_steps": "-1"}
         keys["learning_rate"] = f"{recipe.training['learning_rate'] * (1 if goes_on else SHARE_OF_RATE):g}"
         if recipe.training.get("push_to_hub"):  # it is compared first

@@ -74,6 +74,13 @@ def assess(recipe: Recipe, losses: list[tuple[int, float]], kept: float | None =
             f"it has learnt its own rows by heart; train {best_step} steps (--max_steps) or on more rows, or set "
             "--early_stopping_patience 2, which keeps the best"
         )
+    if before is not None and recipe.adapter and recipe.mixed:  # it knows these rows, and learns others
+        if loss <= before + RISE:
+            return None
+        return (
+            f"the eval loss has risen ({before:.3f} -> {loss:.3f}): it forgets the recipe's own rows; lower --learning_rate "
+            f"(now {rate:g}), or take more of these rows (--max_samples)"
+        )
     if before is not None and loss >= before:
         return (
             f"the eval loss has not fallen ({before:.3f} -> {loss:.3f}): nothing is learnt that helps with other rows; lower "

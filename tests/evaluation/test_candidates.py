@@ -29,6 +29,24 @@ def test_data_that_has_changed_since_an_adapter_was_trained_on_it_is_named(tmp_p
     assert Candidate(name="base", kind="base", recipe=recipe, adapter=None, home=recipe.base).changed_data(recipe) == []
 
 
+def test_rows_that_were_mixed_in_are_no_change_of_the_data_that_is_tested_on(tmp_path):
+    rows, other, run = tmp_path / "tickets.csv", tmp_path / "other.yaml", tmp_path / "run"
+    rows.write_text("question,reply\na,b\n")
+    (tmp_path / "more.csv").write_text("question,reply\nc,d\n")
+    templates = {"prompt_template": "{question}", "completion_template": "{reply}"}
+    other.write_text(json.dumps(templates | {"dataset_name": str(tmp_path / "more.csv")}))
+    keys = ["--dataset_name", str(rows), *(word for key, text in templates.items() for word in (f"--{key}", text))]
+    plain = load_recipe(keys, usage="")
+    mixed = load_recipe([*keys, "--also_train", json.dumps({str(other): "all"}), "--output_dir", str(run)], usage="")
+    run.mkdir()
+    save_recipe(mixed, run / "recipe.yaml")
+    (run / "train_metrics.json").write_text(json.dumps({"data_files": hash_files(mixed)}))
+    adapter = Candidate(name="adapter", kind="adapter", recipe=plain, adapter=run, home=plain.base)
+    assert len(hash_files(mixed)) == 3 and adapter.changed_data(plain) == adapter.changed_data(mixed) == []
+    rows.write_text("question,reply\na,e\n")
+    assert adapter.changed_data(plain) == adapter.changed_data(mixed) == ["tickets.csv"]
+
+
 def test_a_data_file_is_read_once_however_many_adapters_were_trained_on_it(tmp_path, monkeypatch):
     rows = tmp_path / "tickets.csv"
     rows.write_text("question,reply\na,b\n")

@@ -108,7 +108,7 @@ def test_who_is_refused_is_a_line_without_a_text_of_theirs(gateway, monkeypatch,
 def test_a_key_is_one_word_of_a_file_or_of_the_environment(gateway, tmp_path, monkeypatch):
     file = tmp_path / "key.txt"
     with_file = dataclasses.replace(gateway.recipe, api_key_file=str(file))
-    file.write_text("  from-the-file\n")
+    file.write_bytes(b"\xef\xbb\xbf  from-the-file\r\n")  # as Windows writes it
     assert read_key(gateway.recipe) is None and read_key(with_file) == "from-the-file"
     monkeypatch.setenv("CARELM_API_KEY", "from-the-environment")
     assert read_key(gateway.recipe) == "from-the-environment" and read_key(with_file) == "from-the-file"

@@ -96,7 +96,7 @@ def test_the_next_command_trains_on_the_saved_rows_among_the_recipes_own(session
 
 
 @pytest.mark.parametrize(
-    ("good", "batch", "of_its_own", "passes"), [(1, 8, 200, 3), (50, 8, 500, 3), (1, 128, 200, 16)]
+    ("good", "batch", "of_its_own", "passes"), [(1, 8, 200, 3), (50, 8, 500, 3), (1, 128, 200, 47)]
 )
 def test_the_next_command_goes_on_from_an_adapter_by_a_few_passes_over_as_many_old_rows(
     session, good, batch, of_its_own, passes, tmp_path, monkeypatch
@@ -134,7 +134,7 @@ def test_what_a_recipe_mixes_in_itself_stays_beside_the_good_answers(session, tm
     other = json.dumps({str(PROJECT / "recipes/datasets/medquad.yaml"): 500})
     found = training_words(load_recipe(["--also_train", other], usage=""), tmp_path / "said.jsonl", 1, [], "chat")
     mixed = json.loads(found[found.index("--also_train") + 1])
-    assert list(mixed.values()) == [500, "10 times"] and list(mixed)[1].endswith("said.jsonl")
+    assert list(mixed.values()) == [500, "20 times"] and list(mixed)[1].endswith("said.jsonl")
 
 
 def test_every_answer_and_every_mark_is_in_the_file(session):

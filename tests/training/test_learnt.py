@@ -1,5 +1,6 @@
 """A run that learns next to nothing says so: before it, and at its end below its figures."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -95,6 +96,16 @@ def test_the_remedy_is_more_steps_and_a_higher_rate_where_that_is_still_low():
     assert "--early_stopping_patience 2" in learnt.assess(recipe_of(), [(0, 1.9), (100, 1.2), (400, 1.4)])
 
 
+def test_a_run_that_adds_rows_to_what_an_adapter_knows_is_judged_by_what_it_forgets(tmp_path):
+    (tmp_path / "other.yaml").write_text("messages_column: messages\n")
+    mixed = recipe_of(also_train={str(tmp_path / "other.yaml"): "all"})
+    recipe = dataclasses.replace(mixed, adapter="outputs/shop")
+    assert learnt.assess(recipe, [(0, 0.367), (33, 0.376)]) is None
+    assert learnt.assess(recipe, [(0, 0.171), (78, 0.311)]).startswith(
+        "the eval loss has risen (0.171 -> 0.311): it forgets"
+    )
+
+
 def test_where_the_best_weights_are_kept_a_later_rise_is_no_matter():
     assert learnt.assess(recipe_of(), [(0, 1.9), (100, 1.2), (400, 1.4)], kept=1.2) is None
 
@@ -131,6 +142,14 @@ def test_a_person_reads_rounded_figures_below_the_json_line(tmp_path, monkeypatc
         f"carelm: {metrics['caution']}",
     ]
     assert [line[:14] for line in said[3:]] == ["carelm: next: "] * 3
+
+
+def test_what_went_on_from_an_adapter_is_compared_with_it_next(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("sys.argv", ["train/sft.py", "--adapter", "outputs/shop", "--output_dir", str(tmp_path)])
+    recipe = dataclasses.replace(load_recipe(["--output_dir", str(tmp_path)], usage=""), adapter="outputs/shop")
+    runpy.run_path("train/sft.py")["report"](recipe, METRICS | {"caution": None})
+    assert f"--config {tmp_path}/recipe.yaml --models outputs/shop adapter\n" in capfd.readouterr().err
 
 
 def test_without_test_rows_the_next_command_is_no_evaluation_and_a_terminal_shows_no_json(tmp_path, monkeypatch, capfd):
