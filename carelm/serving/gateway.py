@@ -74,8 +74,8 @@ class Gateway:
         app.api_route("/health", methods=["GET", "HEAD"])(self.health)
         app.get("/metrics")(self.show_metrics)
         app.get("/")(lambda: FileResponse(PAGE / "page.html"))
-        app.get("/page.js")(lambda: FileResponse(PAGE / "page.js"))
-        app.get("/page.css")(lambda: FileResponse(PAGE / "page.css"))
+        for name in ("page.js", "server.js", "shop.js", "page.css"):
+            app.add_route(f"/{name}", lambda request, name=name: FileResponse(PAGE / name))
         app.exception_handler(Problem)(lambda request, problem: reply(problem, request.scope["path"]))
         app.exception_handler(HTTPException)(
             lambda request, error: reply(_to_problem(error, request.scope["path"]), request.scope["path"])

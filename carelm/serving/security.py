@@ -20,7 +20,8 @@ from carelm.serving.log import note
 from carelm.serving.requests import Problem
 
 KEY_VARIABLE = "CARELM_API_KEY"
-OPEN = {"/health", "/", "/page.js", "/page.css"}  # without a key: no text of anyone's, and the page that asks for it
+# Without a key: no text of anyone's, and the page that asks for it.
+OPEN = {"/health", "/", "/page.js", "/server.js", "/shop.js", "/page.css"}
 ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/feedback", "/health", "/metrics")
 OF_A_SHOP = {"/v1/shop/chat": "documents", "/v1/tickets/match": "tickets"}  # and the key of the recipe that each needs
 # Of OpenAI's, and with an address that lacks /v1 or has it twice: what clients ask that are not set up yet.

@@ -487,7 +487,7 @@ def test_events_are_the_same_however_the_bytes_are_cut(url, open_page):
     page = open_page(url)
     found = page.evaluate(
         """async text => {
-          const { events } = await import("/page.js");
+          const { events } = await import("/server.js");
           const bytes = new TextEncoder().encode(text);
           const found = new Set();
           for (let i = 0; i <= bytes.length; i++) {

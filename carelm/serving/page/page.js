@@ -1,86 +1,17 @@
 // The chat page. It asks the gateway, shows the answers as they come and sends what people say of them.
 // What a model or a person has written reaches the page through textContent and value alone: it is never read as HTML.
 
-const at = id => document.getElementById(id);
+import { Refusal, at, events, request } from "./server.js";
+import * as shop from "./shop.js";
+
 const log = at("log");
-const KEY = "carelm-key", MODEL = "carelm-model";  // in sessionStorage: gone with the tab
+const MODEL = "carelm-model";  // in sessionStorage: gone with the tab
 
 let turns = [];  // {values, answers: [answer, ...]}: one answer, or two side by side
 let fields = [at("question")];  // what a person fills in: one text, or one for each column of the recipe's template
 let columns = null;
+let hasShop = false;  // whether this server answers from documents
 const running = new Set();  // an AbortController for each answer that is being written
-
-/** What went wrong, in words for the reader; `wait` are the seconds after which another try makes sense, `isOfText` says that
-    another text would do. */
-class Refusal extends Error {
-  constructor(message, wait = 0, isOfText = false) {
-    super(message);
-    this.wait = wait;
-    this.isOfText = isOfText;
-  }
-}
-
-function unreachable(error) {
-  if (error.name === "AbortError") throw error;
-  throw new Refusal("The server cannot be reached. Is it running?");
-}
-
-/** A response that is well; with the key, which is asked for where the server wants one. */
-async function request(path, { body, signal } = {}) {
-  for (;;) {
-    const key = sessionStorage.getItem(KEY);
-    const response = await fetch(path, {
-      method: body ? "POST" : "GET",
-      headers: { ...(body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) },
-      body: body && JSON.stringify(body),
-      signal,
-    }).catch(unreachable);
-    if (response.ok) return response;
-    if (response.status === 401) await askForKey(key);
-    else throw await refusalOf(response);
-  }
-}
-
-async function refusalOf(response) {
-  const said = await response.json().then(found => found.error.message, () => `status ${response.status}`);
-  if (response.status !== 429) return new Refusal(`The server refuses: ${said}`, 0, [400, 413].includes(response.status));
-  return new Refusal(`The server is busy: ${said}`, Number(response.headers.get("Retry-After")) || 1);
-}
-
-let asking = null;  // two answers that are refused at once ask for one key
-
-async function askForKey(tried) {
-  if (sessionStorage.getItem(KEY) !== tried) return;  // another request has got it in the meantime
-  asking ??= new Promise((resolve, reject) => {
-    at("keywords").textContent = tried ? "The server does not accept that key." : "The server asks for its key. It is kept until this tab is closed.";
-    at("key").value = "";
-    at("keydialog").returnValue = "";
-    at("keydialog").showModal();
-    at("keydialog").onclose = () => {
-      asking = null;
-      if (!at("keydialog").returnValue) return reject(new Refusal("The server answers only with its key."));
-      sessionStorage.setItem(KEY, at("key").value);
-      resolve();
-    };
-  });
-  await asking;
-}
-
-/** The data of each server-sent event, however the bytes were cut on their way. */
-export async function* events(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", data = [];
-  for (;;) {
-    const { value, done } = await reader.read().catch(unreachable);
-    if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines.map(line => line.replace(/\r$/, ""))) {
-      if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
-      if (line === "" && data.length) yield data.splice(0).join("\n");
-    }
-  }
-}
 
 /** The conversation before a turn as the model at that side has seen it, and the turn's question. */
 function messagesUpTo(turn, side) {
@@ -111,6 +42,7 @@ async function write(answer) {
   running.add(controller);
   showRunning();
   answer.text = parts.text.textContent = "";
+  shop.showSources(answer, answer.sources = []);
   answer.isWhole = false;
   resetFeedback(answer);
   parts.note.hidden = parts.actions.hidden = true;
@@ -118,7 +50,8 @@ async function write(answer) {
   let note = "", wait = null;
   try {
     const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side), stream: true };
-    const response = await request("v1/chat/completions", { body, signal: controller.signal });
+    const [path, asked] = hasShop ? ["v1/shop/chat", shop.asked(body)] : ["v1/chat/completions", body];
+    const response = await request(path, { body: asked, signal: controller.signal });
     note = await read(response, answer);
   } catch (error) {
     note = error.name === "AbortError" ? "stopped" : answer.text ? `The answer broke off: ${error.message}` : error.message;
@@ -144,15 +77,17 @@ async function read(response, answer) {
   if (response.headers.has("x-message-cut")) notes.push("the model has not seen all of it: the longest message is cut to fit the window");
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return notes.join("; ");
-    const { error, choices } = JSON.parse(data);
+    const { error, choices, sources, text, answer: whole, cited, finish_reason } = JSON.parse(data);
     if (error) throw new Refusal(error.message);
-    const [choice] = choices;
-    if (!choice) continue;
-    const piece = choice.delta.content ?? "";
+    if (sources) shop.showSources(answer, answer.sources = sources);
+    if (cited) shop.showSources(answer, answer.sources, cited);
+    const choice = choices?.[0];
+    const piece = choice?.delta.content ?? text ?? "", end = choice?.finish_reason ?? finish_reason;
     answer.text += piece;
     keepingPlace(() => answer.parts.text.append(piece));
-    if (choice.finish_reason === "length") notes.push("cut off at the length limit");
-    if (choice.finish_reason === "stop") answer.isWhole = true;
+    if (end === "length") notes.push("cut off at the length limit");
+    if (end === "stop") answer.isWhole = true;
+    if (whole !== undefined) return notes.join("; ");
   }
   throw new Refusal("The server has ended the connection.");
 }
@@ -203,10 +138,10 @@ function ask(values) {
 function newAnswer(turn, model, side) {
   const box = at("answer-shape").content.cloneNode(true).firstElementChild;
   const parts = Object.fromEntries(
-    ["text", "draft", "note", "retry", "actions", "copy", "edit", "up", "down", "said", "feedback", "edited", "comment", "error", "cancel"]
+    ["text", "sources", "draft", "note", "retry", "actions", "copy", "edit", "up", "down", "said", "feedback", "edited", "comment", "error", "cancel"]
       .map(name => [name, box.querySelector(`.${name}`)]),
   );
-  const answer = { turn, model, side, box, parts, text: "", edited: null, mark: null };
+  const answer = { turn, model, side, box, parts, text: "", sources: [], edited: null, mark: null };
   box.querySelector("h3").textContent = model;
   parts.retry.onclick = () => {
     fields[0].focus();  // the button goes
@@ -316,9 +251,10 @@ function showSaved(answer, edited, saved) {
 }
 
 async function loadModels() {
-  let names;
+  let names, more;
   try {
-    const { data } = await (await request("v1/models")).json();
+    const { data, ...others } = await (await request("v1/models")).json();
+    more = others;
     names = data.map(model => model.id);
     columns = data[0].columns ?? null;
   } catch (error) {
@@ -339,6 +275,8 @@ async function loadModels() {
   at("model").value = names.includes(before) ? before : names.find(name => name !== "base") ?? names[0];
   at("beside").hidden = names.length < 2;
   if (columns) makeFields();
+  hasShop = Boolean(more.shop);
+  shop.begin(more);
   at("send").disabled = false;
   modelsChosen();
 }
