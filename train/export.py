@@ -61,6 +61,10 @@ def main() -> None:
         raise UserError(
             f"--output_dir: {options.output_dir} is there already, and no earlier export; name another folder, or remove it"
         )
+    if made := sorted(options.output_dir.glob("*.gguf")):  # by llama.cpp, beside what it reads
+        raise UserError(
+            f"--output_dir: {made[0]} would be lost with the earlier export; move it, or name another folder"
+        )
     stay_offline(recipe)
     from carelm.evaluation import candidates
 

@@ -202,6 +202,9 @@ def test_an_export_takes_the_place_of_an_earlier_one_or_leaves_it(export, tmp_pa
     monkeypatch.undo()
     export("--model", recipe.output_dir)
     assert not earlier.exists() and (folder / "adapter/adapter_config.json").exists()
+    (folder / "exported-F16.gguf").touch()
+    with pytest.raises(UserError, match="^--output_dir: .*exported-F16.gguf would be lost"):
+        export("--model", recipe.output_dir)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("exported")] == ["exported"]
 
 
