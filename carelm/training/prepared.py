@@ -265,7 +265,7 @@ def _render_mixed(
         except UserError as error:
             raise UserError(f"also_train: {name}: {error}") from None
         fitting = [r for r in rendered if r is not None]
-        if not fitting:
+        if examples and not fitting:  # none at all is said in the report: they are there already, or tested on
             raise UserError(
                 f"also_train: {name}: max_length: nothing is left of its rows ({list_counts(counts)}); "
                 f"{_way_to_keep(other, chat)}"

@@ -60,6 +60,15 @@ def test_a_recipe_is_mixed_in_with_other_data_than_its_own_and_both_may_be(shop,
     assert hash_files(both)[f"{more}: more.jsonl"] and not recipe.mixed.keys() & {more}
 
 
+def test_rows_that_are_all_there_already_are_no_error(shop, tmp_path):
+    again = tmp_path / "same.yaml"
+    shop()
+    again.write_text((tmp_path / "prices.yaml").read_text())
+    found = prepare(shop(of_own={"also_train": {str(tmp_path / "prices.yaml"): "all", str(again): "2 times"}}))
+    report = found.report[f"train of {again}"]
+    assert len(found.train) == 50 and report["dropped"] == {"there already": 20} and report["share"] == 0
+
+
 def test_the_mix_is_in_the_tokens_and_its_shares_in_the_report(shop, tmp_path):
     recipe = shop()
     found = prepare(recipe)
