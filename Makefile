@@ -1,5 +1,5 @@
 # make install: the environment alone.  make train: fine-tune the embedded example.  make eval: compare it with its base, merged too.
-# make serve: ask it, by an API and a page.
+# make serve: ask it, by an API and a page.  make shop: an assistant that answers from a shop's documents, with sources.
 # make test: the tests that this machine can run in minutes; make test-long: the others.
 # TESTS="tests/data -k csv" chooses among them; TESTS='-m ""' are all.
 # An environment that is active and has all that this project needs is used as it is; else .venv is made. VENV=FOLDER names another.
@@ -17,7 +17,7 @@ comma := ,
 # DeepSpeed compiles its CPU Adam (for offload) once and looks for ninja on the path.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: install train eval serve test test-long assistants bench bench-gpu real-base embedder check style
+.PHONY: install train eval serve shop test test-long assistants bench bench-gpu real-base embedder check style
 
 install: $(READY)
 	@echo "make: installed; next: $(if $(READY),source $(VENV)/bin/activate$(comma) )make train" >&2
@@ -35,6 +35,14 @@ serve: $(READY)
 	python -c "import fastapi, uvicorn, prometheus_client, httpx" 2>/dev/null || pip install -e '.[serve]'
 	python train/sft.py
 	python serve/run.py
+
+# A real base that answers from the demo shop's documents, at http://127.0.0.1:8000: base, embedder and index are made once.
+shop: real-base $(READY)
+	python -c "import fastapi, uvicorn, prometheus_client, httpx, lancedb, sentence_transformers, pypdfium2, docx" 2>/dev/null || \
+		pip install -e '.[serve,retrieval]'
+	python demo/embedder.py
+	python serve/index.py --config recipes/shop_assistant.yaml
+	python serve/run.py --config recipes/shop_assistant.yaml
 
 test: $(READY_DEV)
 	python -m pytest $(TESTS)
