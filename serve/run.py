@@ -185,8 +185,16 @@ def say_feedback(recipe: Recipe, marks: list[str | None], words: list[str]) -> N
         rows = read_file(file, str(file)).by_key[None]
     except UserError as error:  # people edit it
         return ranks.say(str(error))
-    if of_all := sum(row.get("mark") == "good" for _, row in rows):
-        say_training(recipe, file, of_all, words, "feedback")
+    good_rows = [row for _, row in rows if row.get("mark") == "good"]
+    answers: dict[str, set[str]] = {}
+    for row in good_rows:
+        *before, answer = row.get("messages") or [None]
+        answers.setdefault(json.dumps(before), set()).add(json.dumps(answer))
+    if several := sum(len(of_one) > 1 for of_one in answers.values()):
+        ranks.say(f"feedback: {several} question{'s have' if several > 1 else ' has'} several good answers, all of which are "
+                  "trained: take the mark of those that no longer hold away")  # fmt: skip
+    if good_rows:
+        say_training(recipe, file, len(good_rows), words, "feedback")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ def test_a_run_may_begin_where_its_base_has_been_served(tmp_path):
     assert runs.find_finished(recipe) is None
 
 
+def test_several_good_answers_to_one_question_are_said(rows, gateway, capsys):
+    rows(SAID, SAID | {"edited": "On Friday."}, SAID | {"mark": "bad", "answer": "Never."})
+    say_feedback = runpy.run_path(str(PROJECT / "serve/run.py"))["say_feedback"]
+    say_feedback(load_recipe(["--output_dir", str(gateway.recipe.output_dir)], usage=""), gateway.marks, [])
+    assert "feedback: 1 question has several good answers" in capsys.readouterr().err
+
+
 def test_rows_written_at_once_stand_whole_each_on_its_line(tmp_path):
     texts = [f"{n} " * 5000 for n in range(40)]
     with ThreadPoolExecutor(8) as pool:
