@@ -231,7 +231,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
                 say(f"{folder} holds a run that ended before its first checkpoint; it begins anew")
             folder.mkdir(parents=True, exist_ok=True)
             lock(folder)
-            for name in (CHATS, FEEDBACK) if aside else ():  # what people have said is no run's
+            for name in (CHATS, FEEDBACK, "index") if aside else ():  # which are no run's
                 if (aside / name).exists():
                     (aside / name).rename(folder / name)
                     say(f"--restart: {name} stays in {folder}")
