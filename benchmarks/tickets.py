@@ -93,7 +93,7 @@ def measure(recipe: Recipe, past: dict[str, str], asked: dict[str, set[str]]) ->
     recall = {
         f"recall_at_{k}": wilson_interval(float(np.mean([any(r[:k]) for r in right])), len(right)) for k in (1, 5)
     }
-    before = decide(np.array([m[0].score for m in found]), np.array([r[0] for r in right]), recipe.seed)
+    before = decide(np.array([m[0].confidence for m in found]), np.array([r[0] for r in right]), recipe.seed)
     measured = {
         "past": len(past), "questions": len(questions), **recall, "decided_by_score": before, "milliseconds": taken,
     }  # fmt: skip

@@ -29,7 +29,8 @@ class Match:
     """A past ticket that is like a new one.
 
     Attributes:
-        score: the retriever's confidence, 0 to 1.
+        score: what matches are ordered by; it compares those of one ticket.
+        confidence: the retriever's, 0 to 1; it compares tickets.
         same, probability, reason: the matcher's; None without one.
     """
 
@@ -37,6 +38,7 @@ class Match:
     question: str
     resolution: str
     score: float
+    confidence: float
     same: bool | None = None
     probability: float | None = None
     reason: str | None = None
@@ -122,7 +124,10 @@ class Tickets:
         """The past tickets that are most like this one, the best first."""
         found = self.retriever.search(text, number, {"product": product} if product else None)
         matches = [
-            Match(f.passage.id, f.passage.text, f.passage.columns["resolution"], round(f.confidence, 4)) for f in found
+            Match(
+                f.passage.id, f.passage.text, f.passage.columns["resolution"], round(f.score, 4), round(f.confidence, 4)
+            )
+            for f in found
         ]
         if not self.matcher or not matches:
             return matches

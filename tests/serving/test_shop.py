@@ -162,7 +162,7 @@ def test_past_tickets_are_matched_and_without_a_matcher_nothing_is_said_of_the_s
     (first, *_) = client.post(MATCH, json={"text": "The lamp flickers again", "k": 2}).json()["matches"]
     assert first == {
         "ticket_id": first["ticket_id"], "question": "My lamp flickers.", "resolution": "We sent another bulb.",
-        "score": first["score"], "same": None, "probability": None, "reason": None,
+        "score": first["score"], "confidence": first["confidence"], "same": None, "probability": None, "reason": None,
     }  # fmt: skip
     body = {"text": "It is loud and flickers", "product": "Harbour kettle"}
     assert [m["question"] for m in client.post(MATCH, json=body).json()["matches"]] == ["The kettle is loud."]

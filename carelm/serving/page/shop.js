@@ -77,10 +77,10 @@ at("ticketform").onsubmit = async event => {
   }
 };
 
-function shownMatch({ ticket_id, question, resolution, score, same, probability, reason }) {
+function shownMatch({ ticket_id, question, resolution, same, probability, reason }) {
   const box = at("match-shape").content.cloneNode(true).firstElementChild;
   const write = (name, text) => Object.assign(box.querySelector(name), { textContent: text, hidden: false });
-  write("h3", `${ticket_id}, alike: ${percent(score)}`);
+  write("h3", ticket_id);
   write(".asked", question);
   write(".text", resolution);
   if (same !== null) write(".verdict", `${same ? "The same" : "Not the same"}, says the model: the same with ${percent(probability)}`);
