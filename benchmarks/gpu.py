@@ -45,7 +45,7 @@ import psutil
 import torch
 from lab import WARM_UP_STEPS, Lab, OutOfTime, Run, RunFailed
 from launches import PROJECT, RESULTS, describe_machine, keys, say, threads
-from served import served
+from served_shape import served
 
 from carelm.files import write_whole
 from carelm.models.memory import available_memory_bytes
