@@ -1,6 +1,7 @@
 """Clients of others work unchanged, and bad ones end nothing: over real connections."""
 
 import asyncio
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -298,7 +299,8 @@ def test_those_who_send_slowly_keep_nobody_out(gateway, monkeypatch):
         for path in ("/health", "/v1/models"):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as reply:
                 assert reply.status == 200
-        assert slow[0].recv(9) == b""
+        with contextlib.suppress(ConnectionResetError):  # what it had sent was not all read
+            assert slow[0].recv(9) == b""
         for connection in slow:
             connection.close()
 

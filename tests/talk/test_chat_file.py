@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,9 @@ class Terminal:
         self.seen, self.read = "", 0
         self.child, self.end = pty.fork()
         if self.child == 0:
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # as a terminal's shell does; what runs in the background ignores it
             os.chdir(folder)
             os.execve(CHAT[0], [*CHAT, *keys], environment(TERM="xterm"))
 
