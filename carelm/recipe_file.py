@@ -191,6 +191,19 @@ def load_also_tests(recipe: Recipe) -> dict[str, Recipe]:
     return tests
 
 
+def load_named(key: str, entry: str) -> Recipe:
+    """The recipe that a key names as RECIPE, or as RECIPE=DATA with other data in the place of its own.
+
+    Raises:
+        UserError: with the key in front, where it cannot be read.
+    """
+    path, data = _with_its_data(entry)
+    try:
+        return load_recipe(["--config", str(path), *(["--dataset_name", data] if data else [])], usage="")
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+
+
 def _with_its_data(entry: str) -> tuple[Path, str]:
     """The file of RECIPE or RECIPE=DATA, and the data ("" for the recipe's own)."""
     file, _, data = (entry, "", "") if Path(locate(entry)).exists() else entry.partition("=")

@@ -22,7 +22,7 @@ from carelm import environment, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.keys import RETRIEVAL_KEYS
 from carelm.next_steps import say_next, words_of
-from carelm.recipe_file import load_recipe
+from carelm.recipe_file import load_named, load_recipe
 from carelm.retrieval.embedder import check_installed
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__, first=RETRIEVAL_KEYS)
     check_installed("lancedb")
-    from carelm.retrieval.tickets import recipe_of, update_tickets
+    from carelm.retrieval.tickets import update_tickets
 
-    stay_offline(recipe, *([recipe_of(recipe)] if recipe.tickets else []), and_embedder=True)
+    stay_offline(recipe, *([load_named("tickets", recipe.tickets)] if recipe.tickets else []), and_embedder=True)
     from carelm import quiet
 
     quiet.silence(has_gpu=False, is_first_rank=True)

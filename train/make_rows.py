@@ -39,7 +39,7 @@ from carelm.errors import UserError
 from carelm.files import locate, write_whole
 from carelm.next_steps import say_next, words_of
 from carelm.recipe import Recipe
-from carelm.recipe_file import load_recipe
+from carelm.recipe_file import load_named, load_recipe
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -70,7 +70,7 @@ def main() -> None:
     if not recipe.documents:
         raise UserError("documents: the recipe names none; set documents: [folder or files]")
     folder = folder_of(recipe)
-    asked_by = questions_of(options.questions)
+    asked_by = load_named("--questions", options.questions)
     needed = dataclasses.replace(recipe, dataset_name=asked_by.dataset_name)  # the recipe's own is still to be made
     stay_offline(needed, and_embedder=True)
     from carelm import quiet
@@ -148,14 +148,6 @@ def is_own(folder: Path) -> bool:
         return folder.is_dir() and not any(folder.iterdir())
     with open(train, encoding="utf-8") as lines:
         return '"question_id"' in lines.readline()
-
-
-def questions_of(name: str) -> Recipe:
-    file, _, data = (name, "", "") if Path(locate(name)).exists() else name.partition("=")
-    try:
-        return load_recipe(["--config", file, *(["--dataset_name", data] if data else [])], usage="")
-    except UserError as error:
-        raise UserError(f"--questions: {error}") from None
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ from carelm.data.sources import is_hub_id, load_splits, recipe_keys_about_data
 from carelm.data.split_files import find_files
 from carelm.data.splits import make_examples
 from carelm.data.values import cell_text
-from carelm.errors import UserError
-from carelm.files import locate
 from carelm.recipe import Recipe
-from carelm.recipe_file import load_recipe
+from carelm.recipe_file import load_named
 from carelm.retrieval.content import FileReport
 from carelm.retrieval.embedder import find_embedder
 from carelm.retrieval.index import index_folder
@@ -44,19 +42,6 @@ class Match:
     reason: str | None = None
 
 
-def recipe_of(recipe: Recipe) -> Recipe:
-    """The recipe that `tickets` names: RECIPE, or RECIPE=DATA.
-
-    Raises:
-        UserError: where it cannot be read.
-    """
-    file, _, data = (recipe.tickets, "", "") if Path(locate(recipe.tickets)).exists() else recipe.tickets.partition("=")
-    try:
-        return load_recipe(["--config", file, *(["--dataset_name", data] if data else [])], usage="")
-    except UserError as error:
-        raise UserError(f"tickets: {error}") from None
-
-
 def update_tickets(recipe: Recipe) -> Report:
     """The index of the past tickets, made or brought up to date: each training row of the recipe that `tickets` names, searched
     by what its users say.
@@ -64,7 +49,7 @@ def update_tickets(recipe: Recipe) -> Report:
     Raises:
         UserError: where there is no ticket, and where the disk does not take the index.
     """
-    past = recipe_of(recipe)
+    past = load_named("tickets", recipe.tickets)
     files = [] if is_hub_id(past.dataset_name) else [
         Path(file) for of_split in find_files(past).by_split.values() for file in of_split.values()
     ]  # fmt: skip
