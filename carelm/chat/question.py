@@ -107,7 +107,7 @@ def parse(recipe: Recipe, text: str) -> list[str]:
         raise UserError(f"{wrong[0]} {what}: a message is JSON, {form_of(recipe)}")
     if number := len(values.keys() - {*template_columns(recipe.prompt_template, "prompt_template")}):
         raise UserError(
-            f"{number} columns more than prompt_template has; leave them out: a message is JSON, {form_of(recipe)}"
+            f"prompt_template has no place for {number} of the columns; leave them out: a message is JSON, {form_of(recipe)}"
         )
     return [values[column] for column in columns]
 

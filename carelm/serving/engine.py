@@ -155,7 +155,7 @@ class BatcherEngine:
 
     Args:
         recipe: names `max_batch_tokens`.
-        speakers: the models; their weights are loaded here.
+        speakers: the models; their weights are loaded here, and none takes a request that is longer than a batch may be.
 
     Raises:
         UserError: where one cannot be loaded.
@@ -168,8 +168,9 @@ class BatcherEngine:
         torch.set_num_threads(1)
         self._served: dict[str, Served] = {}
         for speaker, base, adapter in _load(speakers):
-            share = min(recipe.max_batch_tokens, cache_tokens(speaker.model, speaker.device) / len(speakers))
-            served = self._served[speaker.name] = Served(speaker, base, adapter, int(share))
+            share = int(min(recipe.max_batch_tokens, cache_tokens(speaker.model, speaker.device) / len(speakers)))
+            speaker.bound(share)  # the keys and values of a request are set aside when it comes
+            served = self._served[speaker.name] = Served(speaker, base, adapter, share)
             served.meanwhile = self._step_batches
         self._inbox: queue.SimpleQueue[tuple[Served, Asked] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -52,6 +52,10 @@ class Speaker:
         if reason := why_not(self.model):
             ranks.say(f"{self.name}: {reason}: its answers come by transformers' generate, which is slower")
 
+    def bound(self, tokens: int) -> None:
+        """Lets no prompt and answer be longer than this together; the recipe's own window stays."""
+        self.positions = max(min(self.positions, tokens), self.limit + self.decoding.max_new_tokens)
+
     def limit_for(self, max_new_tokens: int | None) -> int:
         """The most tokens of a prompt with so long an answer; below 1 there is room for none."""
         window = self.candidate.recipe.max_length

@@ -1,5 +1,6 @@
 """The API gives what the evaluation measures, in OpenAI's shapes, and names what it does not take."""
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -295,7 +296,7 @@ def test_a_template_of_several_columns_takes_a_message_of_json_and_says_how(
     for columns, said in (
         ({"topic": "x"}, "question is missing"),
         ({"topic": 5, "question": "x"}, "topic is no text; write it in quotes"),
-        ({"topic": "x", "question": "x", "secret": "x"}, "1 columns more than prompt_template has"),
+        ({"topic": "x", "question": "x", "secret": "x"}, "prompt_template has no place for 1 of the columns"),
     ):
         error = ask(client, [{"role": "user", "content": json.dumps(columns)}]).json()["error"]
         assert error["message"].startswith(f"messages: {said}") and "secret" not in error["message"]
@@ -324,6 +325,16 @@ def test_a_max_tokens_that_is_too_large_is_told_the_one_that_leaves_the_window_w
         client, [{"role": "user", "content": "word " * 200}], "adapter", max_tokens=928, stop=["e", "o", "a", " "]
     )
     assert reply.status_code == 200 and reply.json()["usage"]["prompt_tokens"] > 90
+
+
+def test_no_request_sets_more_memory_aside_than_a_batch_may_have(gateway):
+    for most, positions in ((200, 200), (64, 96 + 24)):  # the recipe's own window stays
+        small = make_gateway(dataclasses.replace(gateway.recipe, max_batch_tokens=most), "base")
+        client = make_client(small)
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == positions
+        assert ask(client, max_tokens=1000).json()["error"]["code"] == "context_length_exceeded"
+        assert ask(client, max_tokens=24).status_code == 200
+        asyncio.run(small.engine.close())
 
 
 def test_tools_for_a_template_without_them_and_a_wrong_method_are_named(client):
