@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from carelm.evaluation import api, check_scores, label_results, repetition, scores, scripts, stated_numbers
+from carelm.evaluation import check_scores, endpoint, label_results, repetition, scores, scripts, stated_numbers
 from carelm.evaluation.label_results import Labelled
 from carelm.evaluation.questions import Question
 from carelm.evaluation.verdicts import verdict
@@ -158,7 +158,7 @@ def _cautions(recipe: Recipe, measured: dict[str, dict[str, Any]], pairs: int) -
             "The models were not measured in one place: their speeds do not compare (see the conditions of each)."
         )
     for name, m in measured.items():
-        cautions += [f"{name}: {api.what_was_refused(key)}" for key in m["conditions"].get("refused", [])]
+        cautions += [f"{name}: {endpoint.what_was_refused(key)}" for key in m["conditions"].get("refused", [])]
     held = {name: (f"{m['bits']}-bit weights, " if m["bits"] else "whole weights, ") + f"computed in {m['precision']}"
             for name, m in measured.items()}  # fmt: skip
     if len({*held.values()}) > 1:

@@ -3,15 +3,14 @@
 import json
 import runpy
 import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from launching import PROJECT
+from small_endpoint import Endpoint, completion
 
 from carelm.errors import UserError
 from carelm.evaluation import api
+from carelm.evaluation import endpoint as client
 from carelm.evaluation.pace import Pace
 from carelm.evaluation.questions import Question
 from carelm.evaluation.results import _cautions
@@ -24,67 +23,12 @@ QUESTIONS = [Question(f"q{i}", f"c{i}", "any", [{"role": "system", "content": "B
              for i in range(6)]  # fmt: skip
 
 
-def completion(text, **more):
-    return {"choices": [{"message": {"content": text}, "finish_reason": "stop"} | more],
-            "usage": {"prompt_tokens": 20, "completion_tokens": len(text.split())}}  # fmt: skip
-
-
-class Endpoint:
-    """A small server; `say(body, number)` gives the reply to the request of this number: an object, bytes, a status with
-    headers and bytes, or seconds to be silent for."""
-
-    def __init__(self):
-        self.say, self.bodies, self.keys, self.lock = (
-            lambda body, n: completion(f"Order {n} it is."),
-            [],
-            [],
-            threading.Lock(),
-        )
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_GET(self):
-                outer.keys.append(self.headers.get("Authorization"))
-                self.reply(404, b"{}")
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.bodies.append(body)
-                    outer.keys.append(self.headers.get("Authorization"))
-                    said = outer.say(body, len(outer.bodies))
-                if isinstance(said, float):
-                    time.sleep(said)
-                    said = completion("late")
-                if isinstance(said, tuple):
-                    self.reply(*said)
-                else:
-                    self.reply(200, said if isinstance(said, bytes) else json.dumps(said).encode())
-
-            def reply(self, status, data, **headers):
-                try:
-                    self.send_response(status)
-                    for name, value in {"Content-Length": len(data), **headers}.items():
-                        self.send_header(name.replace("_", "-"), str(value))
-                    self.end_headers()
-                    self.wfile.write(data)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-
 @pytest.fixture
 def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setattr(api, "WAITS_S", (0.01, 0.01))
-    monkeypatch.setattr(api, "TIMEOUT_S", 0.5)
-    monkeypatch.setattr(api, "PROBE_S", 0.5)
+    monkeypatch.setattr(client, "WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(client, "PROBE_S", 0.5)
     found = Endpoint()
     yield found
     found.server.shutdown()
@@ -216,7 +160,7 @@ def test_an_endpoint_that_answers_nonsense_or_is_slow_is_one_line(endpoint, tmp_
 
 
 def test_a_reply_without_end_is_cut_off(endpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "LARGEST_BYTES", 1000)
+    monkeypatch.setattr(client, "LARGEST_BYTES", 1000)
     endpoint.say = lambda body, n: b" " * 100_000
     assert "answers with more than" in error_of(endpoint, tmp_path)
 
