@@ -36,6 +36,7 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{named[0]} and {named[1]}: set only one of them")
     for key in (
         "learning_rate",
+        "beta",
         "lora_r",
         "lora_alpha",
         "num_train_epochs",
@@ -46,8 +47,8 @@ def check(recipe: Recipe) -> None:
         if given.get(key) is not None and given[key] <= 0:
             raise UserError(f"{key}: {given[key]} is not above 0")
     for key in ("warmup_steps", "weight_decay", "max_grad_norm", "lora_dropout", "seed", "data_seed", "split_seed",
-                "num_shots", "temperature", "num_sample_answers", "num_latency_prompts", "dataloader_num_workers",
-                "port", "certify"):  # fmt: skip
+                "answer_weight", "num_shots", "temperature", "num_sample_answers", "num_latency_prompts",
+                "dataloader_num_workers", "port", "certify"):  # fmt: skip
         if given.get(key) is not None and given[key] < 0:
             raise UserError(f"{key}: {given[key]} is below 0")
     if recipe.engine not in ("batcher", "vllm"):
@@ -114,10 +115,11 @@ def check(recipe: Recipe) -> None:
             '"{instruction}" and "{response}"), or messages_column; or text_column, role_column and conversation_column '
             "where each row is one message"
         )
+    _check_preferences(recipe)
     if any(given.get(key) for key in ALTERNATIVES[0][2]):
         _check_one_message_a_row(recipe)
     in_templates = []
-    for key in ("system_prompt", "prompt_template", "completion_template"):
+    for key in ("system_prompt", "prompt_template", "completion_template", "rejected_template"):
         if getattr(recipe, key) is not None:
             columns = template_columns(getattr(recipe, key), key)
             if key != "system_prompt" and not columns:
@@ -150,6 +152,43 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"model_name_or_path: {base} is not in CareLM's cache; `make real-base` or python demo/real_base.py makes "
             f"{REAL_BASE}"
+        )
+
+
+def _check_preferences(recipe: Recipe) -> None:
+    for key in ("prompt_column", "rejected_column"):
+        if getattr(recipe, key) and not recipe.messages_column:
+            raise UserError(f"{key}: set messages_column too, the column with the answer")
+    if recipe.rejected_template and not recipe.prompt_template:
+        raise UserError("rejected_template: set prompt_template and completion_template too, for the better answer")
+    named = next((key for key in ("rejected_template", "rejected_column") if getattr(recipe, key)), None)
+    if recipe.objective != "preferences":
+        if named:
+            raise UserError(f"{named}: it is for objective: preferences; set that, or leave it out")
+        return
+    if recipe.text_column:
+        raise UserError(
+            "objective: preferences takes rows with two answers each; leave out text_column, and set prompt_template, "
+            "completion_template and rejected_template, or messages_column and rejected_column"
+        )
+    missing = "rejected_column" if recipe.messages_column else "rejected_template"
+    if not getattr(recipe, missing):
+        raise UserError(f"objective: preferences needs {missing}, which says where the worse answer is")
+    if recipe.method == "prompt_tuning":
+        raise UserError("objective: preferences does not train by method: prompt_tuning; set method: lora or full")
+    if recipe.trained_turns == "all":
+        raise UserError(
+            "trained_turns: all is for objective: answers; of a pair the last answers are compared: leave it out"
+        )
+    if recipe.too_long == "cut":
+        raise UserError(
+            "too_long: cut is for objective: answers, as an answer that is cut is not the one that was judged; leave it out"
+        )
+    if recipe.training.get("label_smoothing_factor"):
+        raise UserError("label_smoothing_factor: it is for objective: answers; leave it out")
+    if recipe.also_train:
+        raise UserError(
+            "also_train: it is for objective: answers; leave it out, or put all pairs into the recipe's data"
         )
 
 

@@ -66,13 +66,15 @@ LORA_KEYS = (
 )  # fmt: skip
 NOT_ABOUT_DATA = {
     "method", "precision", "global_batch_size", "group_by_length", "num_virtual_tokens", "prompt_tuning_init_text",
+    "beta", "answer_weight",
     "early_stopping_patience", "num_sample_answers", "sample_max_new_tokens", "adapter", *LORA_KEYS,
     *CARD_KEYS, *EVALUATION_KEYS, *SERVING_KEYS,
     *RETRIEVAL_KEYS,
 }  # fmt: skip
 # What people change between runs, first the keys that all have, then those of a method.
 COMPARED = (
-    "method", "model_name_or_path", "adapter", "dataset_name", "max_samples", "max_length", "trained_turns",
+    "method", "objective", "beta", "answer_weight", "model_name_or_path", "adapter", "dataset_name", "max_samples",
+    "max_length", "trained_turns",
     "load_in_4bit", "load_in_8bit", "learning_rate", "lr_scheduler_type", "global_batch_size", "num_train_epochs", "max_steps",
     "seed",
 )  # fmt: skip
@@ -137,6 +139,10 @@ MEANT = {
     **dict.fromkeys(("data", "data_path", "data_files", "train_file", "train_data"), "dataset_name"),
     **dict.fromkeys(("r", "rank"), "lora_r"),
     **dict.fromkeys(("template", "prompt"), "prompt_template"),
+    **dict.fromkeys(("chosen", "chosen_template"), "completion_template"),
+    "chosen_column": "messages_column",
+    "rejected": "rejected_template",
+    "rpo_alpha": "answer_weight",
     "lr": "learning_rate",
     "alpha": "lora_alpha",
 }
@@ -158,8 +164,8 @@ LAUNCHER_KEYS = (
 # command line displace the others of an earlier file.
 ALTERNATIVES = (
     (
-        ("prompt_template", "completion_template"),
-        ("messages_column",),
+        ("prompt_template", "completion_template", "rejected_template"),
+        ("messages_column", "rejected_column", "prompt_column"),
         ("text_column", "role_column", "conversation_column", "order_column", "date_order", "reply_to_column"),
     ),
     (("order_column", "date_order"), ("reply_to_column",)),
@@ -184,6 +190,7 @@ DEFAULTS = {
     "save_total_limit": 2,
     "report_to": ["tensorboard"],
 }
+PREFERENCES = {"learning_rate": 5e-6}  # where objective: preferences has other defaults
 
 
 def identity_of(key: str, values: dict[str, Any], default: Any = None) -> Any:
@@ -263,6 +270,8 @@ def in_effect(keys: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """These of a run's keys, defaults included, less those of another method and the budget that the other one overrules."""
     method, steps = keys.get("method", "lora"), keys.get("max_steps")
     idle = {key for other, own in COMPARED_OF.items() if other != method for key in own}
+    if keys.get("objective", "answers") != "preferences":
+        idle |= {"objective", "beta", "answer_weight"}
     idle.add("num_train_epochs" if isinstance(steps, int) and steps > 0 else "max_steps")
     return {name: keys.get(name, default_of(name)) for name in names if name not in idle}
 

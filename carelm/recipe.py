@@ -30,6 +30,17 @@ class Recipe:
 
     # method and budget
     method: str = _key("lora", "What is trained.", ("lora", "full", "prompt_tuning"))
+    objective: str = _key(
+        "answers",
+        "What is learnt: the answers of the rows, or which of two answers is preferred (DPO).",
+        ("answers", "preferences"),
+    )
+    beta: float = _key(
+        0.1, "How closely the model stays to the one that it began as (objective: preferences); higher is closer."
+    )
+    answer_weight: float = _key(
+        0.0, "Weight of the preferred answer's own loss per token, added to that of the preference."
+    )
     precision: str = _key(
         "auto",
         "auto: bf16 on GPUs of compute capability 8.0 and newer, fp16 on older ones; on a CPU bf16 where its products are at "
@@ -96,6 +107,9 @@ class Recipe:
     )
     prompt_template: str | None = _key(None, 'The user message, e.g. "{instruction}".')
     completion_template: str | None = _key(None, 'The answer, e.g. "{response}".')
+    rejected_template: str | None = _key(
+        None, 'The worse answer to the same prompt (objective: preferences), e.g. "{rejected}".'
+    )
     optional_columns: list[str] = _key(
         [], "Columns of the templates that may be empty in a row; any other empty one counts like an empty answer."
     )
@@ -112,6 +126,14 @@ class Recipe:
         [], "{priority} is HIGH where one of these stands in the customer's words, else NORMAL."
     )
     messages_column: str | None = _key(None, "Column with a list of messages, instead of the two templates.")
+    rejected_column: str | None = _key(
+        None,
+        "Column with the worse answer, or the conversation that ends with it, beside a messages_column with the better one "
+        "(objective: preferences).",
+    )
+    prompt_column: str | None = _key(
+        None, "Column with the messages, or the question, before those of messages_column and rejected_column."
+    )
     role_key: str | None = _key(None, "Key of a message's role (default: role, from or speaker).")
     content_key: str | None = _key(None, "Key of a message's text (default: content, value, utterance or text).")
     user_roles: list[str] = _key([], "Values of the role that mean the user, where they are unusual.")

@@ -25,6 +25,7 @@ from carelm.keys import (
     MEANT_ONCE,
     NOT_ABOUT_DATA,
     OF_A_TEST,
+    PREFERENCES,
     default_of,
     identity_of,
     known,
@@ -122,7 +123,8 @@ def resolve(layers: list[Layer], name: str) -> Recipe:
     if "dataset_name" not in values:
         say("the recipe names no data: the demo's is taken; set dataset_name")
     values.setdefault("output_dir", f"outputs/{name}")
-    values = {**DEFAULTS, **_decided_by_adapter(values), **values}
+    of_objective = PREFERENCES if values.get("objective") == "preferences" else {}
+    values = {**DEFAULTS, **of_objective, **_decided_by_adapter(values), **values}
     by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
                 ("own", "training", "model")}  # fmt: skip
     recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=name)

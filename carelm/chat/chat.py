@@ -176,6 +176,31 @@ class Chat:
                 not be what is asked and answered.
         """
         counts: Counter = Counter()
+        rendered: list[Rendered | None] = self._render_whole(examples, counts)
+        for i, example in enumerate(examples):
+            if len(rendered[i].input_ids) > self.max_length:
+                rendered[i] = self._fit(example, counts)
+        return rendered, counts
+
+    def render_pairs(self, examples: list[Example]) -> tuple[list[tuple[Rendered, Rendered] | None], Counter]:
+        """Both answers of each pair in tokens, the better one first, behind the same prompt: old turns go until the longer one
+        fits, and a pair that never does is dropped. The rest is as in `render`."""
+        counts: Counter = Counter()
+        rendered = self._render_whole([answered for pair in examples for answered in _both(pair)], counts)
+        if FORGOTTEN in counts:
+            counts[FORGOTTEN] //= 2
+        pairs: list[tuple[Rendered, Rendered] | None] = [*zip(rendered[::2], rendered[1::2])]
+        for i, shorter in enumerate(examples):
+            is_cut = False
+            while pairs[i] is not None and max(len(r.input_ids) for r in pairs[i]) > self.max_length:
+                shorter, is_cut = self._without_oldest_turns(shorter), True
+                pairs[i] = shorter and tuple(map(self._render_one, _both(shorter)))
+            if is_cut:
+                counts["too long" if pairs[i] is None else "old turns dropped"] += 1
+        return pairs, counts
+
+    def _render_whole(self, examples: list[Example], counts: Counter) -> list[Rendered]:
+        """All examples in tokens, however long."""
         layouts, refused = [], {}
         for example in examples:
             try:
@@ -184,15 +209,12 @@ class Chat:
                 refused.setdefault(example.source, str(error))
         if refused:
             rows = f": {shortened([*refused], 5)}" if len(refused) > 1 else ""
-            number = f"; {len(refused)} of {len(examples)} rows cannot be written{rows}" if len(examples) > 1 else ""
+            total = len({example.source for example in examples})
+            number = f"; {len(refused)} of {total} rows cannot be written{rows}" if total > 1 else ""
             raise UserError(next(iter(refused.values())) + number)
         if forgotten := sum(layout.forgets for layout in layouts):
             counts[FORGOTTEN] = forgotten
-        rendered: list[Rendered | None] = [*self._render(layouts)]
-        for i, example in enumerate(examples):
-            if len(rendered[i].input_ids) > self.max_length:
-                rendered[i] = self._fit(example, counts)
-        return rendered, counts
+        return self._render(layouts)
 
     def _write(self, messages: list[dict], tools: list[dict] | None, for_answer: bool = False) -> str:
         """The text with marks around special tokens that the messages and tools hold themselves."""
@@ -328,6 +350,11 @@ class Chat:
             text = self._encoder.decode(rendered.input_ids[a:b].tolist())
             parts.append(f"\033[7;32m{text}\033[0m" if rendered.trained[a] else text)
         return "".join(parts)
+
+
+def _both(pair: Example) -> tuple[Example, Example]:
+    """A pair as two examples: with the better answer, and with the worse one."""
+    return pair, replace(pair, completion=pair.rejected)
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,15 @@ class Example:
     alone: tuple[str, ...] = ()  # those parts of it that are a question by themselves (`without_template`)
     row: dict[str, Any] | None = None  # as read, with predicted_columns
     unused: frozenset[str] = frozenset()  # keys of its messages that the recipe does not use
+    rejected: list[dict[str, Any]] | None = None  # of a pair: the worse answer; the better one is `completion`
 
 
 class NoAnswer(Exception):
     """A row that holds nothing to learn; the text says why."""
+
+
+class SameAnswers(NoAnswer):
+    """A pair whose two answers are the same text."""
+
+    def __init__(self):
+        super().__init__("both answers the same")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from carelm.data.example import NoAnswer
 from carelm.data.html_text import plain_text
-from carelm.data.messages import to_turns
+from carelm.data.messages import column_turns, message_columns
 from carelm.data.personal import UNJUDGED, count_unjudged, find_personal, has_html, has_signature
 from carelm.data.report import number_of
 from carelm.data.tags import used_tags
@@ -118,9 +118,10 @@ class PersonalCount:
         self._recipe, self._region = recipe, recipe.phone_region
         self._is_masked, self._missing = recipe.mask_personal_data, missing()
         self._counts_all = recipe.mask_personal_data or recipe.strip_html
-        templates = (recipe.system_prompt, recipe.prompt_template, recipe.completion_template)
+        templates = (recipe.system_prompt, recipe.prompt_template, recipe.completion_template,
+                     recipe.rejected_template)  # fmt: skip
         named = [c for template in templates for c in template_columns(template or "", "prompt_template")]
-        named += [recipe.messages_column, recipe.text_column, *recipe.reference_columns, *recipe.overlap_columns]
+        named += [*message_columns(recipe), recipe.text_column, *recipe.reference_columns, *recipe.overlap_columns]
         self._columns = [c for c in dict.fromkeys(filter(None, named)) if c not in used_tags(recipe)]
 
     def add(self, source: str, row: dict[str, Any]) -> None:
@@ -146,8 +147,8 @@ class PersonalCount:
             with contextlib.suppress(UserError, NoAnswer):  # said where the row is read
                 if column == self._recipe.text_column:
                     turns = row[column]
-                elif column == self._recipe.messages_column:
-                    turns = to_turns(self._recipe, source, row.get(column))[0]
+                elif column in message_columns(self._recipe):
+                    turns = column_turns(self._recipe, source, row, column)[0]
                 else:
                     count(cell_text(row, column, source, self._recipe.labels) or "", column)
                     continue

@@ -4,12 +4,13 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from carelm.data.example import NoAnswer
 from carelm.data.report import shortened
 from carelm.data.tools import parse_json, to_rows, to_tool_calls
-from carelm.data.values import as_text, as_word, is_empty, is_missing
+from carelm.data.values import as_text, as_word, cell_text, is_empty, is_missing
 from carelm.errors import UserError
 from carelm.recipe import Recipe
 
@@ -64,16 +65,15 @@ def unknown_roles(recipe: Recipe, rows: Iterable[tuple[str, dict[str, Any]]]) ->
 
 def _roles(recipe: Recipe, source: str, row: dict[str, Any]) -> list[Any]:
     """The values of the roles of a row that is a message or holds them; none of what has another shape, which is said later."""
-    if recipe.text_column:
-        values = [row.get(recipe.role_column)]
-    else:
-        keys = (recipe.role_key,) if recipe.role_key else ROLE_KEYS
-        messages = row.get(recipe.messages_column)
+    keys = (recipe.role_key,) if recipe.role_key else ROLE_KEYS
+    values = [row.get(recipe.role_column)] if recipe.text_column else []
+    for column in message_columns(recipe):
+        messages = row.get(column)
         with contextlib.suppress(UserError):
             messages = parse_json(messages, source) if isinstance(messages, str) and messages.strip() else messages
         messages = to_rows(messages)
         found = [m for m in messages if isinstance(m, dict)] if isinstance(messages, (list, tuple)) else []
-        values = [next((m[key] for key in keys if not is_empty(m.get(key))), None) for m in found]
+        values += [next((m[key] for key in keys if not is_empty(m.get(key))), None) for m in found]
     return [value for value in values if isinstance(value, (str, int, float)) and not is_empty(value)]
 
 
@@ -109,6 +109,41 @@ def to_turns(recipe: Recipe, source: str, messages: Any) -> tuple[list[dict], se
             turn["called"] = True
         turns.append(turn)
     return [{key: value for key, value in turn.items() if key != "called"} for turn in turns], unused
+
+
+def row_turns(recipe: Recipe, source: str, row: dict[str, Any], column: str) -> tuple[list[dict], set[str]]:
+    """The turns that end with those of this column, as `to_turns` gives them.
+
+    Beside a `prompt_column`, a text there is a question, and a text here its answer; messages that begin with those of the
+    prompt have it already.
+    """
+    turns, left = column_turns(recipe, source, row, column)
+    if not recipe.prompt_column:
+        return turns, left
+    before, more = column_turns(recipe, source, row, recipe.prompt_column)
+    return turns if turns[: len(before)] == before else before + turns, left | more
+
+
+def column_turns(recipe: Recipe, source: str, row: dict[str, Any], column: str) -> tuple[list[dict], set[str]]:
+    """The turns of one of `message_columns` alone."""
+    value = cell_text(row, column, source) if isinstance(row.get(column), str) else row.get(column)
+    if recipe.prompt_column and isinstance(value, str) and value.strip() and not _is_list(value):
+        return [{"role": "user" if column == recipe.prompt_column else "assistant", "content": value}], set()
+    return to_turns(replace(recipe, messages_column=column), source, value)
+
+
+def message_columns(recipe: Recipe) -> list[str]:
+    """The columns with a row's messages, in the order in which they are read."""
+    return [c for c in (recipe.prompt_column, recipe.messages_column, recipe.rejected_column) if c]
+
+
+def _is_list(text: str) -> bool:
+    """Whether the text is a list of objects, as a CSV file has it."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, list) and all(isinstance(item, dict) for item in found)
 
 
 def split_turns(turns: list[dict], trained_turns: str) -> tuple[list[dict], list[dict]]:

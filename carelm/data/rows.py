@@ -1,12 +1,12 @@
 """A row -> an example."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from carelm.data.example import Example, NoAnswer
+from carelm.data.example import Example, NoAnswer, SameAnswers
 from carelm.data.masking import clean, clean_turns
-from carelm.data.messages import split_turns, to_turns
+from carelm.data.messages import row_turns, split_turns
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.data.tools import to_tools
@@ -28,17 +28,22 @@ def to_example(
     """
     if split == "test" and recipe.predicted_columns:
         recipe = _with_optional(recipe, recipe.predicted_columns)
+    is_pair = recipe.objective == "preferences" and split != "test"  # a test compares answers with the better one
     references = [text for c in reference_columns if (text := _reference(recipe, source, row, c)).strip()]
     instead = reference_columns and split == "test"
     if instead and not references:
         raise NoAnswer("no reference")
     unused: set[str] = set()
+    rejected = None
     if recipe.text_column:
         prompt, completion = split_turns(clean_turns(recipe, row[recipe.text_column]), recipe.trained_turns)
     elif recipe.messages_column:
-        turns, left = to_turns(recipe, source, _cell(row, recipe.messages_column, source))
+        turns, left = row_turns(recipe, source, row, recipe.messages_column)
         unused = {f"key {key} of messages" for key in left}
         prompt, completion = split_turns(clean_turns(recipe, turns), recipe.trained_turns)
+        if is_pair:
+            turns, _ = row_turns(recipe, source, row, recipe.rejected_column)
+            rejected = _rejected_turns(clean_turns(recipe, turns), prompt)
     else:
         answer = references[0] if instead else _answer(recipe, source, row)
         question = _fill(recipe, "prompt_template", source, row)
@@ -46,6 +51,10 @@ def to_example(
             raise NoAnswer("empty question")
         prompt = [{"role": "user", "content": question}]
         completion = [{"role": "assistant", "content": answer}]
+        if is_pair:
+            rejected = [{"role": "assistant", "content": _answer(recipe, source, row, "rejected_template")}]
+    if rejected and [_said(turn) for turn in rejected] == [_said(turn) for turn in completion]:
+        raise SameAnswers
     has_place = prompt[0]["role"] == "system"  # which may be empty: exports fill it in for every row
     if recipe.system_prompt and not (has_place and prompt[0]["content"].strip()):
         system = _fill(recipe, "system_prompt", source, row)
@@ -67,7 +76,23 @@ def to_example(
         else None,
         row=row if recipe.predicted_columns else None,
         unused=frozenset(unused),
+        rejected=rejected,
     )
+
+
+def _rejected_turns(turns: list[dict], prompt: list[dict]) -> list[dict]:
+    """The worse answer, which must stand behind the prompt of the better one."""
+    try:
+        before, rejected = split_turns(turns, "last")
+    except NoAnswer as reason:
+        raise NoAnswer(f"rejected: {reason}") from None
+    if before != prompt:
+        raise NoAnswer("the two answers have different prompts")
+    return rejected
+
+
+def _said(turn: dict[str, Any]) -> Any:
+    return turn["role"], turn["content"].strip(), turn.get("tool_calls")
 
 
 def question_of(recipe: Recipe, source: str, row: dict[str, Any], values: dict[str, str] | None = None) -> str:
@@ -81,7 +106,7 @@ def question_of(recipe: Recipe, source: str, row: dict[str, Any], values: dict[s
 
 
 def _with_optional(recipe: Recipe, columns: Iterable[str]) -> Recipe:
-    return dataclasses.replace(recipe, optional_columns=[*recipe.optional_columns, *columns])
+    return replace(recipe, optional_columns=[*recipe.optional_columns, *columns])
 
 
 def _columns(recipe: Recipe, source: str, row: dict[str, Any]) -> tuple[str, ...]:
@@ -92,13 +117,13 @@ def _columns(recipe: Recipe, source: str, row: dict[str, Any]) -> tuple[str, ...
     return tuple(_text(recipe, source, row, column, recipe.labels) for column in columns)
 
 
-def _answer(recipe: Recipe, source: str, row: dict[str, Any]) -> str:
-    columns = template_columns(recipe.completion_template, "completion_template")
+def _answer(recipe: Recipe, source: str, row: dict[str, Any], key: str = "completion_template") -> str:
+    columns, which = template_columns(getattr(recipe, key), key), "rejected " * (key == "rejected_template")
     if any(isinstance(row.get(column), (list, dict)) for column in columns):
-        raise NoAnswer("answer is not text")
+        raise NoAnswer(f"{which}answer is not text")
     if not any((cell_text(row, column, source, recipe.labels) or "").strip() for column in columns):
-        raise NoAnswer("empty answer")
-    return _fill(recipe, "completion_template", source, row)
+        raise NoAnswer(f"empty {which}answer")
+    return _fill(recipe, key, source, row)
 
 
 def _reference(recipe: Recipe, source: str, row: dict[str, Any], column: str) -> str:
@@ -150,7 +175,7 @@ def used_columns(recipe: Recipe) -> set[str]:
     used = {recipe.messages_column, recipe.text_column, recipe.role_column, recipe.conversation_column}
     used |= {recipe.order_column, recipe.reply_to_column, recipe.category_column, recipe.id_column, recipe.tag_column}
     used |= {*_tools_columns(recipe), *used_tags(recipe), *(recipe.row_filter or {})}
-    used |= {*recipe.reference_columns, *recipe.overlap_columns}
-    for key in ("system_prompt", "prompt_template", "completion_template"):
+    used |= {*recipe.reference_columns, *recipe.overlap_columns, recipe.prompt_column, recipe.rejected_column}
+    for key in ("system_prompt", "prompt_template", "completion_template", "rejected_template"):
         used |= set(template_columns(getattr(recipe, key) or "", key))
     return used - {None}

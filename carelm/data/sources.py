@@ -308,16 +308,18 @@ def _check_columns(recipe: Recipe, rows: list[tuple[str, dict]], split: str, ref
     for source, row in rows:
         by_file.setdefault(source.rpartition(":")[0], set()).update(row)
     needed = {"messages_column": [recipe.messages_column] if recipe.messages_column else []}
-    for key in ("prompt_template", "completion_template", "system_prompt"):
+    for key in ("prompt_template", "completion_template", "rejected_template", "system_prompt"):
         needed[key] = template_columns(getattr(recipe, key) or "", key)
     for key in ("prompt_template", "system_prompt"):
         needed[key] = [column for column in needed[key] if column not in used_tags(recipe)]
     for key in ("tag_column", "category_column", "id_column", "tools_column", "text_column", "role_column",
-                "conversation_column", "order_column", "reply_to_column"):  # fmt: skip
+                "conversation_column", "order_column", "reply_to_column", "prompt_column", "rejected_column"):  # fmt: skip
         needed[key] = [getattr(recipe, key)] if getattr(recipe, key) else []
     needed["row_filter"] = list(recipe.row_filter or {})
     needed["reference_columns"] = references
     needed["overlap_columns"] = recipe.overlap_columns
+    if split == "test":  # its answers are measured against the better ones
+        needed["rejected_template"] = needed["rejected_column"] = []
     if split == "test":  # a new question does not have them
         needed["prompt_template"] = [c for c in needed["prompt_template"] if c not in recipe.predicted_columns]
     if split == "test" and references:  # such rows may have no other answer

@@ -7,7 +7,7 @@ from collections import Counter
 from itertools import chain
 
 from carelm.data.comparison import Comparison, first_words, last_words
-from carelm.data.example import Example, NoAnswer
+from carelm.data.example import Example, NoAnswer, SameAnswers
 from carelm.data.groups import draw_groups, largest_group
 from carelm.data.masking import PersonalCount
 from carelm.data.messages import UnknownRole, unknown_roles
@@ -71,12 +71,16 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
         personal.add(source, row)
         try:
             example = to_example(recipe, source, row, split, reference_columns)
+        except SameAnswers as reason:
+            dropped[str(reason)] += 1
+            report.first_dropped.setdefault(str(reason), source)
+            continue
         except NoAnswer as reason:
             dropped[str(reason)] += 1
             without_answer += 1
             report.first_dropped.setdefault(str(reason), source)
             continue
-        parts = [example.prompt, example.completion, example.tools, example.references]
+        parts = [example.prompt, example.completion, example.tools, example.references, example.rejected]
         content = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         try:
             digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
@@ -97,6 +101,12 @@ def _clean(recipe: Recipe, split: str, rows: Rows, reference_columns: list[str],
     report.personal_data = personal.describe()
     report.unused = dict(sorted(unused.items()))
     report.notes += _odd_turns(kept, report.unit) + _short_answers(recipe, kept)
+    if rows and dropped[str(SameAnswers())] == len(rows):
+        key = "rejected_template" if recipe.rejected_template else "rejected_column"
+        raise UserError(
+            f"{key}: in all {number_of(len(rows), 'row')} of the {split} split the two answers are the same (first: "
+            f"{rows[0][0]}); name the column with the worse one"
+        )
     if without_answer > recipe.max_empty_share * len(rows):
         doubt = f"the file's order counts, and {report.order_doubt}; else " if report.order_doubt else ""
         optional = "name the columns that may be empty in optional_columns, " if "empty column" in str(dropped) else ""

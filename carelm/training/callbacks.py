@@ -149,7 +149,8 @@ def make_callbacks(recipe, prepared, chat, speed: Speed) -> list[TrainerCallback
     callbacks = [StepSeed(), speed, ProgressBar(speed), Evaluations(prepared.validation is not None)]
     if tensorboard is not None:
         callbacks.append(tensorboard)
-    callbacks.append(SampleAnswers(chat, prepared.samples, recipe.sample_max_new_tokens, tensorboard))
+    samples = prepared.samples[: recipe.num_sample_answers]
+    callbacks.append(SampleAnswers(chat, samples, recipe.sample_max_new_tokens, tensorboard))
     if recipe.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
     if ranks.rank() == 0:

@@ -39,12 +39,17 @@ from carelm.recipe import Recipe
 
 
 class PreparedSplit:
-    """The tokens of one split, memory-mapped: item i is the pair (input_ids int32 [length], trained bool [length])."""
+    """The tokens of one split, memory-mapped: item i is (input_ids int32 [length], trained bool [length]).
+
+    Of preferences it is a pair of answers, one behind the other, each with the prompt before it: `pair(i)` has them apart.
+    """
 
     def __init__(self, folder: Path, name: str):
         self.tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r")
         self.trained = np.load(folder / f"{name}.trained.npy", mmap_mode="r")
         self.offsets = np.load(folder / f"{name}.offsets.npy")
+        borders = folder / f"{name}.borders.npy"  # where the second of a pair begins
+        self.borders = np.load(borders) if borders.exists() else None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -52,6 +57,11 @@ class PreparedSplit:
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[part], self.trained[part]
+
+    def pair(self, i: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """The better answer and the worse one, each as an item of its own."""
+        (ids, trained), border = self[i], self.borders[i]
+        return (ids[:border], trained[:border]), (ids[border:], trained[border:])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -112,7 +122,7 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
     return Prepared(
         train=PreparedSplit(folder, "train"),
         validation=PreparedSplit(folder, "validation") if "validation" in about["prepared"] else None,
-        samples=about["samples"][: recipe.num_sample_answers],
+        samples=about["samples"],
         report=about["report"],
         fingerprint=about["fingerprint"],
         files=files,
@@ -170,8 +180,11 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
     for split in ("train", "validation"):
         if not examples.get(split):
             continue
-        rendered, counts = chat.render(examples[split])
+        is_pair = recipe.objective == "preferences"
+        rendered, counts = (chat.render_pairs if is_pair else chat.render)(examples[split])
         kept = [r for r in rendered if r is not None]
+        borders = {"borders": [len(better.input_ids) for better, _ in kept]} if is_pair else {}
+        kept = [_joined(*pair) for pair in kept] if is_pair else kept
         if too_long := next((e.source for e, r in zip(examples[split], rendered) if r is None), None):
             reports[split].first_dropped["too long"] = too_long
             reports[split].notes.append(f"too long: {_way_to_keep(recipe, chat)}")
@@ -196,10 +209,12 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
             "tokens": np.concatenate([r.input_ids for r in kept]),
             "trained": np.concatenate([r.trained for r in kept]),
             "offsets": np.cumsum([0] + [len(r.input_ids) for r in kept]),
+            **borders,
         }
         for name, array in arrays.items():
             np.save(folder / f"{split}.{name}.npy", array)
         content += [arrays["tokens"].tobytes(), arrays["trained"].tobytes()]
+        content += [np.asarray(borders["borders"]).tobytes()] if is_pair else []
         prepared.append(split)
     if "test" in reports:
         reports["test"].used = len(examples["test"])
@@ -210,6 +225,11 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
         "fingerprint": fingerprint(*content),
     }
     (folder / "report.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _joined(better: Rendered, worse: Rendered) -> Rendered:
+    """A pair as one example, so that both are dealt to one micro-batch and count as one."""
+    return Rendered(*(np.concatenate([getattr(r, name) for r in (better, worse)]) for name in ("input_ids", "trained")))
 
 
 def _look_for_labels(

@@ -13,15 +13,17 @@ def preview(recipe: Recipe, chat: Chat, number: int) -> str:
     the report of the training, which finds them prepared."""
     prepared = prepare(recipe, chat)
     examples, _ = make_examples(recipe)
-    rendered, _ = chat.render(examples["train"][:number])
+    is_pair = recipe.objective == "preferences"
+    rendered, _ = (chat.render_pairs if is_pair else chat.render)(examples["train"][:number])
     parts = []
     for example, tokens in zip(examples["train"], rendered):
         if tokens is None:
             parts.append(f"--- {example.source}: dropped, too long for max_length {recipe.max_length}")
-        else:
+            continue
+        for answer, one in zip((", preferred", ", rejected"), tokens) if is_pair else [("", tokens)]:
             parts.append(
-                f"--- {example.source}: {len(tokens.input_ids)} tokens, {int(tokens.trained.sum())} trained (highlighted)\n"
-                + chat.highlight(tokens)
+                f"--- {example.source}{answer}: {len(one.input_ids)} tokens, {int(one.trained.sum())} trained (highlighted)\n"
+                + chat.highlight(one)
             )
     parts.append("--- data\n" + format_report(prepared.report))
     parts += learnt.expect(recipe, prepared)
