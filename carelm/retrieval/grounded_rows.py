@@ -17,9 +17,7 @@ from carelm.retrieval.support import ENOUGH, Supporting, content_words, sentence
 
 RETRIEVED, GOLD, NONE, LEFT_OUT = "retrieved", "gold", "none", "left out"  # what stands in front of a test question
 AS_GOOD = 0.75  # of the best passage's support: so much, and a passage may answer the question too
-A_PART = (
-    0.25  # of the words of an answer that passages support: what supports less of it has them by chance ("kind words")
-)
+AT_LEAST = 3  # content words that a sentence shares with its passage: two are shared by chance ("your kind words")
 Search = Callable[
     [list[str], int], list[list[tuple[Passage, float]]]
 ]  # of each question the best passages, with confidence
@@ -110,13 +108,19 @@ class Rows:
     def _gold_of(self, one: Asked, allowed: set[str] | None) -> Asked | None:
         """The question with its gold passages; None where these support less than half of the words of its answer."""
         found = [{self._order[k].id: share for k, share in self._supporting.find(s).items()} for s in one.said]
-        gold = [next((i for i in by if allowed is None or i in allowed), None) for by in found]
+        found = [{i: share for i, share in by.items() if allowed is None or i in allowed} for by in found]
         words, held = [len(content_words(s)) for s in one.said], Counter[str]()
-        for best, number in zip(gold, words):
-            held.update({best: number} if best else {})
-        if held.total() < ENOUGH * sum(words) or not held.total():
+        for by, number in zip(found, words):
+            held.update({i: round(share * number) for i, share in by.items()})
+        main = max(held, key=held.__getitem__, default=None)  # the passage that most of the answer stands in
+        if main is None or held[main] < AT_LEAST:
             return None
-        gold = [best if best and held[best] >= A_PART * held.total() else None for best in gold]
+        gold = [
+            main if main in by else next((i for i in by if round(by[i] * number) >= AT_LEAST), None)
+            for by, number in zip(found, words)
+        ]
+        if sum(number for i, number in zip(gold, words) if i) < ENOUGH * sum(words):
+            return None
         as_good = {i for best, by in zip(gold, found) if best for i in by if by[i] >= AS_GOOD * by[best]}
         return replace(one, gold=gold, supporting=frozenset(as_good))
 

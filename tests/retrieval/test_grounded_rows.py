@@ -63,6 +63,16 @@ def test_an_answer_that_no_passage_supports_is_left_out_and_counted():
     assert rows.counts == {"answer in no passage": 1}
 
 
+def test_a_sentence_is_of_the_passage_of_the_whole_answer_and_of_none_for_two_words_in_common():
+    other = Passage("club#1", "club.md", "Club", None, None, None, "We find kind words in aisle 0 for each member.")
+    rows = Rows([*PASSAGES, other], lambda messages, answer: True, number=4, left_out=0, seed=1)
+    answer = "Thank you for your kind words! The lamp Gull costs 10 euros. You find it in aisle 0."
+    one = Example(
+        [{"role": "user", "content": "And the lamp?"}], [{"role": "assistant", "content": answer}], "a", None, "a:1"
+    )
+    assert rows.ask([one])[0].gold == [None, "shop#0", "shop#0"]
+
+
 def test_where_the_data_says_which_passages_answer_a_question_no_other_one_does():
     rows, answer = make(), {"role": "assistant", "content": "A lamp costs about 10 euros."}
     one = Example([{"role": "user", "content": "What do lamps cost?"}], [answer], "a", None, "a.jsonl:1")
