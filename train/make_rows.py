@@ -19,6 +19,9 @@ test.jsonl         four for each: these two, with its passages alone, and withou
 
 What is done next: accelerate launch train/sft.py --config R, eval/run.py, and eval/grounding.py, which compares the four.
 
+Other rows have a file of their own, which --pairs and --add lead to with all other words: pairs of answers to learn from
+(train/make_pairs.py --help), and a column that a model fills in (train/add_column.py --help).
+
 exit status: 0 the rows are written, 2 something is to be mended.
 """
 
@@ -26,6 +29,7 @@ import argparse
 import dataclasses
 import json
 import random
+import runpy
 import sys
 from pathlib import Path
 
@@ -40,6 +44,8 @@ from carelm.files import locate, write_whole
 from carelm.next_steps import say_next, words_of
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_named, load_recipe
+
+OTHERS = {"--pairs": "make_pairs.py", "--add": "add_column.py"}  # rows of another kind, and the file that makes them
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -62,6 +68,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
+    for word, file in OTHERS.items():
+        if word in sys.argv:
+            sys.argv = [str(Path(__file__).with_name(file)), *(w for w in sys.argv[1:] if w != "--pairs")]
+            return runpy.run_path(sys.argv[0])["main"]()
     options, keys = parse()
     recipe = load_recipe(keys, usage=__doc__)
     for name in ("left_out", "held_out"):

@@ -32,11 +32,12 @@ class AskedCheck:
     references: float
 
 
-def ask(recipe: Recipe, questions: Sequence[Question]) -> list[AskedCheck]:
-    """The recipe's checks for these questions; how many each is about is said.
+def ask(recipe: Recipe, questions: Sequence[Question], split: str = "test") -> list[AskedCheck]:
+    """The recipe's checks for these questions of a split; how many each is about is said.
 
     Raises:
-        UserError: for a check that is about none of them, and a pattern that takes too long.
+        UserError: for a pattern that takes too long, and a check that is about no test question. One that is about none of
+            another split is left out.
     """
     asked = []
     for check in parse_checks(recipe.checks):
@@ -46,12 +47,15 @@ def ask(recipe: Recipe, questions: Sequence[Question]) -> list[AskedCheck]:
             for i, question in enumerate(questions):
                 if (pattern := check.pattern_for(unify(question.last_words()), clock)) is not None:
                     found[i] = pattern
-            right = [any([_passes(check, found[i], text, clock) for text in questions[i].references]) for i in found]
+            right = [any([passes(check, found[i], text, clock) for text in questions[i].references]) for i in found]
         except TimeoutError:
             raise UserError(
-                f"checks: '{check.name}': its pattern takes too long on test row {questions[i].id}; write it without a repeat "
-                "inside a repeat, such as (a+)+"
+                f"checks: '{check.name}': its pattern takes too long on {split} row {questions[i].id}; write it without a "
+                "repeat inside a repeat, such as (a+)+"
             ) from None
+        if not found and split != "test":
+            ranks.say(f"check '{check.name}': about none of {len(questions)} questions")
+            continue
         if not found:
             raise UserError(
                 f"checks: '{check.name}': `when` matches 0 of the {len(questions)} test questions; mend it ((?i) ignores "
@@ -86,7 +90,7 @@ def score(
             for name, predicted in lines.items():
                 clock, right = Clock(), []
                 for i in places:
-                    right.append(_passes(check, one.patterns[i], predicted[i]["prediction"], clock))
+                    right.append(passes(check, one.patterns[i], predicted[i]["prediction"], clock))
                 turns = {check.name: scores.mean_of(np.array(right, float))}
                 scored[name] = scores.resample(scores.by_conversation(turns, conversations), drawn)
                 failed = [questions[i].id for i, passed in zip(places, right) if not passed]
@@ -111,5 +115,6 @@ def score(
     return results, cautions
 
 
-def _passes(check: AnswerCheck, pattern: regex.Pattern, text: str, clock: Clock) -> bool:
+def passes(check: AnswerCheck, pattern: regex.Pattern, text: str, clock: Clock) -> bool:
+    """Whether an answer has what the check wants, or not what it forbids; raises TimeoutError where that takes too long."""
     return (clock.search(pattern, unify(text)) is not None) == check.must

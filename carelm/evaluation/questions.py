@@ -97,6 +97,11 @@ def make_questions_of_both(
     return questions, validation, about
 
 
+def ask_split(recipe: Recipe, chat: Chat, examples: list[Example]) -> list[Question]:
+    """The questions of one split's examples, as they are trained: with the data's own values of `predicted_columns`."""
+    return _ask(recipe, chat, examples, shots=[])
+
+
 def _how_to_ask_more(recipe: Recipe, report: SplitReport, is_trained_on: bool) -> str:
     """What limits the number of test questions, as the end of a sentence that says what to do."""
     if left := report.dropped.get("beyond max_eval_samples"):

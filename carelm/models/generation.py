@@ -275,7 +275,7 @@ def latency(
         lasts = f"about {seconds / 60:.0f} minutes" if seconds >= 90 else f"about {seconds:.0f} s"
         say(f"latency: {len(prompts)} answers, one at a time, {lasts}; num_latency_prompts: 0 leaves it out")
     first, further, whole = [], [], []
-    for ids in tqdm(prompts, desc="latency", unit="example", dynamic_ncols=True):
+    for ids in tqdm(prompts, desc="latency", unit="example", dynamic_ncols=True, disable=not prompts):
         started, *times = _time_one(model, chat, ids, decoding, device, batcher)
         first.append(1e3 * (times[0] - started))
         whole.append(1e3 * (times[-1] - started))

@@ -1,0 +1,90 @@
+"""train/add_column.py: rows that lack a column get it from a model, with who wrote it beside it."""
+
+import json
+import runpy
+import sys
+
+import pytest
+from conftest import PROJECT
+
+from carelm.data.readers import Rows
+from carelm.errors import UserError
+from carelm.evaluation.added import ask_for, fill_in
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A recipe whose answers need a column that some rows lack."""
+    own = [
+        {"q": f"Where is parcel {k}?", "a": "On its way.", "reason": "It left." if k == 0 else None} for k in range(3)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"q": "And mine?", "a": "Soon."}) + "\n")
+    keys = {
+        "model_name_or_path": "demo/base", "precision": "fp32", "dataset_name": str(tmp_path / "*.jsonl"),
+        "prompt_template": "{q}", "completion_template": "{a} {reason}", "max_new_tokens": 200, "system_prompt": "Be kind.",
+        "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    (tmp_path / "shop.yaml").write_text(json.dumps(keys))
+    return tmp_path
+
+
+@pytest.fixture
+def run(rows, monkeypatch, capsys):
+    def run(*words, file="add_column.py"):
+        argv = [str(PROJECT / "train" / file), "--config", str(rows / "shop.yaml"), *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(argv[0])["main"]()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_model_fills_in_what_is_missing_and_the_test_rows_stay_as_they_are(rows, run):
+    told = run("--add", "reason", "--ask", "{q} {a} Why?", file="make_rows.py")
+    first, *others = read(rows / "out-reason/train.jsonl")
+    assert (first["reason"], first["reason_source"]) == ("It left.", "data")
+    assert all(row["reason"] and row["reason_source"] == "base" and row["a"] == "On its way." for row in others)
+    assert read(rows / "out-reason/test.jsonl") == [
+        {"q": "And mine?", "a": "Soon.", "reason": None, "reason_source": None}
+    ]
+    assert told["rows"] == {"train": 3, "test": 1} and told["counts"] == {"train rows filled in": 2}
+
+
+def test_the_model_is_asked_by_the_columns_alone_and_an_answer_cut_off_is_nobodys():
+    rows: Rows = [
+        ("r.jsonl:1", {"q": "Where?", "n": 7.0}),
+        ("r.jsonl:2", {"q": " ", "n": 8}),
+        ("r.jsonl:3", {"q": "x", "n": 1}),
+    ]
+    questions, without = ask_for("{q} ({n}) {{why}}", "why", rows)
+    assert [q.messages for q in questions] == [
+        [{"role": "user", "content": "Where? (7) {why}"}], [{"role": "user", "content": "x (1) {why}"}],
+    ]  # fmt: skip
+    assert without == {"empty column 'q'": 1}
+    answers = [
+        {"id": "r.jsonl:1", "prediction": " So. ", "finish_reason": "stop"},
+        {"id": "r.jsonl:3", "prediction": "It goes on", "finish_reason": "length"},
+    ]
+    filled, counts = fill_in("why", rows, answers, "api:big")
+    assert [(row["why"], row["why_source"]) for row in filled] == [("So.", "api:big"), (None, None), (None, None)]
+    assert counts == {"answer empty or cut off": 1}
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["--ask", "{q}"], "--add is missing"),
+        (["--add", "reason", "--ask", "Why?"], "--ask: it names no column"),
+        (["--add", "reason", "--ask", "{question}"], "has no column 'question'"),
+        (["--add", "q", "--ask", "{a}"], "--add: every row has the column q"),
+        (["--add", "reason", "--ask", "{q}", "--to", "{rows}"], "--to: .* holds other data"),
+    ],
+)
+def test_what_cannot_be_added_is_one_line_before_any_weights(rows, run, words, line):
+    with pytest.raises(UserError, match=line):
+        run(*[word.replace("{rows}", str(rows)) for word in words])

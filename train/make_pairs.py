@@ -1,0 +1,197 @@
+"""Makes pairs of answers, one that is preferred to the other, of which a model learns with `objective: preferences`.
+
+    python train/make_pairs.py --config recipes/shop.yaml                # the run's result answers its own training questions
+    python train/make_pairs.py --config recipes/shop.yaml --by rougeL --num_answers 8 --max_samples 500
+    python train/make_pairs.py --config recipes/shop.yaml --model api:NAME --api_url URL
+    python train/make_pairs.py --config recipes/shop.yaml --feedback     # of what people marked on the server's page
+
+The model (--model: adapter, base, merged, a folder or api:NAME) gives several answers to each question of train and of
+validation, drawn at the recipe's temperature and seed. The best and the worst are a pair: by the recipe's `checks` (--by
+checks), or by a score such as its primary_metric. Where all are worth the same there is none, which is counted. With
+--and_expected the data's own answer is one of them: one drawn answer is enough then. Test questions are never among them. The
+answers are kept in the run's folder: the same command goes on where it stopped.
+
+--feedback [FILE] asks no model: of outputs/NAME/feedback.jsonl, an answer marked good and one marked bad to the same
+conversation are a pair, and so are an answer as somebody edited it and as it was.
+
+--to FOLDER (default: the run's folder with -pairs) gets train.jsonl and validation.jsonl, with the columns prompt (messages),
+chosen and rejected; test.jsonl has the expected answers of the recipe's test questions as chosen, and nothing rejected.
+
+exit status: 0 the pairs are written, 2 something is to be mended.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
+
+from carelm import environment, interrupts, ranks  # noqa: F401
+from carelm.command_line import own_options
+from carelm.data.report import list_counts
+from carelm.data.sources import stay_offline
+from carelm.errors import UserError
+from carelm.files import locate, write_whole
+from carelm.keys import EVALUATION_KEYS
+from carelm.recipe import FEEDBACK, Recipe
+from carelm.recipe_file import load_recipe
+
+ABOUT = "pairs.json"  # in the run's folder: how its pairs came about
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--to", type=Path, help="folder to write (default: the run's folder with -pairs)")
+    parser.add_argument("--by", help="checks, or a score: rougeL, chrf ... (default: checks where the recipe has some, else "
+                        "its primary_metric)")  # fmt: skip
+    parser.add_argument(
+        "--model", help="adapter, base, merged, a folder or api:NAME (default: the run's result, else the base)"
+    )
+    parser.add_argument("--num_answers", type=int, default=4, help="answers to each question (default: 4)")
+    parser.add_argument("--and_expected", action="store_true", help="the data's own answer is one of them")
+    parser.add_argument(
+        "--feedback", nargs="?", const="", help=f"pairs of this file of marks (default: the run's {FEEDBACK})"
+    )
+    return own_options(parser)
+
+
+def main() -> None:
+    options, keys = parse()
+    recipe = load_recipe(keys, usage=__doc__, first=EVALUATION_KEYS)
+    folder = options.to or recipe.output_dir.with_name(recipe.output_dir.name + "-pairs")
+    if folder.exists() and not is_own(folder):
+        raise UserError(f"--to: {folder} holds other data; name another folder for the pairs")
+    stay_offline(recipe)
+    launch = ranks.check_launch_without_zero3()
+    rows, about = of_feedback(recipe, options) if options.feedback is not None else drawn(recipe, options, launch)
+    if ranks.rank() == 0:
+        write(recipe, folder, rows, about)
+
+
+def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dict[str, list], dict[str, Any]]:
+    """Rows by split, of answers that a model gives."""
+    if options.num_answers < (least := 2 - options.and_expected):
+        raise UserError(
+            f"--num_answers: of {options.num_answers} none is better than another; give at least {least}, or --and_expected"
+        )
+    if recipe.temperature == 0:
+        ranks.say("temperature: 0 would give one answer again and again; they are drawn at 1.0")
+        recipe = dataclasses.replace(recipe, temperature=1.0)
+    from carelm.evaluation import scores
+    from carelm.evaluation.candidates import find_candidates
+
+    by = options.by or ("checks" if recipe.checks else recipe.primary_metric)
+    if by not in ("checks", *scores.TEXT_SCORES):
+        raise UserError(f"--by: '{by}' is none of checks, {', '.join(scores.TEXT_SCORES)}")
+    if by == "checks" and not recipe.checks:
+        raise UserError("--by checks: the recipe has no checks; write some, or name a score such as rougeL")
+    (model,) = find_candidates(dataclasses.replace(recipe, models=[options.model or result_of(recipe)]))
+    ranks.say(f"{model.name} answers, {options.num_answers} times each, by {by}")
+    from carelm.chat.chat import make_chat
+    from carelm.data.splits import make_examples
+    from carelm.evaluation.questions import ask_split, make_questions
+
+    chat, examples = make_chat(recipe), make_examples(recipe)[0]
+    asked = {
+        split: ask_split(recipe, chat, examples[split]) for split in ("train", "validation") if examples.get(split)
+    }
+    tested = make_questions(dataclasses.replace(recipe, num_shots=0), chat)[0] if examples.get("test") else []
+
+    from carelm.evaluation.drawn import draw, get_ready
+    from carelm.evaluation.pairs import choose, expected, row_of, score
+
+    get_ready(launch)
+    rows: dict[str, list] = {}
+    without: Counter[str] = Counter()
+    said = {}
+    for split, questions in asked.items():
+        answers = draw(recipe, model, questions, options.num_answers, recipe.output_dir / "answers" / split)
+        if ranks.rank() != 0:
+            continue
+        answers += [expected(chat, questions)] * options.and_expected
+        pairs, left_out = choose(questions, answers, score(recipe, by, questions, answers), model.name)
+        without += left_out
+        rows[split] = [pair.row() for pair in pairs]
+        said[split] = {"questions": len(questions), "pairs": len(pairs)}
+    ranks.leave()
+    rows["test"] = [row_of(question) | {"chosen": question.references[0]} for question in tested]
+    how = {
+        "by": by,
+        "model": model.name,
+        "num_answers": options.num_answers,
+        "and_expected": options.and_expected,
+        "temperature": recipe.temperature,
+    }
+    return rows, how | {"seed": recipe.seed, "splits": said, "without_pair": dict(without)}
+
+
+def of_feedback(recipe: Recipe, options: argparse.Namespace) -> tuple[dict[str, list], dict[str, Any]]:
+    """Rows by split, of what people marked or edited."""
+    from carelm.chat.chat import make_chat
+    from carelm.data.splits import make_examples
+    from carelm.evaluation.pairs import row_of
+    from carelm.evaluation.questions import make_questions
+    from carelm.talk.marked_pairs import pairs_of
+
+    file = Path(locate(options.feedback)) if options.feedback else recipe.output_dir / FEEDBACK
+    examples = make_examples(dataclasses.replace(recipe, max_eval_samples=None))[0]
+    pairs, without = pairs_of(file, [*examples.get("validation", []), *examples.get("test", [])])
+    tested = (
+        make_questions(dataclasses.replace(recipe, num_shots=0), make_chat(recipe))[0] if examples.get("test") else []
+    )
+    rows = {"train": pairs, "test": [row_of(question) | {"chosen": question.references[0]} for question in tested]}
+    return rows, {"by": "marks", "model": None, "feedback": str(file), "without_pair": dict(without)}
+
+
+def result_of(recipe: Recipe) -> str:
+    """The name of what the run has trained; of the base where it has not."""
+    if recipe.method == "full":
+        return str(recipe.output_dir) if (recipe.output_dir / "config.json").exists() else "base"
+    return "adapter" if (recipe.output_dir / "adapter_config.json").exists() else "base"
+
+
+def is_own(folder: Path) -> bool:
+    """Whether this file has written what lies there."""
+    train = folder / "train.jsonl"
+    if not train.is_file():
+        return folder.is_dir() and not any(folder.iterdir())
+    with open(train, encoding="utf-8") as lines:
+        return '"rejected"' in lines.readline()
+
+
+def write(recipe: Recipe, folder: Path, rows: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> None:
+    """The files and what is said of them; raises UserError where there is no pair to train on."""
+    without = list_counts(about["without_pair"]) or "none without"
+    if not rows["train"]:
+        raise UserError(
+            f"--by: no training question gives a pair ({without}); ask more of them, draw more answers, or by another rule"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation", "test"):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.get(split, []))
+        (folder / f"{split}.jsonl").unlink(missing_ok=True)  # of an earlier time
+        if lines:
+            write_whole(folder / f"{split}.jsonl", lines)
+    words = {
+        side: round(sum(len(row[side].split()) for row in rows["train"]) / len(rows["train"]), 1)
+        for side in ("chosen", "rejected")
+    }
+    about = about | {"rows": {split: len(of_split) for split, of_split in rows.items()}, "mean_words": words}
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(recipe.output_dir / ABOUT, json.dumps(about, indent=1, ensure_ascii=False))
+    ranks.say(f"{', '.join(f'{len(r)} {split}' for split, r in rows.items())} rows in {folder}; no pair: {without}")
+    ranks.say(f"mean length of an answer, words: chosen {words['chosen']}, rejected {words['rejected']}")
+    ranks.print_result({"folder": str(folder), **about})
+
+
+if __name__ == "__main__":
+    ranks.run_main(main, kept="the answers so far stay and are not made again")
