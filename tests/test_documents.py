@@ -145,7 +145,14 @@ def check_file(file: str, words: list[str]) -> None:
         return
     if file == "train/sweep.py":
         read_sweep([word for word in words if word != "--dry_run"])
-    elif file in ("train/merge.py", "train/export.py", "train/make_rows.py", "eval/grounding.py"):
+    elif file in (
+        "train/merge.py",
+        "train/export.py",
+        "train/make_rows.py",
+        "train/make_pairs.py",
+        "train/add_column.py",
+        "eval/grounding.py",
+    ):
         _, keys = module(file, words).parse()
         load_recipe(keys if "--config" in keys else ["--config", EXAMPLES[0], *keys], usage="")
     elif file == "train/runs.py":
