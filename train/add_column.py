@@ -69,7 +69,7 @@ def main() -> None:
     launch = ranks.check_launch_without_zero3()
     from carelm.evaluation.added import ask_for, check, fill_in, load_rows
     from carelm.evaluation.candidates import find_candidates
-    from carelm.evaluation.drawn import draw, get_ready
+    from carelm.evaluation.draws import draw, get_ready
 
     (model,) = find_candidates(dataclasses.replace(recipe, models=[options.model]))
     rows = load_rows(recipe, options.ask)

@@ -106,7 +106,7 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
     }
     tested = make_questions(dataclasses.replace(recipe, num_shots=0), chat)[0] if examples.get("test") else []
 
-    from carelm.evaluation.drawn import draw, get_ready
+    from carelm.evaluation.draws import draw, get_ready
     from carelm.evaluation.pairs import choose, expected, row_of, score
 
     get_ready(launch)

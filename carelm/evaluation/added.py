@@ -9,7 +9,7 @@ from carelm.data.sources import load_splits
 from carelm.data.templates import fill, template_columns
 from carelm.data.values import cell_text, plain
 from carelm.errors import UserError
-from carelm.evaluation.drawn import Lines
+from carelm.evaluation.draws import Lines
 from carelm.evaluation.questions import Question
 from carelm.recipe import Recipe
 

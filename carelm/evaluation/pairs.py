@@ -11,7 +11,7 @@ import numpy as np
 from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.evaluation import check_scores, scores
-from carelm.evaluation.drawn import Lines
+from carelm.evaluation.draws import Lines
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scripts import unify
 from carelm.recipe import Recipe
