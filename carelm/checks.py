@@ -16,7 +16,8 @@ from carelm.recipe import Recipe
 def check(recipe: Recipe) -> None:
     """What can be wrong between keys, found without torch."""
     for key in ("global_batch_size", "num_virtual_tokens", "sample_max_new_tokens", "max_new_tokens", "max_batch_tokens",
-                "num_resamples", "max_queue", "answer_timeout", "max_body_bytes", "chunk_tokens", "num_passages"):  # fmt: skip
+                "num_resamples", "max_queue", "answer_timeout", "max_body_bytes", "chunk_tokens", "num_passages",
+                "judge_samples", "judge_max_tokens"):  # fmt: skip
         if getattr(recipe, key) < 1:
             raise UserError(f"{key}: {getattr(recipe, key)} is not at least 1")
     for key in ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -75,6 +76,8 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"labels: {recipe.labels}: each needs a name of its own that is neither empty nor 'unparsable'")
     if recipe.primary_metric.endswith(("accuracy", "macro_f1")) and not recipe.labels:
         raise UserError(f"primary_metric: {recipe.primary_metric} needs labels; list them, e.g. labels: [yes, no]")
+    if recipe.judge_decides and not recipe.judge:
+        raise UserError("judge_decides: there is no judge; name one in judge, as the endpoint at judge_url calls it")
     parse_checks(recipe.checks)
     check_tags(recipe)
     check_personal(recipe)

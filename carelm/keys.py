@@ -27,7 +27,7 @@ from carelm.recipe import Recipe
 EVALUATION_KEYS = (
     "models", "num_shots", "max_new_tokens", "max_batch_tokens", "temperature", "top_p", "reference_columns", "labels",
     "overlap_columns", "primary_metric", "num_resamples", "num_latency_prompts", "checks",
-    "also_test", "api_url", "rate",
+    "also_test", "api_url", "rate", "judge", "judge_url", "judge_samples", "judge_max_tokens", "judge_decides",
 )  # fmt: skip
 # Keys that serve/run.py alone reads.
 SERVING_KEYS = (

@@ -252,6 +252,21 @@ class Recipe:
         False,
         "Write rate.html too: blind pairs of answers to rate by hand; the file that it saves counts in the next report.",
     )
+    judge: str | None = _key(
+        None,
+        "Model that judges the answers, as the endpoint at judge_url calls it: each by four criteria, and every two of them "
+        "against each other in both orders.",
+    )
+    judge_url: str | None = _key(
+        None,
+        "Address of the judge's OpenAI-compatible endpoint (default: api_url); the key is read from JUDGE_API_KEY, or from "
+        "OPENAI_API_KEY where api_url names no other endpoint.",
+    )
+    judge_samples: int = _key(100, "Test questions whose answers are judged, drawn by split_seed.")
+    judge_max_tokens: int = _key(512, "Longest reply of the judge, in tokens, its hidden reasoning included.")
+    judge_decides: bool = _key(
+        False, "The judge's preference is the answer of the report; otherwise it stands beside primary_metric's."
+    )
     # serving
     host: str = _key("127.0.0.1", "Address that serve/run.py listens at; one that others reach needs a key of the API.")
     port: int = _key(8000, "Port that it listens at; 0 takes a free one.")

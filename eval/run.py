@@ -5,10 +5,12 @@
     python eval/run.py --config recipes/shop.yaml --models base adapter adapter@bf16 outputs/other --num_shots 2
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml eval/run.py --config recipes/shop.yaml
     accelerate launch eval/run.py --config recipes/shop.yaml --rate        # and rate.html: blind pairs, rated by hand
+    python eval/run.py --config recipes/shop.yaml --judge NAME --judge_url https://api.openai.com/v1   # and a model judges
 
 Each rank answers its share. Writes OUTPUT_DIR/eval/: results.json, report.html, report.md, predictions-MODEL.jsonl,
-recipe.yaml and TensorBoard events. Predictions are kept as they are made: the same command again goes on where it stopped,
-and what has been answered is not answered again. The last line on standard output is the comparison as one JSON object.
+judgements-JUDGE.jsonl, recipe.yaml and TensorBoard events. Answers and judgements are kept as they are made: the same command
+again goes on where it stopped, and what is there is not made again. The last line on standard output is the comparison as one
+JSON object.
 
 exit status: 0 the report is written, 2 something in the recipe, the data, the models or the launch is to be mended.
 """
@@ -33,12 +35,14 @@ def main() -> None:
     stay_offline(recipe, *others.values())
     launch = ranks.check_launch_without_zero3()
     from carelm.evaluation import candidates
+    from carelm.evaluation.judge import find_judge
     from carelm.evaluation.question_sets import make_question_sets
 
     models = candidates.find_candidates(recipe)
     ranks.say(f"models: {', '.join(model.name for model in models)}")
     if recipe.rate and len(models) < 2:
         raise UserError("rate: two models are needed, the base and a tuned one; name them in models")
+    judge = find_judge(recipe) if recipe.judge else None
     own, *elsewhere = make_question_sets(recipe, others)
 
     import torch
@@ -46,7 +50,7 @@ def main() -> None:
     ranks.check_gpus(launch)
     quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
     ranks.use_cpu(launch)
-    from carelm.evaluation import answers, api, constrained, pace, ratings, report, results, same_answers
+    from carelm.evaluation import answers, api, constrained, judge_results, pace, ratings, report, results, same_answers
     from carelm.evaluation.label_results import Labelled
     from carelm.models.precision import choose_precision
     from carelm.training import runs, stops
@@ -54,6 +58,8 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank())
     ranks.join()
+    if judge:
+        judge.check_is_there()
     if recipe.precision == "auto" and not torch.cuda.is_available():
         precision = choose_precision(recipe.precision, recipe.output_dir, training=False)
         precision.keep(recipe.output_dir)
@@ -114,6 +120,9 @@ def main() -> None:
             of_set["cautions"][:0] = of_set["data_cautions"]
         found = of_sets.pop("") | {"tests": of_sets}
         found["ratings"] = ratings.count(rated, found["models"], own.questions, lines[""])
+        if judge:
+            asked_of = (found["models"], own.questions, lines[""], rated, folder)
+            found["judge"] = judge_results.find(recipe, judge, *asked_of)
         for name, served in candidates.as_served(recipe, models).items():
             found["models"][name]["served"] = served
         found |= {"conditions": answers.conditions(recipe)}

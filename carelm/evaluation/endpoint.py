@@ -182,6 +182,7 @@ class Endpoint:
                 text = json.dumps(message["tool_calls"], ensure_ascii=False)
             if not isinstance(text, str):
                 raise TypeError
+            text = text.encode(errors="replace").decode()  # half of a surrogate pair cannot be written down
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             begins = " ".join(reply[:80].decode(errors="replace").split())
             raise Unusable(f"answers what is no chat completion ({self._hide(begins)!r})", passes=True) from None
@@ -192,11 +193,13 @@ class Endpoint:
 
 def complete_all(ask: Callable[[Any], Any], several: Sequence[Any]) -> list[Any]:
     """What `ask` returns of each, AT_A_TIME at once. Where one fails, those on their way still end, and it is raised."""
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
+    pool = ThreadPoolExecutor(AT_A_TIME)
+    try:
         futures = [pool.submit(ask, one) for one in several]
         wait(futures, return_when=FIRST_EXCEPTION)
+    finally:  # also where Ctrl-C ends the waiting
         pool.shutdown(wait=True, cancel_futures=True)
-        return [future.result() for future in futures if not future.cancelled()]
+    return [future.result() for future in futures if not future.cancelled()]
 
 
 def check_address(key: str, url: str, key_name: str = KEY) -> str:

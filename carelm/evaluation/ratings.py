@@ -59,20 +59,12 @@ def count(
     first, tuned = main_pair(models)
     if not rated or tuned is None:
         return {}
-    shown = {
-        q.id: {_hash(lines[name][i]["prediction"]): name for name in (first, tuned)} for i, q in enumerate(questions)
-    }
-    conversations = {q.id: q.conversation for q in questions}
     preferred, decided, asked = {first: 0, tuned: 0, "tie": 0}, set(), set()
-    for one in rated:
-        whose = shown.get(one["id"], {})
-        if len(whose) < 2 or {one["first"], one["second"]} != whose.keys():
-            continue  # of other answers than are there now
-        chosen = {"1": whose[one["first"]], "2": whose[one["second"]], "tie": "tie"}[one["chosen"]]
+    for i, chosen in choices(rated, first, tuned, questions, lines):
         preferred[chosen] += 1
-        asked.add(one["id"])
+        asked.add(questions[i].id)
         if chosen != "tie":
-            decided.add(conversations[one["id"]])
+            decided.add(questions[i].conversation)
     number = sum(preferred.values())
     found: dict[str, Any] = {"models": [first, tuned], "preferred": preferred, "questions": len(asked),
                              "of_other_answers": len(rated) - number}  # fmt: skip
@@ -87,6 +79,22 @@ def count(
     if found["of_other_answers"]:
         said += f"; {found['of_other_answers']} more are of other answers than are there now, and do not count"
     return found | {"sentence": f"{said}."}
+
+
+def choices(
+    rated: list[dict[str, str]], first: str, tuned: str, questions: list[Question], lines: Lines
+) -> list[tuple[int, str]]:
+    """The place of the question and the model that was preferred, or "tie", of each rating whose two answers are there now."""
+    shown = {
+        q.id: (i, {_hash(lines[name][i]["prediction"]): name for name in (first, tuned)})
+        for i, q in enumerate(questions)
+    }
+    found = []
+    for one in rated:
+        i, whose = shown.get(one["id"], (0, {}))
+        if len(whose) == 2 and {one["first"], one["second"]} == whose.keys():
+            found.append((i, {"1": whose[one["first"]], "2": whose[one["second"]], "tie": "tie"}[one["chosen"]]))
+    return found
 
 
 def write_page(

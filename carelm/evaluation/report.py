@@ -11,7 +11,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from carelm.evaluation import label_report, plots, run_report, same_answers, tables, verdicts
+from carelm.evaluation import judge_report, label_report, plots, run_report, same_answers, tables, verdicts
 from carelm.evaluation.plots import COLOURS, DARK_COLOURS, STYLE
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import NAMES
@@ -32,6 +32,7 @@ def write(
     results = results | {"same": same_answers.find(results, lines)}
     results = verdicts.headline(results, results["same"]) | results  # the answer stands first in results.json
     results["besides"] = [*results["besides"], *same_answers.of_merges(results, results["same"])]
+    results = judge_report.lead(results)
     curves = loss_curves(recipe.output_dir / "runs")
     with matplotlib.rc_context(STYLE):
         figures = {"scores": plots.scores(same_answers.without(results, results["same"]))}
@@ -198,15 +199,16 @@ def _markdown(shown: Shown, pictures: list[str]) -> str:
         rows = [[_cell(name), str(n), *(f"{b.value} ({b.around})" for b in bars)] for name, n, bars in categories]
         of_categories = table(["category", "questions", *names], rows)
         parts.append(f"## {NAMES[shown.metric]} by category\n\n{_cell(shown.about_categories())}\n\n{of_categories}")
+    if shown.judged:
+        parts += ["## The judge", *("### " + _part(t) for t in shown.judged)]
     if compared:
         head = ["models", "score", "difference (95 % interval)", "p, Holm-adjusted"]
         said = [*listed(results["verdicts"]), *([shown.about_differences] if shown.about_differences else [])]
         parts += ["## Differences", *said, table(head, compared)]
     speed = [[label, *map(_cell, row)] for label, row in shown.speed_rows()]
     parts.append("## Speed and size\n\n" + table(["", *map(_cell, shown.everyone)], speed))
-    for t in shown.tables:
-        rows = table([*map(_cell, t.head)], [[*map(_cell, row)] for row in t.rows])
-        parts.append(f"## {_cell(t.title)}\n\n{_cell(t.text)}\n\n{rows}")
+    parts += ["## " + _part(t) for t in shown.tables]
+    parts += [f"The judge's instructions:\n\n{_pre(text)}" for text in shown.judge_prompts]
     parts.append("## Other examples")
     for title, several in shown.example_groups():
         parts += [f"### {_cell(title)}", *map(example, several)]
@@ -214,6 +216,11 @@ def _markdown(shown: Shown, pictures: list[str]) -> str:
     under = json.dumps(shown.conditions(), indent=1)
     parts.append(f"## Conditions\n\n{_pre(under)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _part(t: tables.Table) -> str:
+    rows = table([*map(_cell, t.head)], [[*map(_cell, row)] for row in t.rows])
+    return f"{_cell(t.title)}\n\n{_cell(t.text)}\n\n{rows}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -3,7 +3,7 @@
 import json
 from typing import Any, NamedTuple
 
-from carelm.evaluation import label_report, run_report, same_answers
+from carelm.evaluation import judge_report, label_report, run_report, same_answers
 from carelm.evaluation.plots import way
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scores import CONSTRAINED, LABEL_SCORES, NAMES
@@ -80,6 +80,9 @@ class Shown:
         self.runs = run_report.table(results) if "runs" in results else None
         self.about_differences = "In the score that decides; the others stand in comparison.json." if self.runs else ""
         self.tables = label_report.tables(results) + make_tables(results) if self.models else []
+        self.judged = judge_report.tables(results)
+        self.tables += [table for table in [judge_report.how(results)] if table]
+        self.judge_prompts = [*results["judge"]["prompts"].values()] if self.judged else []
 
     def differences(self) -> list[tuple[str, str, str, str, str]]:
         """Pair, score, difference, interval and p-value; of several runs in the score that decides alone."""
@@ -196,6 +199,12 @@ class Shown:
             a, b = pair["models"]
             for how, word in (("better", "gained"), ("worse", "lost")):
                 groups.append((f"{b} {word} most against {a} ({NAMES[pair['changed_by']]})", pair[how]))
+        for pair in self.results["judge"]["pairs"] if self.judged else ():
+            a, b = pair["models"]
+            if self.models.keys() >= {a, b}:
+                groups += [
+                    (f"the judge prefers {name} to {other}", pair["examples"][name]) for name, other in ((a, b), (b, a))
+                ]
         for name, ends in ends_of.items():
             groups += [(f"{name}: {end}", ends[end]) for end in ("best", "worst")]
         for name, model in self.models.items() if not self.runs else ():
