@@ -18,10 +18,11 @@ from carelm.retrieval.passages import Passage
 
 @dataclass
 class Asked:
-    """A question of the test split.
+    """A question and what is known of the passages behind it.
 
     Attributes:
         gold: ids of the passages that answer it.
+        also: ids of others that may answer it, which are neither right nor wrong.
         filters: what its rows say of the index's filters.
     """
 
@@ -29,6 +30,7 @@ class Asked:
     text: str
     gold: set[str] = field(default_factory=set)
     filters: dict[str, str] = field(default_factory=dict)
+    also: set[str] = field(default_factory=set)
 
 
 def ask(recipe: Recipe, passages: Iterable[Passage]) -> tuple[list[Asked], int]:

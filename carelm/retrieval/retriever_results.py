@@ -32,8 +32,8 @@ def gold_ranks(retriever: Retriever, questions: Sequence[Asked], filtered: bool 
 def confidences(retriever: Retriever, questions: Sequence[Asked]) -> tuple[np.ndarray, np.ndarray]:
     """How sure the retriever is of each question, float [questions]: the highest confidence of the passages that it finds, and
     that of those it finds where the question's gold passages are left out, so that nothing answers it."""
-    found = retriever.search_many([q.text for q in questions], DEPTH + max(len(q.gold) for q in questions))
-    without = [[one for one in of_one if one.passage.id not in q.gold] for q, of_one in zip(questions, found)]
+    found = retriever.search_many([q.text for q in questions], DEPTH + max(len(q.gold | q.also) for q in questions))
+    without = [[one for one in of_one if one.passage.id not in q.gold | q.also] for q, of_one in zip(questions, found)]
     with_all, left_out = (
         np.array([max((one.confidence for one in of_one[:DEPTH]), default=0.0) for of_one in kind])
         for kind in (found, without)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 LOCK = ".lock"  # held by the first rank of the run, or of the evaluation, that writes there
 RESTARTED = ".restarted_by_job"
 MADE_BESIDE = {
+    "embedder",
     "eval",
     "index",
     "merged",
@@ -46,7 +47,7 @@ MADE_BESIDE = {
     ENGINE_LOG,
     FEEDBACK,
     PRECISION_NOTE,
-}  # by eval/run.py, serve/, train/merge.py and train/chat.py, maybe before there is a run
+}  # by eval/run.py, serve/, train/merge.py, embedder.py and chat.py, maybe before there is a run
 LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 
 
@@ -231,7 +232,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
                 say(f"{folder} holds a run that ended before its first checkpoint; it begins anew")
             folder.mkdir(parents=True, exist_ok=True)
             lock(folder)
-            for name in (CHATS, FEEDBACK, "index") if aside else ():  # which are no run's
+            for name in (CHATS, FEEDBACK, "embedder", "index") if aside else ():  # which are no run's
                 if (aside / name).exists():
                     (aside / name).rename(folder / name)
                     say(f"--restart: {name} stays in {folder}")
