@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
-SCALE = 20.0  # of the cosines in the softmax, as sentence-transformers has it
+SCALE = 20.0  # of the cosines, as sentence-transformers has it
+BETWEEN = 0.5  # the cosine between right and wrong
 AT_A_TIME = 64  # questions of a step; what they are told apart by are the passages of all of them
 TOGETHER = 16  # texts of nearly the same length, so that little is padded
 WARM_UP = 0.1  # of the steps
@@ -52,9 +53,12 @@ def tune(
 ) -> int:
     """Changes the model's weights; returns the number of steps.
 
-    The loss is the cross entropy of a softmax over the passages of a batch, a gold one and a hard negative of each question
-    (multiple negatives ranking, Henderson et al. 2017, https://arxiv.org/abs/1705.00652). What may answer a question too is
-    left out of its softmax, which the library's own loss does not know: past questions share few passages.
+    The loss has two parts, over the passages of a batch, a gold one and a hard negative of each question. The cross entropy of
+    a softmax orders the passages of one question (multiple negatives ranking, Henderson et al. 2017,
+    https://arxiv.org/abs/1705.00652). The other makes cosines comparable between questions, as a threshold needs them: the
+    gold one's is drawn above a half, the highest of the wrong ones below, each by a sigmoid's cross entropy (Zhai et al. 2023,
+    https://arxiv.org/abs/2303.15343). What may answer a question too is in neither, which the library's own losses do not
+    know: past questions share few passages.
 
     Args:
         texts: of passages by their ids.
@@ -62,6 +66,7 @@ def tune(
         epochs: how often each question is seen.
     """
     import torch
+    from torch.nn.functional import cross_entropy, softplus
 
     from carelm.models.precision import choose_precision
 
@@ -93,7 +98,10 @@ def tune(
             asked = _vectors(model, [questions[k].text for k in batch], ("query",))
             passages = _vectors(model, [texts[id] for id in shown], ("document", "passage", "corpus"))
         cosines = (asked @ passages.T).masked_fill(may_answer, -torch.inf)
-        loss = torch.nn.functional.cross_entropy(SCALE * cosines, right)
+        is_gold = torch.nn.functional.one_hot(right, len(shown)).bool()
+        wrong = cosines.masked_fill(is_gold, -torch.inf).amax(1)
+        sides = softplus(SCALE * (BETWEEN - cosines[is_gold])) + softplus(SCALE * (wrong - BETWEEN))
+        loss = cross_entropy(SCALE * cosines, right) + sides.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
