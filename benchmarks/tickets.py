@@ -2,6 +2,7 @@
 
     python benchmarks/tickets.py --data FOLDER --matcher RUN      # the rqe official test: consumer questions and FAQs
     python benchmarks/tickets.py                                  # the demo's rows: the same intent is the same ticket
+    python benchmarks/tickets.py --tuned EMBEDDER                 # with one that is tuned on past tickets
 
 recall@k: a right past ticket is among the first k. Decided: the share of tickets whose first match is taken without a person,
 for its score is above a threshold: the lowest that is right for 95 of 100 of other tickets (each tenth by the other nine).
@@ -38,14 +39,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with the public rows; the demo's without it")
     parser.add_argument("--matcher", help="folder of a finished run with two columns and labels")
+    parser.add_argument(
+        "--tuned", help="folder of an embedder that benchmarks/tuned_embedder.py has kept, as rqe/learnt/embedder"
+    )
     options = parser.parse_args()
     name = "rqe" if options.data else "demo"
     with tempfile.TemporaryDirectory(prefix="carelm-tickets-") as folder:
         past, asked = rqe(options.data / "rqe_question_pairs") if options.data else demo(PROJECT / "demo/data")
-        recipe = dataclasses.replace(prepare(Path(folder), past), matcher=options.matcher)
+        recipe = prepare(Path(folder), past, options.tuned or "auto")
+        recipe = dataclasses.replace(recipe, matcher=options.matcher)
         measured = measure(recipe, past, asked)
     result = json.loads(file.read_text()) if (file := RESULTS / "tickets.json").exists() else {}
-    result[name] = {"machine": describe_machine(), **measured}
+    result[f"{name}_tuned" if options.tuned else name] = {"machine": describe_machine(), **measured}
     write_results("tickets", result)
     say(json.dumps(measured))
 
@@ -72,7 +77,7 @@ def demo(folder: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
     return first, {text: right for text, right in asked.items() if right}
 
 
-def prepare(folder: Path, past: dict[str, str]) -> Recipe:
+def prepare(folder: Path, past: dict[str, str], embedder: str) -> Recipe:
     """A recipe with the index of these past tickets."""
     rows = [json.dumps({"id": name, "asked": text, "answered": name}) + "\n" for name, text in past.items()]
     (folder / "past.jsonl").write_text("".join(rows), encoding="utf-8")
@@ -81,7 +86,8 @@ def prepare(folder: Path, past: dict[str, str]) -> Recipe:
         "id_column": "id", "validation_fraction": 0, "test_fraction": 0, "model_name_or_path": "demo/base",
     }  # fmt: skip
     (folder / "past.yaml").write_text(json.dumps(keys))
-    recipe = load_recipe(["--tickets", str(folder / "past.yaml"), "--index", str(folder / "index")], usage="")
+    words = ["--tickets", str(folder / "past.yaml"), "--index", str(folder / "index"), "--embedder", embedder]
+    recipe = load_recipe(words, usage="")
     update_tickets(recipe)
     return recipe
 
