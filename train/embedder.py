@@ -17,6 +17,8 @@ exit status: 0 the tuned embedder is there, or it is no better, 2 something is t
 """
 
 import argparse
+import dataclasses
+import math
 import shutil
 import sys
 import tempfile
@@ -52,13 +54,15 @@ def main() -> None:
     options, keys = parse()
     recipe = load_recipe(keys, usage=__doc__, first=RETRIEVAL_KEYS)
     for name in ("epochs", "learning_rate"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name}: {getattr(options, name)} is not above 0")
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"--{name}: {getattr(options, name)} is not above 0 and finite")
     folder = recipe.output_dir / "embedder"
     if folder.exists():
         raise UserError(f"output_dir: {folder} is there already; name another output_dir, or move it away")
     asked_by = load_named("--questions", options.questions) if options.questions else None
-    stay_offline(asked_by or recipe, recipe, and_embedder=True)
+    # With --questions the recipe's own rows are not read, and may still be to be made.
+    needed = dataclasses.replace(recipe, dataset_name=asked_by.dataset_name) if asked_by else recipe
+    stay_offline(needed, and_embedder=True)
     from carelm import quiet
     from carelm.retrieval.retriever import Retriever
 
@@ -78,15 +82,15 @@ def main() -> None:
     given = {"epochs": options.epochs, "learning_rate": options.learning_rate, "seed": recipe.seed}
     steps = tuning.tune(learning.model, asked["train"], texts, hard, **given)
     with tempfile.TemporaryDirectory(prefix="carelm-embedder-") as made:
-        learning.model.save(made, create_model_card=False)
-        tuned = Embedder(Path(made), retriever.embedder.precision)
+        tuned = Embedder(Path(made) / "tuned", retriever.embedder.precision)
+        learning.model.save(str(tuned.folder), create_model_card=False)
         found = tuning.compare(retriever, tuned, asked["validation"])
         about = {"train_questions": len(asked["train"]), "steps": steps, **given}
         if found["is_better"]:
-            write_whole(Path(made) / "source.json", tuning.source(retriever.embedder, found, about))
+            write_whole(tuned.folder / "source.json", tuning.source(retriever.embedder, found, about))
             folder.parent.mkdir(parents=True, exist_ok=True)
             with made_whole(folder) as aside:
-                shutil.copytree(made, aside)
+                shutil.copytree(tuned.folder, aside)
     for line in tuning.verdicts(found):
         ranks.say(line)
     if found["is_better"]:
