@@ -64,10 +64,11 @@ def _preference(results: dict[str, Any]) -> tuple[str, str | None]:
         "few": "too few conversations to tell",
     }[decided]
     read = pair["questions"] - pair["unread_pairs"]
-    around = "{} ({})".format(*ranged("", figures, "difference"))
+    value, around = ranged("", figures, "difference")
     return (
         f"{judge} prefers the answer of {names[tuned]} in {figures[tuned]} of {read} questions, that of {names[first]} in "
-        f"{figures[first]}, neither in {figures['tie']}: {word} (difference of the shares {around})."
+        f"{figures[first]}, neither in {figures['tie']}: {word} (difference of the shares {value}, 95 % interval {around}; "
+        f"p {figures['p_value_holm']:.3g})."
     ), decided
 
 
@@ -140,7 +141,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
         rows=[
             [
                 f"{name}: {meaning}",
-                *("not given" if m is None else _cell(m[name], "value") for m in of_models.values()),
+                *("not given" if m is None else _mark(m[name]) for m in of_models.values()),
                 *("not given" if pair["marks"] is None else _difference(pair["marks"][name]) for pair in pairs),
             ]
             for name, meaning in judged["criteria"].items()
@@ -155,7 +156,7 @@ def _preferences(pair: dict[str, Any]) -> Table:
     same = pair["questions"] - pair["asked"]
     text = (
         f"It saw each pair twice, with either answer first. Where it does not choose the same one both times, neither counts: "
-        f"overall in {overall['orders_disagree']} of {pair['asked']} pairs."
+        f"overall in {overall['orders_disagree']} of {pair['asked']} pairs. p is Holm-adjusted over the pairs of models."
     )
     if firsts["replies"]:
         text += f" Of {firsts['replies']} replies that choose, {firsts['first']} choose the answer that stood first."
@@ -188,7 +189,7 @@ def how(results: dict[str, Any]) -> Table | None:
         title="How the judge was asked",
         text="Each answer by itself for its marks, and every two answers in both orders. All that it has said stands in "
         "judgements-MODEL.jsonl.",
-        head=["", "the judge"],
+        head=["", ""],
         rows=[
             ["model", judged["model"]],
             ["endpoint", judged["endpoint"]],
@@ -205,9 +206,10 @@ def _less(pair: dict[str, Any]) -> str:
     return "{1} less {0}".format(*pair["models"])
 
 
-def _cell(figure: dict[str, float], key: str) -> str:
-    return "{} ({})".format(*ranged("", figure, key))
+def _mark(figure: dict[str, float]) -> str:
+    return "{value:.2f} ({low:.2f} to {high:.2f})".format(**figure)
 
 
 def _difference(figure: dict[str, float]) -> str:
-    return f"{_cell(figure, 'difference')}, p {figure['p_value_holm']:.3g}"
+    """In the form of which the page makes a figure with what is around it."""
+    return "{difference:+.2f} ({low:+.2f} to {high:+.2f}; p {p_value_holm:.3g})".format(**figure)

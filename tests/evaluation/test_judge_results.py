@@ -110,7 +110,7 @@ def test_marks_and_preferences_have_the_evaluators_intervals_and_differences(end
     assert pair["first_chosen"] == {"replies": 32, "first": 16} and overall["orders_disagree"] == 0
     said = (
         "The judge (large) prefers the answer of the tuned model in 14 of 20 questions, that of the base in 2, neither in 4: "
-        "the tuned model is better by it (difference of the shares +0.600 ("
+        "the tuned model is better by it (difference of the shares +0.600, 95 % interval +"
     )
     assert found["besides"][0].startswith(said) and found["headline"].startswith(
         "Yes. The tuned model's answers are closer"
