@@ -7,9 +7,9 @@
 
 The model (--model: adapter, base, merged, a folder or api:NAME) gives several answers to each question of train and of
 validation, drawn at the recipe's temperature and seed. The best and the worst are a pair: by the recipe's `checks` (--by
-checks), or by a score such as its primary_metric. Where all are worth the same there is none, which is counted. With
---and_expected the data's own answer is one of them: one drawn answer is enough then. Test questions are never among them. The
-answers are kept in the run's folder: the same command goes on where it stopped.
+checks), by the marks of its `judge` (--by judge), or by a score such as its primary_metric. Where all are worth the same there
+is none, which is counted. With --and_expected the data's own answer is one of them: one drawn answer is enough then. Test
+questions are never among them. The answers are kept in the run's folder: the same command goes on where it stopped.
 
 --feedback [FILE] asks no model: of outputs/NAME/feedback.jsonl, an answer marked good and one marked bad to the same
 conversation are a pair, and so are an answer as somebody edited it and as it was.
@@ -51,8 +51,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--to", type=Path, help="folder to write (default: the run's folder with -pairs)")
-    parser.add_argument("--by", help="checks, or a score: rougeL, chrf ... (default: checks where the recipe has some, else "
-                        "its primary_metric)")  # fmt: skip
+    parser.add_argument("--by", help="checks, judge, or a score: rougeL, chrf ... (default: checks where the recipe has "
+                        "some, else its primary_metric)")  # fmt: skip
     parser.add_argument(
         "--model", help="adapter, base, merged, a folder or api:NAME (default: the run's result, else the base)"
     )
@@ -88,12 +88,14 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
         recipe = dataclasses.replace(recipe, temperature=1.0)
     from carelm.evaluation import scores
     from carelm.evaluation.candidates import find_candidates
+    from carelm.evaluation.judge import find_judge
 
     by = options.by or ("checks" if recipe.checks else recipe.primary_metric)
-    if by not in ("checks", *scores.TEXT_SCORES):
-        raise UserError(f"--by: '{by}' is none of checks, {', '.join(scores.TEXT_SCORES)}")
+    if by not in ("checks", "judge", *scores.TEXT_SCORES):
+        raise UserError(f"--by: '{by}' is none of checks, judge, {', '.join(scores.TEXT_SCORES)}")
     if by == "checks" and not recipe.checks:
         raise UserError("--by checks: the recipe has no checks; write some, or name a score such as rougeL")
+    judge = find_judge(recipe) if by == "judge" else None
     (model,) = find_candidates(dataclasses.replace(recipe, models=[options.model or result_of(recipe)]))
     ranks.say(f"{model.name} answers, {options.num_answers} times each, by {by}")
     from carelm.chat.chat import make_chat
@@ -110,6 +112,8 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
     from carelm.evaluation.pairs import choose, expected, row_of, score
 
     get_ready(launch)
+    if judge:
+        judge.check_is_there()
     rows: dict[str, list] = {}
     without: Counter[str] = Counter()
     said = {}
@@ -118,7 +122,9 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
         if ranks.rank() != 0:
             continue
         answers += [expected(chat, questions)] * options.and_expected
-        pairs, left_out = choose(questions, answers, score(recipe, by, questions, answers), model.name)
+        pairs, left_out = choose(
+            questions, answers, score(recipe, by, questions, answers, recipe.output_dir / "answers"), model.name
+        )
         without += left_out
         rows[split] = [pair.row() for pair in pairs]
         said[split] = {"questions": len(questions), "pairs": len(pairs)}

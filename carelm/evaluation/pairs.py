@@ -1,9 +1,10 @@
-"""Pairs of answers to learn from: of several answers to a question the best and the worst, by checks or by a metric."""
+"""Pairs of answers to learn from: of several answers to a question the best and the worst, by checks, a metric or a judge."""
 
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from carelm.chat.chat import Chat
 from carelm.errors import UserError
 from carelm.evaluation import check_scores, scores
 from carelm.evaluation.draws import Lines
+from carelm.evaluation.judge import Judged, find_judge
 from carelm.evaluation.questions import Question
 from carelm.evaluation.scripts import unify
 from carelm.recipe import Recipe
 
-CHECKS, EXPECTED = "checks", "data"
+CHECKS, JUDGE, EXPECTED = "checks", "judge", "data"
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,22 @@ def row_of(question: Question) -> dict[str, Any]:
     return {"id": question.id, "category": question.category, "prompt": question.messages, **tools}
 
 
-def score(recipe: Recipe, by: str, questions: Sequence[Question], drawn: Sequence[Lines]) -> np.ndarray:
+def score(recipe: Recipe, by: str, questions: Sequence[Question], drawn: Sequence[Lines], folder: Path) -> np.ndarray:
     """What each answer is worth, float64 [draws, questions]: the share of the recipe's checks about the question that it passes
-    (NaN where none is), or a metric of its text against the references.
+    (NaN where none is), the mean of the judge's marks (NaN where it said none), or a metric of its text against the references.
 
     Args:
-        by: "checks", or a score of texts, such as rougeL.
+        by: CHECKS, JUDGE, or a score of texts, such as rougeL.
+        folder: where judgements are kept.
 
     Raises:
-        UserError: for checks that are not there or take too long.
+        UserError: for checks that take too long, and a judge that fails.
     """
     texts = [[line["prediction"] for line in lines] for lines in drawn]
+    if by == JUDGE:
+        each = [Judged(q.messages, (text,), q.references[0]) for said in texts for q, text in zip(questions, said)]
+        marks = [[*judgement.found.values()] or [np.nan] for judgement in find_judge(recipe).judge(each, folder)]
+        return np.array([np.mean(of_one) for of_one in marks]).reshape(len(texts), -1)
     if by != CHECKS:
         conversations, references = [q.conversation for q in questions], [q.references for q in questions]
         turns = [scores.per_turn(scores.Answers(conversations, said, references))[by] for said in texts]

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import PROJECT
+from small_endpoint import Endpoint, completion
 
 from carelm.errors import UserError
 from carelm.evaluation.pairs import choose, score
@@ -43,17 +44,31 @@ def test_what_was_cut_off_is_neither_better_nor_worse_and_a_question_without_a_r
     assert not pairs and without == {"fewer than two whole answers": 1, "the rule says nothing of it": 1}
 
 
-def test_checks_give_the_share_that_passes_of_those_about_the_question(make):
+def test_checks_give_the_share_that_passes_of_those_about_the_question(make, tmp_path):
     recipe = make("rows.jsonl", checks=[
         {"name": "number", "when": r"order (?P<n>\d+)", "pattern": "(?P=n)"}, {"name": "polite", "pattern": "please"},
     ])  # fmt: skip
     drawn = [lines("please, 12", "no"), lines("12", "please")]
-    assert score(recipe, "checks", asked("order 12", "hello"), drawn).tolist() == [[1.0, 0.0], [0.5, 1.0]]
+    assert score(recipe, "checks", asked("order 12", "hello"), drawn, tmp_path).tolist() == [[1.0, 0.0], [0.5, 1.0]]
 
 
-def test_a_metric_compares_each_answer_with_the_reference(make):
-    worth = score(make("rows.jsonl"), "rougeL", asked("one"), [lines("It is 7."), lines("No")])
+def test_a_metric_compares_each_answer_with_the_reference(make, tmp_path):
+    worth = score(make("rows.jsonl"), "rougeL", asked("one"), [lines("It is 7."), lines("No")], tmp_path)
     assert worth.tolist() == [[1.0], [0.0]]
+
+
+def test_a_judges_marks_are_what_an_answer_is_worth_and_nothing_where_it_says_none(make, tmp_path):
+    endpoint = Endpoint()
+
+    def say(body, _):
+        text = body["messages"][-1]["content"]
+        marks = dict.fromkeys(("helpful", "coherent", "fluent", "safe"), 5 if "right" in text else 2)
+        return completion("no idea" if "odd" in text else json.dumps({"reason": "so"} | marks | {"safe": 5}))
+
+    endpoint.say = say
+    recipe = make("rows.jsonl", judge="big", judge_url=endpoint.url)
+    worth = score(recipe, "judge", asked("one"), [lines("right"), lines("wrong"), lines("odd")], tmp_path)
+    assert worth[:2].tolist() == [[5.0], [2.75]] and np.isnan(worth[2])
 
 
 @pytest.fixture
@@ -105,7 +120,8 @@ def test_pairs_are_of_training_and_validation_questions_and_the_test_rows_stay_a
     "words, line",
     [
         (["--num_answers", "1"], "--num_answers: of 1 none is better than another"),
-        (["--by", "taste"], "--by: 'taste' is none of checks, rouge1"),
+        (["--by", "taste"], "--by: 'taste' is none of checks, judge, rouge1"),
+        (["--by", "judge"], "judge: it names no model"),
         (["--to", "{tmp}"], "--to: .* holds other data"),
         (["--model", "adaptor"], "models: 'adaptor': there is no folder adaptor; did you mean 'adapter'"),
         (["--feedback"], "--feedback: there is no .*feedback.jsonl"),
