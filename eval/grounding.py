@@ -47,7 +47,7 @@ def main() -> None:
     folder = recipe.output_dir / "eval"
     test = grounded_results.whole(rows["test"], (NONE, RETRIEVED, GOLD, LEFT_OUT))
     validation = grounded_results.whole(rows["validation"], (RETRIEVED, LEFT_OUT))
-    models, says, cautions = {}, {}, []
+    models, answers, cautions = {}, {}, []
     for file in sorted(folder.glob("predictions-*.jsonl")):
         name = file.stem.removeprefix("predictions-")
         said = {line["id"]: line["prediction"] for line in read_lines(file)}
@@ -56,7 +56,7 @@ def main() -> None:
             cautions.append(f"{name} is left out: it has not answered {len(missing)} rows (first: {missing[0]}).")
             continue
         models[name] = grounded_results.of_model(test, said, recipe.num_resamples, recipe.seed)
-        says[name] = models[name].pop("says")
+        answers[name] = said
     if not models and not cautions:
         cautions.append("No model has answered the test rows yet: run eval/run.py for scores and support.")
     found = {
@@ -64,7 +64,7 @@ def main() -> None:
         "retrieved": grounded_results.share_retrieved(test[RETRIEVED]),
         "cautions": cautions,
         "models": models,
-        "refusals": grounded_results.refusals_of(test, validation, says, options.false_refusals),
+        "refusals": grounded_results.refusals_of(test, validation, answers, options.false_refusals, recipe.seed),
     }
     folder = folder / "grounding"
     folder.mkdir(parents=True, exist_ok=True)

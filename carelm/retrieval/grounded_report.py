@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from carelm.evaluation.plots import COLOURS, STYLE, as_svg
 from carelm.evaluation.scores import NAMES
 from carelm.evaluation.tables import Table, ranged
-from carelm.retrieval.grounded_results import FOUND, MISSED
+from carelm.retrieval.grounded_results import FOUND, MISSED, RETRIEVER, VALIDATION
 from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED
 from carelm.retrieval.refusals import at
 from carelm.retrieval.support import ENOUGH
@@ -48,19 +48,22 @@ def tables(found: dict[str, Any]) -> list[Table]:
     refusals = found["refusals"]
     rows, curves = [], []
     for name, own in refusals["by"].items():
-        who = name if name == "threshold" else f"threshold and {name}"
-        rows.append([who, f"{own['threshold']:.3f}", _share(own[RETRIEVED]), _share(own[LEFT_OUT])])
-        points = [at(own["curve"], limit) for limit in SHOWN_AT]
-        curves.append([who, *(f"{p['refused']:.0%} at {p['false_refusals']:.1%}" if p else "-" for p in points)])
+        rows.append([_who(name), f"{own['threshold']:.3f}", _share(own[RETRIEVED]), _share(own[LEFT_OUT])])
+        if "curve" in own:
+            points = [at(own["curve"], limit) for limit in SHOWN_AT]
+            curves.append(
+                [_who(name), *(f"{p['refused']:.0%} at {p['false_refusals']:.1%}" if p else "-" for p in points)]
+            )
     for name, model in models.items():
         told = model["refused"]
         rows.append([f"{name} alone", "-", _share(told[RETRIEVED]), _share(told[LEFT_OUT])])
         rows += [[f"{name} alone, {kind}", "-", _share(told[kind]), "-"] for kind in (FOUND, MISSED) if kind in told]
     shown = [*(shown if models else []), Table(
         "Refusals",
-        f"The threshold is chosen on {refusals['validation_questions']} validation questions, for "
-        f"{refusals['wanted_false_refusals']:.0%} false refusals alone and half of that together with a model. An unanswerable "
-        "question is a test question all of whose supporting passages were left out.",
+        f"For {refusals['wanted_false_refusals']:.0%} false refusals. With a model: the retriever's confidence times the "
+        "share of the answer's own words that stand in the passages. The threshold is chosen on nine tenths of the questions "
+        f"for the other tenth (shown: that of all), or on {refusals['validation_questions']} validation questions. An "
+        "unanswerable question is a test question all of whose supporting passages were left out.",
         ["", "threshold", "answerable, refused", "unanswerable, refused"], rows,
     ), Table("The curve of refusals", "The most that any threshold refuses of the unanswerable test questions, at so many "
              "false refusals at most (chosen on the test questions, so that it is what could be, not what is).",
@@ -80,8 +83,8 @@ def picture(refusals: dict[str, Any]) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5, 3.6), layout="constrained")
         axis = figure.subplots()
-        for k, (name, own) in enumerate(refusals["by"].items()):
-            colour, label = COLOURS[k % len(COLOURS)], name if name == "threshold" else f"threshold and {name}"
+        for k, (name, own) in enumerate((n, o) for n, o in refusals["by"].items() if "curve" in o):
+            colour, label = COLOURS[k % len(COLOURS)], _who(name)
             x, y = ([point[key] for point in own["curve"]] for key in ("false_refusals", "refused"))
             axis.step(x, y, where="post", color=colour, label=label)
             axis.plot(own[RETRIEVED]["value"], own[LEFT_OUT]["value"], "o", color=colour)
@@ -94,6 +97,10 @@ def picture(refusals: dict[str, Any]) -> str:
         axis.set_axisbelow(True)
         axis.legend(frameon=False, loc="lower right", fontsize=8)
     return as_svg(figure)
+
+
+def _who(name: str) -> str:
+    return name if name in (VALIDATION, RETRIEVER) else f"retriever and {name}"
 
 
 def _share(figure: dict[str, Any]) -> str:

@@ -11,9 +11,10 @@ from carelm.evaluation import scores
 from carelm.evaluation.scores import Answers
 from carelm.retrieval import refusals
 from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED
-from carelm.retrieval.support import Claim, claims
+from carelm.retrieval.support import Claim, claims, sureness
 
 SCORES = ("rouge1", "rougeL")
+VALIDATION, RETRIEVER = "retriever, by validation", "retriever"  # what refuses, beside the models
 FOUND, MISSED = "retrieved, a gold passage among them", "retrieved, no gold passage among them"
 Row = dict[str, Any]
 
@@ -59,7 +60,6 @@ def of_model(rows: dict[str, list[Row]], said: dict[str, str], resamples: int, s
         "pairs": scores.compare(scored),
         "support": supported,
         "refused": {c: refusals.refused(own) for c, own in says.items()} | by_found,
-        "says": says,
     }
 
 
@@ -107,23 +107,38 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 def refusals_of(
     rows: dict[str, list[Row]],
     validation: dict[str, list[Row]],
-    says: dict[str, dict[str, np.ndarray]],
+    models: dict[str, dict[str, str]],
     false_refusals: float,
+    seed: int,
 ) -> dict[str, Any]:
-    """What a threshold on the retriever's confidence refuses, alone and together with each model.
+    """What a threshold refuses that costs so many false refusals: on the retriever's confidence, and on `sureness` with each
+    model's answer. It is chosen on other questions than it is reported on: validation's, or nine tenths of the test's for the
+    other tenth; `threshold` is then what all of these choose.
 
-    Alone the threshold is chosen for `false_refusals` of the answerable validation questions; together for half of that, and
-    leaves the other half to the model.
+    Args:
+        models: of each model its answers by row id.
     """
-    test, chosen = (
-        {c: np.array([row["confidence"] for row in of[c]], float) for c in (RETRIEVED, LEFT_OUT)}
-        for of in (rows, validation)
-    )
-    by = {}
-    for name, own in {"threshold": None, **says}.items():
-        threshold = refusals.choose(chosen[RETRIEVED], false_refusals if own is None else false_refusals / 2)
-        decided = {c: refusals.refused(test[c] < threshold, own and own[c]) for c in test}
-        points = refusals.curve(test[RETRIEVED], test[LEFT_OUT], own and (own[RETRIEVED], own[LEFT_OUT]))
-        by[name] = {"threshold": threshold, **decided, "curve": points}
-    about = {"validation_questions": len(chosen[RETRIEVED]), "wanted_false_refusals": false_refusals}
+
+    def confidence(of: dict[str, list[Row]], said: dict[str, str] | None = None) -> list[np.ndarray]:
+        return [np.array([_sure(row, said) for row in of[c]]) for c in (RETRIEVED, LEFT_OUT)]
+
+    answerable, unanswerable = confidence(rows)
+    threshold = refusals.choose(confidence(validation)[0], false_refusals)
+    below = {RETRIEVED: refusals.refused(answerable < threshold), LEFT_OUT: refusals.refused(unanswerable < threshold)}
+    by = {VALIDATION: {"threshold": threshold, **below}}
+    for name, said in {RETRIEVER: None, **models}.items():
+        both = confidence(rows, said)
+        told = refusals.by_folds(*both, false_refusals, seed)
+        by[name] = {
+            "threshold": refusals.choose(both[0], false_refusals),
+            RETRIEVED: told["answerable"],
+            LEFT_OUT: told["unanswerable"],
+            "curve": refusals.curve(*both),
+        }
+    about = {"validation_questions": len(validation[RETRIEVED]), "wanted_false_refusals": false_refusals}
     return about | {"by": by}
+
+
+def _sure(row: Row, said: dict[str, str] | None) -> float:
+    turn = row["messages"][-2]["content"]
+    return row["confidence"] if said is None else sureness(row["confidence"], said[row["id"]], turn)

@@ -1,4 +1,4 @@
-"""Which questions are left to a colleague: by how sure the retriever is, by what the model says, by both.
+"""Which questions are left to a colleague: by how sure the retriever is, and by how much of the answer stands in its passages.
 
 A question is answerable where the index holds a passage that answers it. Of the answerable ones a threshold refuses some by
 mistake (false refusals); of the others it is to refuse as many as it can. It is chosen on other questions than those that it
@@ -14,20 +14,16 @@ from carelm.evaluation.scores import wilson_interval
 FOLDS = 10
 
 
-def curve(
-    answerable: np.ndarray, unanswerable: np.ndarray, says: tuple[np.ndarray, np.ndarray] | None = None
-) -> list[dict[str, float]]:
+def curve(answerable: np.ndarray, unanswerable: np.ndarray) -> list[dict[str, float]]:
     """For every threshold that decides differently, rising, the share of the answerable and of the unanswerable questions that
     are refused: `threshold`, `false_refusals`, `refused`.
 
     Args:
-        answerable, unanswerable: the retriever's confidence in each question; below the threshold it is refused.
-        says: of both, whether the model says that it does not know, which refuses it too.
+        answerable, unanswerable: how sure we are of each question; below the threshold it is refused.
     """
     points: list[dict[str, float]] = []
     for threshold in np.unique(np.concatenate([answerable, unanswerable])):
-        below = [answerable < threshold, unanswerable < threshold]
-        shares = [float((own if says is None else own | says[k]).mean()) for k, own in enumerate(below)]
+        shares = [float((own < threshold).mean()) for own in (answerable, unanswerable)]
         point = {"threshold": float(threshold), "false_refusals": shares[0], "refused": shares[1]}
         if points and points[-1]["false_refusals"] == shares[0]:
             points.pop()  # of equal costs the best
@@ -50,15 +46,9 @@ def choose(answerable: np.ndarray, false_refusals: float) -> float:
     return float((ordered[most - 1] + ordered[most]) / 2 if most else ordered[0])
 
 
-def refused(below: np.ndarray, says: np.ndarray | None = None) -> dict[str, Any]:
-    """The share of the questions of one kind that are refused, with Wilson's interval.
-
-    Args:
-        below: whether each one's confidence lies below the threshold.
-        says: whether the model says that it does not know.
-    """
-    either = below if says is None else below | says
-    return wilson_interval(float(either.mean()), len(either)) | {"refused": int(either.sum()), "questions": len(either)}
+def refused(which: np.ndarray) -> dict[str, Any]:
+    """The share of the questions of one kind that are refused, with Wilson's interval."""
+    return wilson_interval(float(which.mean()), len(which)) | {"refused": int(which.sum()), "questions": len(which)}
 
 
 def by_folds(answerable: np.ndarray, unanswerable: np.ndarray, false_refusals: float, seed: int) -> dict[str, Any]:

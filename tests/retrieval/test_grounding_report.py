@@ -40,7 +40,7 @@ def said(row):
     if row["condition"] == "none":
         return "I like mats."
     if row["condition"] == "left out":
-        return answer if k % 3 == 0 else "Mats are made of brass [1]. The mat is blue [4]."
+        return answer if k % 3 == 0 else "Mats are cheap [1]. The mat is blue [4]."
     return answer.replace("[2]", "[1]") if k % 2 else answer
 
 
@@ -96,14 +96,16 @@ def test_what_passages_change_what_is_supported_and_what_is_refused_stands_in_th
     }  # fmt: skip
     assert "retrieved, no gold passage among them" not in tuned["refused"]
     assert tuned["refused"]["retrieved, a gold passage among them"]["questions"] == 20
-    alone, both = found["refusals"]["by"]["threshold"], found["refusals"]["by"]["tuned"]
-    assert alone["threshold"] == pytest.approx(0.365) and both["threshold"] == pytest.approx(
-        0.335
-    )  # of 30, 6 and 3 below
-    assert alone["retrieved"]["value"] == pytest.approx(0.3)  # of 20: those below 0.365
-    assert both["left out"]["refused"] > sum(0.02 * k < 0.335 for k in range(1, 21))
+    by = found["refusals"]["by"]
+    assert by["retriever, by validation"]["threshold"] == pytest.approx(
+        0.365
+    )  # of validation's 30 answerable six lie below
+    assert by["retriever, by validation"]["retrieved"]["refused"] == 6  # of test's 20
+    assert by["retriever"]["threshold"] == pytest.approx(0.345)  # of these four
+    alone, both = (by[name]["left out"]["refused"] for name in ("retriever", "tuned"))
+    assert both == 20 > alone  # what it says there stands in no passage, or that it does not know
     report = (tmp_path / "out/eval/grounding/report.md").read_text()
-    assert "| tuned | retrieved passages less no passages |" in report and "threshold and tuned" in report
+    assert "| tuned | retrieved passages less no passages |" in report and "retriever and tuned" in report
     assert (tmp_path / "out/eval/grounding/refusals.svg").read_text().startswith("<svg")
 
 
