@@ -50,7 +50,7 @@ def main() -> None:
     models, answers, cautions = {}, {}, []
     for file in sorted(folder.glob("predictions-*.jsonl")):
         name = file.stem.removeprefix("predictions-")
-        said = {line["id"]: line["prediction"] for line in read_lines(file)}
+        said = grounded_results.for_all(rows["test"], {line["id"]: line["prediction"] for line in read_lines(file)})
         missing = [row["id"] for of_condition in test.values() for row in of_condition if row["id"] not in said]
         if missing:
             cautions.append(f"{name} is left out: it has not answered {len(missing)} rows (first: {missing[0]}).")

@@ -111,12 +111,6 @@ def passages_in(turn: str) -> list[str]:
     return ["\n".join(lines) for lines in found]
 
 
-def asked_in(turn: str) -> str:
-    """What stands behind the passages of such a turn: what is known of the customer, and the question."""
-    begin = re.search(rf"^(?:{CUSTOMER}$|{QUESTION})", turn, re.M)  # no line of a passage begins so
-    return turn[begin.start() :] if begin else turn
-
-
 def source_of(passage: Quotable) -> str:
     """The document with product, page and heading, on one line: "Returns, page 2"."""
     parts = [

@@ -10,7 +10,6 @@ from typing import Any
 from carelm.chat.grounding import DONT_KNOW, Grounded, fit, marks, says_unknown, without_false_marks
 from carelm.recipe import Recipe
 from carelm.retrieval.retriever import Found, Retriever
-from carelm.retrieval.support import sureness
 
 # Words of a message up to which it is looked up together with the one before it: of the ways tried the best on the follow-up
 # questions of demo/data's train split. Of test's 51 it finds the right passage among four for 92 %, the last alone 67 %.
@@ -41,11 +40,6 @@ class Assistant:
     def knows(self, found: Sequence[Found]) -> bool:
         """Whether the model is asked at all: something is found, and it is not below `answer_threshold`."""
         return bool(found) and max(f.confidence for f in found) >= (self.recipe.answer_threshold or 0)
-
-    def stands_by(self, found: Sequence[Found], answer: str, turn: str) -> bool:
-        """Whether an answer to this turn is given: so much of it stands in the passages that it too is not below
-        `answer_threshold`."""
-        return sureness(max(f.confidence for f in found), answer, turn) >= (self.recipe.answer_threshold or 0)
 
     def filters(self) -> dict[str, list[str]]:
         """The columns that a search can be narrowed by, each with the values that occur."""

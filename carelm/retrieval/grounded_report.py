@@ -60,10 +60,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
         rows += [[f"{name} alone, {kind}", "-", _share(told[kind]), "-"] for kind in (FOUND, MISSED) if kind in told]
     shown = [*(shown if models else []), Table(
         "Refusals",
-        f"For {refusals['wanted_false_refusals']:.0%} false refusals. With a model: the retriever's confidence times the "
-        "share of the answer's own words that stand in the passages. The threshold is chosen on nine tenths of the questions "
-        f"for the other tenth (shown: that of all), or on {refusals['validation_questions']} validation questions. An "
-        "unanswerable question is a test question all of whose supporting passages were left out.",
+        f"By a threshold on the retriever's confidence for {refusals['wanted_false_refusals']:.0%} false refusals, alone and "
+        "together with what a model refuses by itself. It is chosen on nine tenths of the questions for the other tenth "
+        f"(shown: that of all), or on {refusals['validation_questions']} validation questions. An unanswerable question is "
+        "a test question all of whose supporting passages were left out.",
         ["", "threshold", "answerable, refused", "unanswerable, refused"], rows,
     ), Table("The curve of refusals", "The most that any threshold refuses of the unanswerable test questions, at so many "
              "false refusals at most (chosen on the test questions, so that it is what could be, not what is).",

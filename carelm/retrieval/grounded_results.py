@@ -11,7 +11,7 @@ from carelm.evaluation import scores
 from carelm.evaluation.scores import Answers
 from carelm.retrieval import refusals
 from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED
-from carelm.retrieval.support import Claim, claims, sureness
+from carelm.retrieval.support import Claim, claims
 
 SCORES = ("rouge1", "rougeL")
 VALIDATION, RETRIEVER = "retriever, by validation", "retriever"  # what refuses, beside the models
@@ -24,6 +24,13 @@ def whole(rows: Sequence[Row], conditions: Sequence[str]) -> dict[str, list[Row]
     by = {c: {row["question_id"]: row for row in rows if row["condition"] == c} for c in conditions}
     shared = [question for question in by[conditions[0]] if all(question in by[c] for c in conditions)]
     return {c: [by[c][question] for question in shared] for c in conditions}
+
+
+def for_all(rows: Sequence[Row], said: dict[str, str]) -> dict[str, str]:
+    """The answers by row id, also of rows that eval/run.py has not asked since another one asks the same, as where the one
+    passage that is found is the right one."""
+    of_prompt = {str(row["messages"][:-1]): said[row["id"]] for row in rows if row["id"] in said}
+    return {row["id"]: of_prompt[prompt] for row in rows if (prompt := str(row["messages"][:-1])) in of_prompt}
 
 
 def of_model(rows: dict[str, list[Row]], said: dict[str, str], resamples: int, seed: int) -> dict[str, Any]:
@@ -111,9 +118,9 @@ def refusals_of(
     false_refusals: float,
     seed: int,
 ) -> dict[str, Any]:
-    """What a threshold refuses that costs so many false refusals: on the retriever's confidence, and on `sureness` with each
-    model's answer. It is chosen on other questions than it is reported on: validation's, or nine tenths of the test's for the
-    other tenth; `threshold` is then what all of these choose.
+    """What a threshold on the retriever's confidence refuses that costs so many false refusals: alone, and together with what
+    each model refuses by itself. It is chosen on other questions than it is reported on: validation's, or nine tenths of the
+    test's for the other tenth; `threshold` is then what all of these choose.
 
     Args:
         models: of each model its answers by row id.
@@ -140,5 +147,4 @@ def refusals_of(
 
 
 def _sure(row: Row, said: dict[str, str] | None) -> float:
-    turn = row["messages"][-2]["content"]
-    return row["confidence"] if said is None else sureness(row["confidence"], said[row["id"]], turn)
+    return 0.0 if said and says_unknown(said[row["id"]]) else row["confidence"]

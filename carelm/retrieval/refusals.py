@@ -1,4 +1,4 @@
-"""Which questions are left to a colleague: by how sure the retriever is, and by how much of the answer stands in its passages.
+"""Which questions are left to a colleague: by how sure the retriever is, by what the model says, by both.
 
 A question is answerable where the index holds a passage that answers it. Of the answerable ones a threshold refuses some by
 mistake (false refusals); of the others it is to refuse as many as it can. It is chosen on other questions than those that it
@@ -19,10 +19,11 @@ def curve(answerable: np.ndarray, unanswerable: np.ndarray) -> list[dict[str, fl
     are refused: `threshold`, `false_refusals`, `refused`.
 
     Args:
-        answerable, unanswerable: how sure we are of each question; below the threshold it is refused.
+        answerable, unanswerable: how sure we are of each question; below the threshold it is refused, with 0 by every one.
     """
     points: list[dict[str, float]] = []
-    for threshold in np.unique(np.concatenate([answerable, unanswerable])):
+    thresholds = np.unique(np.concatenate([answerable, unanswerable]))
+    for threshold in thresholds[thresholds > 0]:
         shares = [float((own < threshold).mean()) for own in (answerable, unanswerable)]
         point = {"threshold": float(threshold), "false_refusals": shares[0], "refused": shares[1]}
         if points and points[-1]["false_refusals"] == shares[0]:
@@ -37,13 +38,14 @@ def at(points: list[dict[str, float]], false_refusals: float) -> dict[str, float
 
 
 def choose(answerable: np.ndarray, false_refusals: float) -> float:
-    """The highest threshold that refuses at most this share of the answerable questions: halfway between two that occur.
+    """The highest threshold that refuses at most this share of the answerable questions: halfway between two that occur; the
+    lowest above 0 where more of them have none.
 
     Only answerable questions are needed, as a shop has them: its past questions with their resolutions.
     """
     ordered = np.sort(answerable)
     most = min(int(np.floor(false_refusals * len(ordered) + 1e-9)), len(ordered) - 1)  # so many may lie below it
-    return float((ordered[most - 1] + ordered[most]) / 2 if most else ordered[0])
+    return max(float((ordered[most - 1] + ordered[most]) / 2 if most else ordered[0]), np.finfo(float).tiny)
 
 
 def refused(which: np.ndarray) -> dict[str, Any]:

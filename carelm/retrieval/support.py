@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import regex
 
-from carelm.chat.grounding import MARK, asked_in, marks, passages_in, says_unknown
+from carelm.chat.grounding import MARK, marks
 
 ENOUGH = 0.5  # of a sentence's content words
 WORD = regex.compile(r"\p{N}+(?:[.,:]\p{N}+)*|\p{L}[\p{L}\p{M}\p{N}'’-]*")
@@ -65,21 +65,6 @@ def claims(answer: str, passages: Sequence[str]) -> list[Claim]:
         there = set().union(*(of_passage[n - 1] for n in named if 1 <= n <= len(of_passage)))
         found.append(Claim(sentence, named, len(words & there) / len(words) if words else None))
     return found
-
-
-def share_shown(answer: str, turn: str) -> float:
-    """How much of an answer stands in the passages of the user's turn before it: the share of its content words, less those of
-    the question and of the customer; 0 where it has none or says that it is not known. Marks do not count: a small model
-    finds its passage more often than that passage's number."""
-    own = content_words(answer) - content_words(asked_in(turn))
-    if not own or says_unknown(answer):
-        return 0.0
-    return len(own & set().union(*map(content_words, passages_in(turn)))) / len(own)
-
-
-def sureness(confidence: float, answer: str, turn: str) -> float:
-    """How sure an answer is: the retriever's confidence times the share of the answer that stands in the passages."""
-    return confidence * share_shown(answer, turn)
 
 
 def with_marks(sentence: str, numbers: Iterable[int]) -> str:

@@ -78,13 +78,13 @@ class Consultation:
     def __init__(self, assistant: Assistant, asked: ShopRequest, turn: Turn):
         self.assistant, self.asked, self.turn = assistant, asked, turn
         self.sources: list[dict[str, Any]] = []
-        self.finish_reason, self.said = "stop", REFUSAL
+        self.finish_reason = "stop"
 
     async def whole(self) -> None:
         knows = await self._look_up()
         async for _ in self._texts(knows):
             pass
-        body = {**self._about(), "sources": self.sources}
+        body = {**self._said(knows), "sources": self.sources}
         await JSONResponse(body, headers=self.turn.headers)(self.turn.scope, self.turn.receive, self.turn.send)
 
     async def stream(self) -> None:
@@ -94,7 +94,7 @@ class Consultation:
         async for piece in self._texts(knows):
             if piece:
                 await events.put({"text": piece}, "token")
-        await events.put(self._about(), "done", is_last=True)
+        await events.put(self._said(knows), "done", is_last=True)
 
     async def _look_up(self) -> bool:
         """Finds the passages and makes the prompt; False where the model is not to be asked."""
@@ -108,29 +108,23 @@ class Consultation:
         prompts = self.turn.gateway.prompts
         messages, grounded = await prompts.ground(messages, found, self.asked.customer, self.turn.speaker)
         self.sources = sources(found[: grounded.shown])
-        self.stands_by = partial(self.assistant.stands_by, found, turn=grounded.text)
         await self.turn.render(messages, None, None)
         return True
 
     async def _texts(self, knows: bool) -> AsyncIterator[str]:
-        """What may be shown, as it comes; with a threshold all at the end, since only then it is known how much of it stands in
-        the passages."""
         if not knows:
             yield REFUSAL["answer"]
             return
-        shown, waits = TrueMarks(len(self.sources)), self.assistant.recipe.answer_threshold is not None
+        shown = TrueMarks(len(self.sources))
         async for piece in self.turn.texts():
-            piece = shown.add(piece)
-            yield "" if waits else piece
-        rest = shown.end()
+            yield shown.add(piece)
+        yield shown.end()
         self.finish_reason = self.turn.answer.finish_reason
-        if not waits or self.stands_by(shown.text):
-            self.said = outcome(without_false_marks(self.turn.answer.text, len(self.sources)))
-        yield self.said["answer"] if waits else rest
 
-    def _about(self) -> dict[str, Any]:
+    def _said(self, knows: bool) -> dict[str, Any]:
+        about = outcome(without_false_marks(self.turn.answer.text, len(self.sources))) if knows else REFUSAL
         return {
-            **self.said, "model": self.turn.speaker.name, "finish_reason": self.finish_reason, "usage": self.turn.usage(),
+            **about, "model": self.turn.speaker.name, "finish_reason": self.finish_reason, "usage": self.turn.usage(),
         }  # fmt: skip
 
 

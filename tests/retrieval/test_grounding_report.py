@@ -9,6 +9,7 @@ from conftest import PROJECT
 
 from carelm.chat.grounding import DONT_KNOW, ground
 from carelm.errors import UserError
+from carelm.retrieval.grounded_results import for_all
 from carelm.retrieval.passages import Passage
 
 CONDITIONS = ("retrieved", "gold", "none", "left out")
@@ -40,7 +41,7 @@ def said(row):
     if row["condition"] == "none":
         return "I like mats."
     if row["condition"] == "left out":
-        return answer if k % 3 == 0 else "Mats are cheap [1]. The mat is blue [4]."
+        return answer if k % 3 == 0 else "Mats are made of brass [1]. The mat is blue [4]."
     return answer.replace("[2]", "[1]") if k % 2 else answer
 
 
@@ -103,10 +104,16 @@ def test_what_passages_change_what_is_supported_and_what_is_refused_stands_in_th
     assert by["retriever, by validation"]["retrieved"]["refused"] == 6  # of test's 20
     assert by["retriever"]["threshold"] == pytest.approx(0.345)  # of these four
     alone, both = (by[name]["left out"]["refused"] for name in ("retriever", "tuned"))
-    assert both == 20 > alone  # what it says there stands in no passage, or that it does not know
+    assert 20 > both > alone  # those that it says it cannot know too
     report = (tmp_path / "out/eval/grounding/report.md").read_text()
     assert "| tuned | retrieved passages less no passages |" in report and "retriever and tuned" in report
     assert (tmp_path / "out/eval/grounding/refusals.svg").read_text().startswith("<svg")
+
+
+def test_a_row_that_asks_what_another_one_asks_has_its_answer():
+    rows = [row(1, "retrieved"), row(1, "gold"), row(2, "gold")]
+    rows[0]["messages"][0] = rows[1]["messages"][0]
+    assert for_all(rows, {"1/gold": "Yes."}) == {"1/retrieved": "Yes.", "1/gold": "Yes."}
 
 
 def test_other_rows_are_refused_in_one_line(run, tmp_path):

@@ -28,6 +28,15 @@ def test_the_curve_holds_for_each_cost_the_most_that_is_refused():
     assert refused(ANSWERABLE < 0.55)["refused"] == 2
 
 
+def test_what_the_model_refuses_is_refused_at_every_threshold():
+    answerable, unanswerable = np.where(np.arange(10) < 3, 0, ANSWERABLE), np.where(np.arange(10) < 6, 0, UNANSWERABLE)
+    points = curve(answerable, unanswerable)
+    assert (points[0]["false_refusals"], points[0]["refused"]) == (0.3, pytest.approx(0.8))
+    assert (answerable < choose(answerable, 0.1)).sum() == 3
+    told = by_folds(answerable, unanswerable, 0.1, seed=0)
+    assert (told["answerable"]["refused"], told["unanswerable"]["refused"]) == (3, 6)
+
+
 def test_each_tenth_of_the_questions_is_decided_by_what_the_others_have_chosen():
     order = np.linspace(0, 1, 400)
     found = by_folds(order, order - 0.5, 0.1, seed=0)

@@ -139,24 +139,6 @@ def test_below_the_threshold_and_where_nothing_is_found_the_model_is_not_asked(g
 
 
 @pytest.mark.parametrize(
-    ("said", "knows"), [("Unused lamps come back within 30 days [1].", True), ("Lamps never die [1].", False)]
-)
-def test_with_a_threshold_an_answer_is_given_that_stands_in_its_passages(gateway, client, monkeypatch, said, knows):
-    async def answer(model, ids, decoding):
-        for token in gateway.speakers[model].chat.tokenizer.encode(said, add_special_tokens=False):
-            yield token
-
-    monkeypatch.setattr(gateway.engine, "answer", answer)
-    monkeypatch.setattr(gateway.assistant.recipe, "answer_threshold", 0.01)
-    body = shop(client).json()
-    assert (body["answer"], body["knows"], body["cited"]) == ((said, True, [1]) if knows else (DONT_KNOW, False, []))
-    assert body["sources"] and body["usage"]["completion_tokens"] > 3
-    told = events_of(shop(client, stream=True))
-    assert [name for name, _ in told] == ["sources", "token", "done"]  # nothing is shown that is taken back
-    assert told[1][1] == {"text": body["answer"]} and told[2][1]["answer"] == body["answer"]
-
-
-@pytest.mark.parametrize(
     ("param", "change"),
     [
         ("messages", {"messages": []}),
