@@ -14,6 +14,7 @@ CHATS = "chats"  # in the output folder: what was said in train/chat.py, where /
 FEEDBACK = "feedback.jsonl"  # there too: what people thought of serve/run.py's answers
 CERTIFIED = "serving_certificate.json"  # there too: how serve/run.py --certify has found its answers
 ENGINE_LOG = "vllm.log"  # there too: what vLLM has printed
+REFERENCE = "reference.npz"  # there too: what the model that a run of preferences began as says to its pairs
 PRECISION_NOTE = "precision.json"  # in the output folder: what `precision: auto` has measured on a CPU, and chosen
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     # Libraries that take seconds, after every check without them.
     from carelm.models import adapters, base, flops, memory
     from carelm.models.precision import choose_precision
-    from carelm.training import callbacks, checkpoints
+    from carelm.training import callbacks, checkpoints, preferences
     from carelm.training.arguments import make_training_args
     from carelm.training.optional import check_optional
     from carelm.training.speed import Speed
@@ -80,6 +80,9 @@ def main() -> None:
         ranks.join(recipe.training.get("ddp_timeout", 1800))
     precision = choose_precision(recipe.precision, recipe.output_dir, anew=runs.restarts(recipe))
     base.check_vocabulary(chat, base.load_config(recipe))
+    is_pairs = recipe.objective == "preferences"
+    if is_pairs:
+        preferences.check_base(base.load_config(recipe))
     card_prompts = card.make_prompts(recipe, chat, base.load_config(recipe))
     shape = adapters.check_base(recipe, goes_on)
     arguments = make_training_args(recipe, prepared, precision, shape)
@@ -93,6 +96,8 @@ def main() -> None:
     begun = checkpoints.read_mark(checkpoint) if checkpoint else None
     if recipe.adapter and begun:
         check_unchanged(recipe, begun["adapter_fingerprint"], checkpoint)
+    if is_pairs and begun:
+        preferences.check_reference(recipe, prepared, precision.name, begun)
     model = adapters.load_model(recipe, chat, precision, zero_stage, begun)
     trainable, total = base.count_parameters(model)
     ranks.say(f"{recipe.method} on {recipe.model['model_name_or_path']} in {precision.name} ({precision.reason}): "
@@ -101,8 +106,9 @@ def main() -> None:
     ceiling = flops.matmul_ceiling_of_all(arguments.device, precision.dtype)
     speed = Speed(base.flops_per_token(model), ceiling)
     fingerprint = base.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
-    run = Trainer(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
-                  callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
+    kind = preferences.PreferenceTrainer if is_pairs else Trainer
+    run = kind(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
+               callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
     run.started = STARTED
     run.follow(speed, checkpoint)
     run.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -37,8 +37,8 @@ def use_chunked_loss(
     """Replaces the forward of a causal model for calls with labels; called once the adapter is on it.
 
     The loss is the fp32 cross-entropy summed over the trained tokens and divided by `num_items_in_batch` (by their number where
-    that is not given), as in transformers' ForCausalLMLoss; there are no logits in the output. Without labels the model's own
-    forward runs.
+    that is not given), as in transformers' ForCausalLMLoss; there are no logits in the output. `by_row=True` gives the sums of
+    the rows, [rows] in fp64, for a loss that is made of them. Without labels the model's own forward runs.
 
     Args:
         is_chunked: what an earlier start of the run has found; None where the first micro-batch is to tell. The model says it
@@ -59,7 +59,7 @@ def use_chunked_loss(
             set_z3_leaf_module(head, True)  # an adapter on the head is gathered with it, once
 
     @functools.wraps(plain)
-    def forward(*args, labels=None, num_items_in_batch=None, **kwargs):
+    def forward(*args, labels=None, num_items_in_batch=None, by_row=False, **kwargs):
         if labels is None:
             return plain(*args, **kwargs)
         if model.is_loss_chunked is None:
@@ -73,7 +73,10 @@ def use_chunked_loss(
             trained = (targets != IGNORED).flatten().nonzero()[:, 0]
             if not len(trained):  # the head takes part all the same: other ranks wait for it
                 trained = trained.new_zeros(1)
-            loss = head(hidden.flatten(0, 1)[trained], targets.flatten()[trained]) / num_items_in_batch
+            losses = head(hidden.flatten(0, 1)[trained], targets.flatten()[trained])
+            loss = _by_row(losses, trained, labels.shape) if by_row else losses.sum() / num_items_in_batch
+        elif by_row:
+            loss = _whole_rows(plain, labels, *args, **kwargs)
         else:
             loss = _whole_loss(plain, labels, num_items_in_batch, label_smoothing, *args, **kwargs)
         return CausalLMOutputWithPast(loss=loss)
@@ -111,6 +114,20 @@ def _whole_loss(plain, labels, num_items_in_batch, label_smoothing, *args, **kwa
     return loss / num_items_in_batch
 
 
+def _by_row(losses: torch.Tensor, places: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The losses of tokens at these places of a batch of this shape, summed by row. The sums of long answers are far larger
+    than what they differ by, hence fp64."""
+    return losses.new_zeros(shape[0], dtype=torch.float64).index_add(0, places // shape[1], losses.double())
+
+
+def _whole_rows(plain, labels, *args, **kwargs) -> torch.Tensor:
+    """The same from the logits that the model makes."""
+    keep = _keep(labels)
+    logits = plain(*args, logits_to_keep=keep, **kwargs)[0].float()
+    losses = F.cross_entropy(logits.transpose(1, 2), _next(labels[:, -keep:]), reduction="none")
+    return losses.double().sum(1)
+
+
 @torch.compiler.disable
 def _differ(plain, body, head, labels, inputs) -> bool:
     """Whether the model's own loss is another than its head's, at the places of the first trained tokens of the first row.
@@ -129,13 +146,13 @@ def _differ(plain, body, head, labels, inputs) -> bool:
             own = _whole_loss(plain, labels, 1, 0.0, **inputs)
         with torch.random.fork_rng(gpus):
             hidden, keep = body(**inputs)[0], _keep(labels)
-            ours = head(hidden[0, -keep:], _next(labels)[0, -keep:], 0.0)
+            ours = head(hidden[0, -keep:], _next(labels)[0, -keep:], 0.0).sum()
     torch.clear_autocast_cache()  # it holds the weights without their gradients
     return not torch.allclose(ours, own.float(), rtol=TOLERANCE, atol=FLOOR, equal_nan=True)
 
 
 def _let_sum_loss(head: torch.nn.Module, vocabulary: int, label_smoothing: float) -> None:
-    """Lets a head that is given targets return the loss summed over them."""
+    """Lets a head that is given targets return the loss of each of them, [targets]."""
     project = head.forward
 
     @torch.compiler.disable
@@ -147,7 +164,7 @@ def _let_sum_loss(head: torch.nn.Module, vocabulary: int, label_smoothing: float
         chunk, part = (max(1, size[device] // (4 * vocabulary)) for size in (CHUNK_BYTES, PART_BYTES))
 
         def of_logits(logits, targets):
-            return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+            return F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
 
         def loss(hidden, targets):
             return of_logits(project(hidden), targets)
@@ -156,15 +173,15 @@ def _let_sum_loss(head: torch.nn.Module, vocabulary: int, label_smoothing: float
             return _GradientsInForward.apply(hidden, targets, project, of_logits, chunk, part)
         chunks = zip(hidden.split(chunk), targets.split(chunk))
         if not torch.is_grad_enabled():
-            return sum(loss(*pair) for pair in chunks)
+            return torch.cat([loss(*pair) for pair in chunks])
         # Gradients of trained weights are not taken ahead: they are larger than fp16 holds without the loss scaler's say.
-        return sum(checkpoint(loss, *pair, use_reentrant=False) for pair in chunks)
+        return torch.cat([checkpoint(loss, *pair, use_reentrant=False) for pair in chunks])
 
     head.forward = forward
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """The loss under a frozen head: the gradient of each chunk is taken at once, so that its logits are made only once.
+    """The losses under a frozen head: the gradient of each chunk is taken at once, so that its logits are made only once.
 
     Any loss scaling comes later, in the backward. fp16 would round small gradients of logits to 0 until then, hence SCALE.
     """
@@ -176,10 +193,10 @@ class _GradientsInForward(torch.autograd.Function):
         """
         Args:
             project: hidden states to logits.
-            loss: logits and targets to the sum over them.
+            loss: logits and targets to the loss of each.
             chunk, part: tokens for `project` and for `loss` at a time.
         """
-        gradients, total = torch.empty_like(hidden), 0
+        gradients, losses = torch.empty_like(hidden), []
         for states, aims, of_states in zip(*(x.split(chunk) for x in (hidden, targets, gradients))):
             states = states.detach().requires_grad_()
             with torch.enable_grad():
@@ -189,15 +206,15 @@ class _GradientsInForward(torch.autograd.Function):
                 few.requires_grad_()
                 with torch.enable_grad():
                     value = loss(few, goals)
-                    of_few.copy_(*torch.autograd.grad(value * _GradientsInForward.SCALE, few))
-                total += value.detach()
+                    of_few.copy_(*torch.autograd.grad(value.sum() * _GradientsInForward.SCALE, few))
+                losses.append(value.detach())
             of_states.copy_(*torch.autograd.grad(logits, states, of_logits))
         ctx.save_for_backward(gradients)
-        return total
+        return torch.cat(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         (gradients,) = ctx.saved_tensors
-        scaled = gradients.float() * (grad_output / _GradientsInForward.SCALE)
+        scaled = gradients.float() * (grad_output / _GradientsInForward.SCALE)[:, None]
         return scaled.to(gradients.dtype), None, None, None, None, None

@@ -114,6 +114,21 @@ class Rows(Dataset):
         return (np.zeros(1, np.int32), np.zeros(1, bool)) if i == BLANK else self.split[i]
 
 
+class Pairs(Dataset):
+    """A prepared split of preferences: item i is both answers of a pair, the better one first, and what the reference says to
+    them (two log-probabilities). Item -1 is blank."""
+
+    def __init__(self, split: PreparedSplit):
+        self.split, self.reference = split, np.full((len(split), 2), np.nan)
+        self._blank = (*[Rows(split)[BLANK]] * 2, np.zeros(2))
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[tuple, tuple, np.ndarray]:
+        return self._blank if i == BLANK else (*self.split.pair(i), self.reference[i])
+
+
 class Collate:
     """Pads examples on the right to the longest of them: input_ids, attention_mask, labels, each [batch, length]."""
 
@@ -131,3 +146,15 @@ class Collate:
             attention_mask[row, : len(ids)] = 1
             labels[row, : len(ids)][torch.from_numpy(np.array(trained))] = tokens[torch.from_numpy(np.array(trained))]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class CollatePairs:
+    """Pads pairs as `collate` does: the better answers, then the worse ones, [2 * pairs, length], and the `reference` of both,
+    [pairs, 2]."""
+
+    def __init__(self, collate: Collate):
+        self.collate = collate
+
+    def __call__(self, pairs: list[tuple[tuple, tuple, np.ndarray]]) -> dict[str, torch.Tensor]:
+        better, worse, reference = zip(*pairs)
+        return self.collate([*better, *worse]) | {"reference": torch.from_numpy(np.stack(reference))}

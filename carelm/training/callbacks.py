@@ -129,7 +129,9 @@ class ProgressBar(TrainerCallback):
                 figures["mfu"] = f"{self.speed.shown['mfu']:.0%}"
             self.bar.set_postfix(figures, refresh=False)  # drawn with the next step
         if self.bar is not None and "eval_loss" in logs:
-            self._say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}")
+            more = f", chosen loss {logs['eval_chosen_loss']:.4f}" if "eval_chosen_loss" in logs else ""
+            more += f", answers of {logs['eval_answer_tokens']:.1f} tokens" if "eval_answer_tokens" in logs else ""
+            self._say(f"step {state.global_step}: eval loss {logs['eval_loss']:.4f}{more}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

@@ -10,10 +10,10 @@ from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
 from carelm.files import code_fingerprint
 from carelm.ranks import say
-from carelm.recipe import PRECISION_NOTE, Recipe
+from carelm.recipe import PRECISION_NOTE, REFERENCE, Recipe
 
 METRICS = "train_metrics.json"
-BESIDE = {METRICS, PRECISION_NOTE, "recipe.yaml", "data_report.json", "README.md"}  # no part of the result
+BESIDE = {METRICS, PRECISION_NOTE, REFERENCE, "recipe.yaml", "data_report.json", "README.md"}  # no part of the result
 WHOLE = 2**26  # bytes of a file that is hashed whole; of a larger one its two ends are
 
 

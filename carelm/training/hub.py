@@ -8,14 +8,14 @@ from carelm.data.sources import is_hub_id
 from carelm.errors import UserError, first_line
 from carelm.files import locate
 from carelm.ranks import say
-from carelm.recipe import CHATS, ENGINE_LOG, FEEDBACK, Recipe
+from carelm.recipe import CHATS, ENGINE_LOG, FEEDBACK, REFERENCE, Recipe
 from carelm.recipe_file import load_recipe
 from carelm.training import card
 from carelm.training.checkpoint_folders import find_recipe
 
 # Beside the result: some of it holds what people have said, or a shop's own documents.
 NOT_PUSHED = [
-    "checkpoint-*", "runs/*", "eval/*", "merged/*", "index/*", f"{CHATS}/*", FEEDBACK, ENGINE_LOG, "*.partial", ".*",
+    "checkpoint-*", "runs/*", "eval/*", "merged/*", "index/*", f"{CHATS}/*", FEEDBACK, ENGINE_LOG, REFERENCE, "*.partial", ".*",
 ]  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
     method = recipe.method + (f" on a {recipe.bits}-bit base" if recipe.bits else "")
     base = recipe.model["model_name_or_path"]
     head = {"library_name": "transformers" if recipe.method == "full" else "peft", "pipeline_tag": "text-generation",
-            "tags": ["carelm", "sft", recipe.method]}  # fmt: skip
+            "tags": ["carelm", "dpo" if recipe.objective == "preferences" else "sft", recipe.method]}  # fmt: skip
     # The Hub refuses a card that names what it cannot have.
     head |= {} if os.path.exists(recipe.base) else {"base_model": base}
     before = metrics.get("trained_before") or []

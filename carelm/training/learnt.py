@@ -33,7 +33,9 @@ def expect(recipe: Recipe, prepared: Prepared) -> list[str]:
         examples = "example" if rows == 1 else "examples"
         said.append(f"{rows} training {examples} only: what is learnt is little more than their text")
     number, rate = steps(recipe, rows), recipe.training["learning_rate"]
-    least = LEAST_UPDATE.get(recipe.method, 0)
+    least = (
+        LEAST_UPDATE.get(recipe.method, 0) if recipe.objective == "answers" else 0
+    )  # what pairs need was not measured
     if number * rate < least:
         enough, size = math.ceil(round(least / rate, 6)), recipe.global_batch_size
         ways = [f"at least {enough} steps (--max_steps {enough})"]

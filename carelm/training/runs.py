@@ -3,6 +3,7 @@
 outputs/NAME/
     recipe.yaml           the recipe as resolved, from the start
     precision.json        what `precision: auto` has measured on a CPU at the first start, and chosen
+    reference.npz         what a run of preferences compares with, see carelm.training.preferences
     data_report.json      what became of the rows
     checkpoint-N/         see carelm.training.checkpoints
     runs/                 TensorBoard, see carelm.training.tensorboard
@@ -26,7 +27,7 @@ from carelm.errors import UserError
 from carelm.files import read_json, write_whole
 from carelm.provenance import git_commit, versions
 from carelm.ranks import Launch, rank, say, share
-from carelm.recipe import CERTIFIED, CHATS, ENGINE_LOG, FEEDBACK, PRECISION_NOTE, Recipe
+from carelm.recipe import CERTIFIED, CHATS, ENGINE_LOG, FEEDBACK, PRECISION_NOTE, REFERENCE, Recipe
 from carelm.recipe_file import check_identity, save_recipe
 from carelm.training import finished, hub
 from carelm.training.checkpoint_folders import find_checkpoints, step_of
@@ -47,6 +48,7 @@ MADE_BESIDE = {
     ENGINE_LOG,
     FEEDBACK,
     PRECISION_NOTE,
+    REFERENCE,
 }  # by eval/run.py, serve/, train/merge.py, embedder.py and chat.py, maybe before there is a run
 LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 

@@ -45,6 +45,8 @@ class TensorBoard(TrainerCallback):
         "learning_rate": "train/learning_rate",
         "epoch": "train/epoch",
         "eval_loss": "eval/loss",
+        "eval_chosen_loss": "eval/chosen_loss",
+        "eval_answer_tokens": "eval/answer_tokens",
     }
 
     def __init__(self, folder: Path, speed: Speed):

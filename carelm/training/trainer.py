@@ -150,29 +150,35 @@ class Trainer(transformers.Trainer):
             ranks=self.args.world_size,
             shuffle=False,
         )
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        totals = 0
         self.model.eval()
         for inputs in self._loader(self.eval_dataset, batches):
             if reason := self.stops.look(self.args.device):
                 self._stop(reason, evaluation_is_due=True)
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
-                # num_items_in_batch=1 makes the loss a sum over tokens; compute_loss scales it by the ranks for training
-                one = torch.ones((), device=self.args.device)
-                loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=one) / self.args.world_size
-            totals += torch.stack([loss.double(), (inputs["labels"] != -100).sum().double()])
+                totals += self.totals_of(inputs)
         self.model.train()
         if self.args.world_size > 1:
             torch.distributed.all_reduce(totals)
-        metrics = {
-            f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item(),
-            f"{metric_key_prefix}_runtime": round(time.time() - started, 3),
-        }
+        figures = self.figures_of(totals) | {"runtime": round(time.time() - started, 3)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         if not math.isfinite(loss := metrics[f"{metric_key_prefix}_loss"]):
             divergence.end(self, f"the eval loss is {loss}", is_trained=self.state.global_step > 0)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def totals_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What this rank's batch of an evaluation adds to its totals, fp64: the summed loss, the trained tokens."""
+        # num_items_in_batch=1 makes the loss a sum over tokens; compute_loss scales it by the ranks for training
+        one = torch.ones((), device=self.args.device)
+        loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=one) / self.args.world_size
+        return torch.stack([loss.double(), (inputs["labels"] != -100).sum().double()])
+
+    def figures_of(self, totals: torch.Tensor) -> dict[str, float]:
+        """The figures of an evaluation from the totals over all ranks."""
+        return {"loss": (totals[0] / totals[1]).item()}
 
     # Stops and checkpoints
 

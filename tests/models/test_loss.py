@@ -288,6 +288,43 @@ def test_label_smoothing_is_that_of_transformers_also_with_whole_logits():
     assert float(model(**inputs).loss) == pytest.approx(float(value), rel=1e-6)
 
 
+def rows_and_gradients(model, of_rows, inputs):
+    """The losses of both rows, and the gradients of a loss that weighs them unlike."""
+    inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
+    losses = of_rows(model, inputs)
+    (2 * losses[0] - 3 * losses[1]).backward()
+    return losses.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def rows_of_whole_logits(model, inputs):
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs["labels"][:, 1:], reduction="none")
+    return losses.double().sum(1)
+
+
+@pytest.mark.parametrize(
+    "method, keys",
+    [("lora", LORA), ("lora", (*LORA, "--lora_modules_to_save", "lm_head")), ("full", ())],
+    ids=["lora", "head in modules_to_save", "full"],
+)
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_losses_of_rows_have_the_gradients_of_whole_logits(kind, method, keys):
+    """Gemma 2 caps its logits, so that they are made whole."""
+    base = (
+        llama()
+        if kind == "llama"
+        else tiny(Gemma2ForCausalLM, Gemma2Config, **SHAPE, head_dim=8, num_key_value_heads=2)
+    )
+    plain, chunked = both(base, *keys, method=method)
+    value, gradients = rows_and_gradients(plain, rows_of_whole_logits, batch())
+    own, own_gradients = rows_and_gradients(chunked, lambda model, inputs: model(**inputs, by_row=True).loss, batch())
+    assert own.dtype == torch.float64 and own.tolist() == pytest.approx(value.tolist(), rel=1e-6)
+    with torch.no_grad():
+        assert chunked(**batch(), by_row=True).loss.tolist() == pytest.approx(value.tolist(), rel=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(own_gradients[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max())), name
+
+
 def test_without_labels_the_logits_are_those_of_the_model():
     plain, chunked = both(llama(), *LORA)
     ids = batch()["input_ids"]
@@ -333,7 +370,7 @@ def test_small_gradients_survive_fp16_until_the_loss_is_scaled():
         part, own = hidden.clone().requires_grad_(), copy.deepcopy(head)
         loss._let_sum_loss(own, WORDS, 0.0)
         with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
-            value = own(part, targets)
+            value = own(part, targets).sum()
         (value / 1000 * 65536).backward()
         gradients.append(part.grad / 65.536)
     assert 0 < gradients[0].abs().max() < 6e-7
