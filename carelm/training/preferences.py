@@ -10,6 +10,7 @@ likely the better answers are and how long answers have become, and a run whose 
 """
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def check_reference(recipe: Recipe, prepared: Prepared, precision: str, begun: d
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """`start`, `answer_tokens`, `train` and maybe `validation` of a reference; None where there is no whole one."""
+    """`start`, `answer_tokens`, `seconds`, `train` and maybe `validation` of a reference; None where there is no whole one."""
     try:
         with np.load(path) as held:
             return {**json.loads(str(held["about"])), **{name: held[name] for name in held.files if name != "about"}}
@@ -122,6 +123,7 @@ class PreferenceTrainer(Trainer):
         self.train_dataset = Pairs(self.prepared.train)
         self.eval_dataset = Pairs(self.prepared.validation) if self.prepared.validation is not None else None
         self.answer_tokens_before: float | None = None  # of the reference's answers
+        self.reference_seconds = 0.0  # that it took to ask it
 
     # The loss
 
@@ -177,15 +179,16 @@ class PreferenceTrainer(Trainer):
         start = start_of(self.recipe, self.prepared, precision, self.base_fingerprint, self.adapter_fingerprint)
         found = share(_read(path) if rank() == 0 else None, self.args.device)
         if found is None or (not goes_on and found["start"] != start):
-            found = {"start": start, "answer_tokens": self._answer_tokens()}
+            found, began = {"start": start, "answer_tokens": self._answer_tokens()}, time.perf_counter()
             found |= {name: self._log_probabilities(name) for name in ("train", "validation") if self._pairs(name)}
-            about = {key: found[key] for key in ("start", "answer_tokens")}
+            found["seconds"] = time.perf_counter() - began
+            about = {key: found[key] for key in ("start", "answer_tokens", "seconds")}
             if rank() == 0:
                 _write(path, about, {name: found[name] for name in ("train", "validation") if name in found})
         for name in ("train", "validation"):
             if pairs := self._pairs(name):
                 pairs.reference = found[name]
-        self.answer_tokens_before = found["answer_tokens"]
+        self.answer_tokens_before, self.reference_seconds = found["answer_tokens"], found["seconds"]
 
     def _pairs(self, name: str) -> Pairs | None:
         return self.train_dataset if name == "train" else self.eval_dataset
@@ -269,6 +272,7 @@ class PreferenceTrainer(Trainer):
         last = evaluations[-1] if evaluations else {}
         return super().metrics() | {
             "objective": self.recipe.objective,
+            "reference_seconds": round(self.reference_seconds, 3),
             "eval_chosen_loss": last.get("eval_chosen_loss"),
             "eval_chosen_loss_before": first.get("eval_chosen_loss"),
             "eval_answer_tokens": last.get("eval_answer_tokens"),

@@ -22,6 +22,7 @@ from launching import (
     zero3_sharding_everything,
 )
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config
 
 from carelm.chat.chat import make_chat
@@ -83,14 +84,20 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def one(made, tmp_path_factory):
+    """Eight steps that go on from the adapter, on one process."""
+    words = ("--config", made / "pairs.yaml", "--output_dir")
+    return made_once(tmp_path_factory, "preferred", lambda folder: script(*words, folder / "one", check=True)) / "one"
+
+
+@pytest.fixture(scope="module")
 def rungs(made, tmp_path_factory):
-    """Eight steps that go on from the adapter: on one process, one pair at a time, and on two ranks under ZeRO-2 and 3."""
+    """The same one pair at a time, and on two ranks under ZeRO-2 and 3."""
 
     def run_all(folder):
         def words(name):
             return "--config", made / "pairs.yaml", "--output_dir", folder / name
 
-        script(*words("one"), check=True)
         script(*words("accumulated"), "--per_device_train_batch_size", 1, "--per_device_eval_batch_size", 4,
                "--gradient_checkpointing", "true", check=True)  # fmt: skip
         launch(*words("zero2"), config_file=PROJECT / "accelerate_configs/cpu_zero2.yaml")
@@ -100,18 +107,17 @@ def rungs(made, tmp_path_factory):
 
 
 @pytest.mark.parametrize("rung", ["accumulated", "zero2", "zero3"])
-def test_every_rung_has_the_curve_and_the_adapter_of_one_process(rungs, rung):
-    one = rungs / "one"
+def test_every_rung_has_the_curve_and_the_adapter_of_one_process(rungs, one, rung):
     assert len(losses(one)) == 8 and losses(one)[8] < 0.69
     assert losses(rungs / rung) == pytest.approx(losses(one), rel=1e-5)
     assert eval_losses(rungs / rung) == pytest.approx(eval_losses(one), rel=1e-5)
     assert relative_distance(rungs / rung, one) < 1e-4
 
 
-def test_the_first_loss_of_a_run_that_goes_on_from_an_adapter_is_ln_2(rungs, made):
-    assert eval_losses(rungs / "one")[0] == math.log(2)
-    assert losses(rungs / "one")[1] == pytest.approx(math.log(2), abs=1e-7)
-    assert relative_distance(rungs / "one", made / "start") > 1e-3  # it has trained on from there
+def test_the_first_loss_of_a_run_that_goes_on_from_an_adapter_is_ln_2(one, made):
+    assert eval_losses(one)[0] == math.log(2)
+    assert losses(one)[1] == pytest.approx(math.log(2), abs=1e-7)
+    assert relative_distance(one, made / "start") > 1e-3  # it has trained on from there
 
 
 def test_the_first_loss_of_a_new_adapter_on_a_base_in_4_bits_is_ln_2(made, tmp_path):
@@ -140,12 +146,12 @@ def test_a_full_fine_tune_has_its_own_start_as_reference_and_answers_add_their_l
     assert metrics["train_loss"] > math.log(2) + 1
 
 
-def test_the_loss_of_preferred_answers_is_that_of_training_on_answers(rungs, made):
-    before = next(e["eval_chosen_loss"] for e in history(rungs / "one") if e["step"] == 0)
+def test_the_loss_of_preferred_answers_is_that_of_training_on_answers(one, made):
+    before = next(e["eval_chosen_loss"] for e in history(one) if e["step"] == 0)
     assert before == pytest.approx(eval_losses(made / "start")[4], rel=1e-6)
 
 
-def test_the_losses_are_those_of_trls_trainer(rungs, made, tmp_path):
+def test_the_losses_are_those_of_trls_trainer(one, made, tmp_path):
     """On the same pairs in the same steps, from the same adapter."""
     from datasets import Dataset
     from peft import PeftModel
@@ -155,11 +161,14 @@ def test_the_losses_are_those_of_trls_trainer(rungs, made, tmp_path):
         def _prepare_dataset(self, dataset, *_):
             return dataset
 
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, batch_sampler=steps, collate_fn=self.data_collator)
+
     recipe = load_recipe(["--config", str(made / "pairs.yaml")], usage="")
     train = prepare(recipe, make_chat(recipe)).train
-    plan = GlobalBatches(train.lengths, global_batch_size=4, micro_batch_size=4, rank=0, ranks=1, seed=42).plan(0)
-    rows = []
-    for (ids, trained), (others, _) in (train.pair(i) for step in plan for i in step):
+    steps = GlobalBatches(train.lengths, global_batch_size=4, micro_batch_size=4, rank=0, ranks=1, seed=42).plan(0)
+    steps, rows = [step.tolist() for step in steps], []
+    for (ids, trained), (others, _) in map(train.pair, range(len(train))):
         start = int(np.flatnonzero(trained)[0])
         rows.append({"prompt_ids": ids[:start].tolist(), "chosen_ids": ids[start:].tolist(),
                      "rejected_ids": others[start:].tolist()})  # fmt: skip
@@ -169,17 +178,17 @@ def test_the_losses_are_those_of_trls_trainer(rungs, made, tmp_path):
         args=DPOConfig(
             str(tmp_path), per_device_train_batch_size=4, max_steps=8, learning_rate=1e-3, lr_scheduler_type="cosine",
             warmup_steps=0.03, logging_steps=1, report_to="none", save_strategy="no", bf16=False, use_cpu=True,
-            max_length=None, gradient_checkpointing=False, train_sampling_strategy="sequential", disable_tqdm=True,
+            max_length=None, gradient_checkpointing=False, disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(made / "base"),
     )  # fmt: skip
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert [*losses(rungs / "one").values()] == pytest.approx(theirs, abs=1e-6)
+    assert [*losses(one).values()] == pytest.approx(theirs, abs=1e-6)
 
 
-def test_a_run_stopped_on_two_ranks_is_finished_on_one(rungs, made, tmp_path):
+def test_a_run_stopped_on_two_ranks_is_finished_on_one(rungs, one, made, tmp_path):
     run = shutil.copytree(rungs / "zero2", tmp_path / "run")
     (run / "train_metrics.json").unlink()
     shutil.rmtree(run / "checkpoint-8")
@@ -188,12 +197,12 @@ def test_a_run_stopped_on_two_ranks_is_finished_on_one(rungs, made, tmp_path):
     assert f"going on from {run / 'checkpoint-4'}" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["world_size"] == 1
     assert (run / "reference.npz").read_bytes() == before
-    assert losses(run) == pytest.approx(losses(rungs / "one"), rel=1e-5)
-    assert relative_distance(run, rungs / "one") < 1e-4
+    assert losses(run) == pytest.approx(losses(one), rel=1e-5)
+    assert relative_distance(run, one) < 1e-4
 
 
-def test_a_run_without_its_reference_is_refused_before_weights_are_loaded(rungs, made, tmp_path):
-    run = shutil.copytree(rungs / "one", tmp_path / "run")
+def test_a_run_without_its_reference_is_refused_before_weights_are_loaded(one, made, tmp_path):
+    run = shutil.copytree(one, tmp_path / "run")
     for name in ("train_metrics.json", "reference.npz"):
         (run / name).unlink()
     shutil.rmtree(run / "checkpoint-8")
@@ -202,9 +211,9 @@ def test_a_run_without_its_reference_is_refused_before_weights_are_loaded(rungs,
     assert "what the model that this run began as says to its pairs, is not there" in done.stderr.splitlines()[-1]
 
 
-def test_a_reference_of_another_start_is_refused(rungs, made):
-    recipe = load_recipe(["--config", str(made / "pairs.yaml"), "--output_dir", str(rungs / "one")], usage="")
-    prepared, begun = prepare(recipe, make_chat(recipe)), mark(rungs / "one", 4)
+def test_a_reference_of_another_start_is_refused(one, made):
+    recipe = load_recipe(["--config", str(made / "pairs.yaml"), "--output_dir", str(one)], usage="")
+    prepared, begun = prepare(recipe, make_chat(recipe)), mark(one, 4)
     preferences.check_reference(recipe, prepared, "fp32", begun)
     with pytest.raises(
         UserError, match=r"is of another start \(adapter: .* there, 0123 here\); put the run's own back"
@@ -214,14 +223,14 @@ def test_a_reference_of_another_start_is_refused(rungs, made):
         preferences.check_reference(recipe, prepared, "bf16", begun)
 
 
-def test_the_log_has_the_likelihood_of_preferred_answers_and_the_length_of_its_own(rungs, made):
+def test_the_log_has_the_likelihood_of_preferred_answers_and_the_length_of_its_own(one):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    entries = [e for e in history(rungs / "one") if "eval_loss" in e]
+    entries = [e for e in history(one) if "eval_loss" in e]
     assert [e["step"] for e in entries] == [0, 4, 8]
     assert entries[2]["eval_chosen_loss"] < entries[0]["eval_chosen_loss"]
     assert all(0 <= e["eval_answer_tokens"] <= 8 for e in entries)
-    events = EventAccumulator(str(rungs / "one/runs"))
+    events = EventAccumulator(str(one / "runs"))
     events.Reload()
     for tag, key in (("eval/chosen_loss", "eval_chosen_loss"), ("eval/answer_tokens", "eval_answer_tokens")):
         assert [s.value for s in events.Scalars(tag)] == pytest.approx([e[key] for e in entries])
@@ -246,9 +255,9 @@ def test_a_base_with_an_encoder_is_refused():
         preferences.check_base(T5Config())
 
 
-def test_the_evaluator_compares_answers_with_the_preferred_ones(rungs, made, tmp_path):
-    run = shutil.copytree(rungs / "one", tmp_path / "run")
+def test_the_evaluator_compares_answers_with_the_preferred_ones(one, made, tmp_path):
+    run = shutil.copytree(one, tmp_path / "run")
     script("--config", made / "pairs.yaml", "--output_dir", run, "--models", "adapter", "--num_latency_prompts", 0,
            "--num_resamples", 10, file="eval/run.py", check=True)  # fmt: skip
     rows = [json.loads(line) for line in (run / "eval/predictions-adapter.jsonl").read_text().splitlines()]
-    assert [row["reference"] for row in rows] == [row["chosen"] for row in pairs(4, start=40)]
+    assert [row["references"][0] for row in rows] == [row["chosen"] for row in pairs(4, start=40)]
