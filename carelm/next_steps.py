@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Iterator
 
 from carelm import ranks
 from carelm.command_line import split_command_line
@@ -32,9 +33,18 @@ def chat_words(words: list[str]) -> list[str]:
 
 def without(words: list[str], *keys: str) -> list[str]:
     """The words of a command line without these keys and their values."""
-    kept, is_kept = [], True
+    return [word for key, word in _with_keys(words) if key not in keys]
+
+
+def only(words: list[str], *keys: str) -> list[str]:
+    """Of the words of a command line these keys and their values."""
+    return [word for key, word in _with_keys(words) if key in keys]
+
+
+def _with_keys(words: list[str]) -> Iterator[tuple[str, str]]:
+    """Each word with the key that it is, or is a value of; "" before the first."""
+    key = ""
     for word in words:
         if word.startswith("--"):
-            is_kept = word[2:].partition("=")[0] not in keys
-        kept += [word] if is_kept else []
-    return kept
+            key = word[2:].partition("=")[0]
+        yield key, word

@@ -122,6 +122,8 @@ def resolve(layers: list[Layer], name: str) -> Recipe:
         )
     if "dataset_name" not in values:
         say("the recipe names no data: the demo's is taken; set dataset_name")
+        if not any(values.get(key) for way in ALTERNATIVES[0] for key in way):
+            values["messages_column"] = "messages"  # where its conversations are
     values.setdefault("output_dir", f"outputs/{name}")
     of_objective = PREFERENCES if values.get("objective") == "preferences" else {}
     values = {**DEFAULTS, **of_objective, **_decided_by_adapter(values), **values}

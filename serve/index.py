@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
-from carelm import environment, ranks  # noqa: F401
+from carelm import environment, quiet, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.keys import RETRIEVAL_KEYS
 from carelm.next_steps import say_next, words_of
@@ -32,12 +32,9 @@ if TYPE_CHECKING:
 def main() -> None:
     recipe = load_recipe(sys.argv[1:], usage=__doc__, first=RETRIEVAL_KEYS)
     check_installed("lancedb")
-    from carelm.retrieval.tickets import update_tickets
-
     stay_offline(recipe, *([load_named("tickets", recipe.tickets)] if recipe.tickets else []), and_embedder=True)
-    from carelm import quiet
-
     quiet.silence(has_gpu=False, is_first_rank=True)
+    from carelm.retrieval.tickets import update_tickets
     from carelm.retrieval.update import update
 
     result = {}

@@ -51,6 +51,11 @@ def main() -> None:
 
     key = security.read_key(recipe)
     stay_offline(recipe)
+    import torch
+
+    from carelm import quiet
+
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     assistant, tickets = open_shop(recipe)
     from carelm.evaluation.candidates import find_candidates
 
@@ -60,12 +65,6 @@ def main() -> None:
 
         candidates = servable(recipe, candidates)
     ranks.say(f"loading {', '.join(candidate.name for candidate in candidates)}")
-
-    import torch
-
-    from carelm import quiet
-
-    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=True)
     ranks.use_cpu(None)
     from carelm.serving import certificate, server
     from carelm.serving.gateway import Gateway
@@ -92,7 +91,7 @@ def main() -> None:
             ranks.say(sentence)
         print(json.dumps(found["models"]), flush=True)
         return
-    say_address(recipe, server.address_of(listening), gateway.engine.models, key)
+    say_address(recipe, server.address_of(listening), gateway.engine.models, key, has_shop=bool(assistant))
     server.serve(gateway, key, listening)
     if gateway.marks:
         say_feedback(recipe, gateway.marks, words_of(recipe, sys.argv[1:]))
@@ -162,17 +161,18 @@ def begin_shop(assistant: "Assistant | None", tickets: "Tickets | None") -> None
         ranks.say(f"past tickets: {number}, at POST /v1/tickets/match; {says}")
 
 
-def say_address(recipe: Recipe, address: str, models: list[str], key: str | None) -> None:
+def say_address(recipe: Recipe, address: str, models: list[str], key: str | None, has_shop: bool = False) -> None:
     """Where it is asked, and a command that asks; one that works with this recipe's template."""
     header = " -H 'Authorization: Bearer KEY'" if key else ""
     message = {"role": "user", "content": form_of(recipe) or "What does delivery cost?"}
-    asked = shlex.quote(json.dumps({"model": models[-1], "messages": [message]}, ensure_ascii=False))
+    path, body = ("shop/chat", {}) if has_shop else ("chat/completions", {"model": models[-1]})
+    asked = shlex.quote(json.dumps({**body, "messages": [message]}, ensure_ascii=False))
     ranks.say(f"serving {', '.join(models)}: the page is {address}, the API {address}/v1; Ctrl-C stops it")
     if recipe.host.strip("[]") in ("0.0.0.0", "::"):
         ranks.say(f"from other machines it is http://{socket.gethostname()}:{address.rpartition(':')[2]}")
     if form := form_of(recipe):
         ranks.say(f"prompt_template has several columns: what a user says is sent as JSON, {form}, each time")
-    ranks.say(f"try: curl {address}/v1/chat/completions{header} -H 'Content-Type: application/json' -d {asked}")
+    ranks.say(f"try: curl {address}/v1/{path}{header} -H 'Content-Type: application/json' -d {asked}")
 
 
 def say_feedback(recipe: Recipe, marks: list[str | None], words: list[str]) -> None:

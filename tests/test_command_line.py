@@ -106,9 +106,7 @@ def test_an_overlay_alone_will_do_where_the_keys_say_the_rest(rows):
     assert load_recipe(words, usage="").training["learning_rate"] == 2e-3
 
 
-def test_a_recipe_without_data_says_which_it_takes(tmp_path, capsys):
-    (tmp_path / "own.yaml").write_text(
-        yaml.safe_dump({"model_name_or_path": "demo/base", "messages_column": "messages"})
-    )
-    load_recipe(["--config", str(tmp_path / "own.yaml")], usage="")
+def test_a_recipe_without_data_says_which_it_takes_and_reads_them_as_they_are(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model_name_or_path": "demo/base", "documents": ["docs"]}))
+    assert load_recipe(["--config", str(tmp_path / "own.yaml")], usage="").messages_column == "messages"
     assert "the recipe names no data: the demo's is taken; set dataset_name" in capsys.readouterr().err

@@ -17,7 +17,7 @@ WIDEST = 0.62  # of the font's size: what a character of running text takes at m
 GAP = 1.5  # of the font's size: blanks from there on part columns
 _BOLD = re.compile(rb"bold|black|heavy|semib|demi|-bx|cmbx", re.I)
 _MADE_UP_TITLE = re.compile(
-    r"(?:microsoft (?:word|powerpoint|excel) - |untitled|document\d*$|.*\.(?:docx?|pdf|indd|tex|rtf|odt|dvi|qxd)$)",
+    r"(?:microsoft (?:word|powerpoint|excel) - |untitled|about:blank|https?://|document\d*$|.*\.(?:docx?|pdf|indd|tex|rtf|odt|dvi|qxd)$)",
     re.I,
 )
 

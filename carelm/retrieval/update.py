@@ -142,7 +142,7 @@ def build(folder: Path, content: Content, embedder: Embedder | None) -> Report:
             if {**file, "report": None} == {**earlier.get(name, {}), "seen": file["seen"], "report": None}:
                 kept.add(name)
                 file["report"] = earlier[name]["report"]
-            elif file["double_of"]:
+            elif file["double_of"] and not files[file["double_of"]]["report"].get("unreadable"):
                 file["report"] = {"unreadable": f"has the same content as {file['double_of']}"}
                 report.read.append(name)
             else:

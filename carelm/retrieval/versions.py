@@ -11,6 +11,7 @@ Imports no torch.
 import fcntl
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,10 +21,13 @@ from typing import IO
 
 from carelm.errors import UserError, first_line
 from carelm.files import made_whole, read_json, write_whole
+from carelm.keys import RETRIEVAL_KEYS
+from carelm.next_steps import only
 from carelm.ranks import say
 
 CURRENT, LOCK = "current.json", "lock"
 FORMAT = 1  # of what a version holds
+OF_AN_INDEX = ("config", "model_name_or_path", "dataset_name", "output_dir", "strip_html", *RETRIEVAL_KEYS)
 
 
 def current(folder: Path) -> int | None:
@@ -125,7 +129,5 @@ def reason_of(error: Exception) -> str:
 
 
 def how_to_build() -> str:
-    """The command that makes the index, with the recipes of this one."""
-    words = [word for word in sys.argv[1:] if word.startswith("--config=")]
-    words += [f"--config {file}" for word, file in zip(sys.argv, sys.argv[1:]) if word == "--config"]
-    return " ".join(["python serve/index.py", *(words or ["--config RECIPE"])])
+    """The command that makes the index, with the words of this one that say what lies in it, and where."""
+    return shlex.join(["python", "serve/index.py", *(only(sys.argv[1:], *OF_AN_INDEX) or ["--config", "RECIPE"])])

@@ -119,7 +119,7 @@ def untrained(folder: Path) -> str:
             f"its training is saved at step {step_of(saved[-1])} and not finished; the same training command goes on, or take "
             f"{saved[-1]} as it is"
         )
-    return "train first, with train/sft.py and the same keys"
+    return "train first, with train/sft.py and the same keys; the base alone is --models base"
 
 
 def is_running(lock: Path) -> bool:

@@ -174,10 +174,12 @@ def _start(folder: Path, documents: Path, sign: Path, largest_file: int = 2**40)
 def test_a_build_killed_at_ten_moments_leaves_the_one_before_whole(documents, tmp_path):
     lines = [f"{SENTENCES[number % 5]} {number}" for number in range(1000)]
     (documents / "b.txt").write_text("\n".join(lines))
+    whole = _start(tmp_path / "index", documents, tmp_path / "whole")
     began = time.monotonic()
-    build_small(tmp_path / "index", documents)
+    whole.join()
     seconds = time.monotonic() - began
     before, left_before = texts(tmp_path / "index"), 0
+    assert len(before) == 1003
     for moment in range(10):
         (documents / "a.txt").write_text(f"A lamp needs bulb {moment}.")
         process = _start(tmp_path / "index", documents, tmp_path / f"began{moment}")
@@ -209,11 +211,15 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_one_before(documen
 def test_a_recipes_documents_become_an_index_and_what_is_twice_there_is_read_once(documents, tmp_path):
     (documents / "c.txt").write_text((documents / "a.txt").read_text())
     (documents / "picture.png").write_bytes(b"\x89PNG")
+    for name in ("d.txt", "e.txt"):
+        (documents / name).touch()
     keys = ["--documents", documents, "--index", tmp_path / "index", "--retriever", "bm25"]
     done = script(*keys, file="serve/index.py", check=True)
     report = json.loads(done.stdout.splitlines()[-1])
-    assert (report["changed"], report["files"], report["passages"], report["unused"]) == (True, 3, 2, 1)
+    assert (report["changed"], report["files"], report["passages"], report["unused"]) == (True, 5, 2, 1)
     assert "not read: c.txt has the same content as a.txt" in done.stderr and "not used: picture.png" in done.stderr
+    assert all(f"not read: {name} is empty (0 bytes)" in done.stderr for name in ("d.txt", "e.txt"))
+    assert "gemm_4bit" not in done.stderr  # a library's warning that nobody can do anything about
     (documents / "a.txt").unlink()
     again = update(load_recipe([*map(str, keys)], usage=""))
     assert (again.read, again.removed, again.passages) == (["c.txt"], ["a.txt"], 2) and "gone: a.txt" in again.lines()

@@ -41,8 +41,9 @@ def test_the_files_own_title_counts_unless_a_program_made_it_up_and_bookmarks_sa
     pages = [page("1. Packing", LONG[:60]), page("2. Money", LONG[:60])]
     document, _ = read(tmp_path, pages, title="Our returns", bookmarks=[("1. Packing", 0), ("Money", 1)])
     assert (document.title, [s.heading for s in document.sections]) == ("Our returns", ["1. Packing", "2. Money"])
-    document, _ = read(tmp_path, pages, title="Microsoft Word - x_final2.docx", subject="Storm lamp")
-    assert (document.title, document.product) == ("returns and refunds", "Storm lamp")
+    for made_up in ("Microsoft Word - x_final2.docx", "about:blank", "https://example.org/returns?id=3"):
+        document, _ = read(tmp_path, pages, title=made_up, subject="Storm lamp")
+        assert (document.title, document.product) == ("returns and refunds", "Storm lamp")
 
 
 def test_footers_page_numbers_and_running_heads_are_dropped_and_counted(tmp_path):

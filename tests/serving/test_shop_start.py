@@ -19,13 +19,17 @@ def open_shop():
     return runpy.run_path(str(PROJECT / "serve/run.py"))["open_shop"]
 
 
-def test_an_index_that_is_missing_or_half_built_is_one_line_with_the_command(tmp_path, open_shop):
+def test_an_index_that_is_missing_or_half_built_is_one_line_with_the_command(tmp_path, open_shop, monkeypatch):
     documents = write_documents(tmp_path / "documents")
     recipe = load_recipe([*shop_keys(documents), "--output_dir", str(tmp_path / "run")], usage="")
     with pytest.raises(UserError, match="index: .*passages is not there yet; make it: python serve/index.py --config"):
         open_shop(recipe)
     (tmp_path / "run/index/passages/1.partial").mkdir(parents=True)
     with pytest.raises(UserError, match="index: .*passages is half built; make it: python serve/index.py --config"):
+        open_shop(recipe)
+    words = ["serve/run.py", "--config", "my shop.yaml", "--port", "1", "--embedder", "e5", "--models", "base"]
+    monkeypatch.setattr("sys.argv", [*words, "--documents", "a", "b", "--host=::1"])
+    with pytest.raises(UserError, match="--config 'my shop.yaml' --embedder e5 --documents a b$"):
         open_shop(recipe)
     update(recipe)
     assistant, tickets = open_shop(recipe)
