@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from carelm.chat.grounding import DONT_KNOW, Grounded, fit, marks, says_unknown, without_false_marks
+from carelm.chat.grounding import DONT_KNOW, Grounded, fit, lines_about, marks, says_unknown, without_false_marks
 from carelm.recipe import Recipe
 from carelm.retrieval.retriever import Found, Retriever
 
@@ -38,8 +38,22 @@ class Assistant:
         return self.retriever.search(query_of(messages), self.recipe.num_passages, filters)
 
     def knows(self, found: Sequence[Found]) -> bool:
-        """Whether the model is asked at all: something is found, and it is not below `answer_threshold`."""
+        """Whether the model is asked of these passages: there is one, and the best is not below `answer_threshold`."""
         return bool(found) and max(f.confidence for f in found) >= (self.recipe.answer_threshold or 0)
+
+    def consult(
+        self, messages: Sequence[Mapping[str, Any]], filters: dict[str, str], customer: Mapping[str, Any]
+    ) -> tuple[list[Found], bool]:
+        """The passages that the model is to answer from, and whether it is asked at all: for these, or where they say nothing
+        for what is known of the customer, whose fields are compared with the question as passages are.
+
+        Raises:
+            UserError: for a filter that the index does not have.
+        """
+        if self.knows(found := self.look_up(messages, filters)):
+            return found, True
+        sure = self.retriever.confidence_of(query_of(messages), lines_about(customer))
+        return [], sure > 0 and sure >= (self.recipe.answer_threshold or 0)
 
     def filters(self) -> dict[str, list[str]]:
         """The columns that a search can be narrowed by, each with the values that occur."""

@@ -61,6 +61,13 @@ class Retriever:
         vectors = self.embedder.embed(queries, questions=True) if self.embedder and queries else [None] * len(queries)
         return [self._search(index, query, vector, number, where) for query, vector in zip(queries, vectors)]
 
+    def confidence_of(self, query: str, texts: Sequence[str]) -> float:
+        """That the likest of these texts, which are in no index, is about the query; 0 without vectors to compare."""
+        if not (self.embedder and texts and query.strip()):
+            return 0.0
+        vector = self.embedder.embed([query], questions=True)[0]
+        return float(np.clip(self.embedder.embed(texts) @ vector, 0, 1).max())
+
     def _search(
         self, index: Index, query: str, vector: np.ndarray | None, number: int, where: str | None
     ) -> list[Found]:

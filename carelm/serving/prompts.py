@@ -80,10 +80,11 @@ class Prompts:
     async def ground(
         self, turns: list[dict[str, Any]], found: list[Found], customer: dict[str, Any], speaker: Speaker
     ) -> tuple[list[dict[str, Any]], Grounded]:
-        """The conversation with passages in its last turn, as many as fit the window beside the question.
+        """The conversation with passages in its last turn, as many as fit the window beside the question; where none is found,
+        with what is known of the customer.
 
         Raises:
-            Problem: 400, where not even the beginning of one does.
+            Problem: 400, where not even the beginning of a passage fits, or the customer does not.
         """
         system = [turn for turn in turns if turn["role"] == "system"]
 
@@ -91,15 +92,18 @@ class Prompts:
             asked = self.as_trained([*system, {"role": "user", "content": text}])
             return speaker.chat.holds(asked, speaker.limit)
 
-        loop = asyncio.get_running_loop()
+        def put() -> tuple[list[dict[str, Any]], Grounded, bool]:
+            messages, grounded = put_in(turns, found, customer, fits)
+            return messages, grounded, bool(grounded.shown) or (not found and fits(grounded.text))
+
         try:
-            messages, grounded = await loop.run_in_executor(self._thread, put_in, turns, found, customer, fits)
+            messages, grounded, has_room = await asyncio.get_running_loop().run_in_executor(self._thread, put)
         except UserError:
             raise Problem(
                 400, "messages: the model's chat template does not take this conversation", param="messages",
                 code="chat_template",
             ) from None  # fmt: skip
-        if not grounded.shown:
+        if not has_room:
             raise Problem(
                 400, f"messages: the last one leaves no room for passages in the window of {speaker.limit} tokens; ask it in "
                 "fewer words, with less about the customer", param="messages", code="context_length_exceeded",

@@ -2,7 +2,8 @@
 
 POST /v1/shop/chat: an answer from the shop's own documents, with its sources, whole or as a stream of events.
 
-sources   {"sources": [{"number", "document", "title", "product", "page", "heading", "passage", "score", "confidence"}]}
+sources   {"sources": [{"number", "document", "title", "product", "page", "heading", "passage", "score", "confidence"}],
+           "asked": the user's turn as the model reads it, null where no model is asked}
 token     {"text"}, as often as there is more
 done      {"answer", "cited", "knows", "model", "finish_reason", "usage"}
 error     {"error": ...}, in OpenAI's shape, in place of the rest
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from carelm.serving.gateway import Gateway
 
 MOST_MATCHES = 20
+MOST_FIELDS = 100  # of a customer: each is compared with the question
 
 
 def of_a_user(messages: list[Message]) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ class ShopRequest(Strict):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(of_a_user)]
     filters: dict[str, str] = {}
-    customer: dict[str, Any] = {}
+    customer: Annotated[dict[str, Any], Field(max_length=MOST_FIELDS)] = {}
     stream: bool = False
     model: str | None = None
 
@@ -78,41 +80,40 @@ class Consultation:
     def __init__(self, assistant: Assistant, asked: ShopRequest, turn: Turn):
         self.assistant, self.asked, self.turn = assistant, asked, turn
         self.sources: list[dict[str, Any]] = []
+        self.turn_text: str | None = None
         self.finish_reason = "stop"
 
     async def whole(self) -> None:
-        knows = await self._look_up()
-        async for _ in self._texts(knows):
+        await self._look_up()
+        async for _ in self._texts():
             pass
-        body = {**self._said(knows), "sources": self.sources}
+        body = {**self._said(), **self._found()}
         await JSONResponse(body, headers=self.turn.headers)(self.turn.scope, self.turn.receive, self.turn.send)
 
     async def stream(self) -> None:
-        knows = await self._look_up()
+        await self._look_up()
         events = self.turn.events("error")
-        await events.put({"sources": self.sources}, "sources")
-        async for piece in self._texts(knows):
+        await events.put(self._found(), "sources")
+        async for piece in self._texts():
             if piece:
                 await events.put({"text": piece}, "token")
-        await events.put(self._said(knows), "done", is_last=True)
+        await events.put(self._said(), "done", is_last=True)
 
-    async def _look_up(self) -> bool:
-        """Finds the passages and makes the prompt; False where the model is not to be asked."""
-        messages, filters = self.asked.messages, self.asked.filters
+    async def _look_up(self) -> None:
+        """Finds the passages and makes the prompt, where the model is to be asked."""
+        messages, customer = self.asked.messages, self.asked.customer
         try:
-            found = await asyncio.to_thread(self.assistant.look_up, messages, filters)
+            found, is_known = await asyncio.to_thread(self.assistant.consult, messages, self.asked.filters, customer)
         except UserError as error:
             raise Problem(400, str(error), param="filters", code="filters") from None
-        if not self.assistant.knows(found):
-            return False
-        prompts = self.turn.gateway.prompts
-        messages, grounded = await prompts.ground(messages, found, self.asked.customer, self.turn.speaker)
-        self.sources = sources(found[: grounded.shown])
+        if not is_known:
+            return
+        messages, grounded = await self.turn.gateway.prompts.ground(messages, found, customer, self.turn.speaker)
+        self.sources, self.turn_text = sources(found[: grounded.shown]), grounded.text
         await self.turn.render(messages, None, None)
-        return True
 
-    async def _texts(self, knows: bool) -> AsyncIterator[str]:
-        if not knows:
+    async def _texts(self) -> AsyncIterator[str]:
+        if self.turn_text is None:
             yield REFUSAL["answer"]
             return
         shown = TrueMarks(len(self.sources))
@@ -121,8 +122,13 @@ class Consultation:
         yield shown.end()
         self.finish_reason = self.turn.answer.finish_reason
 
-    def _said(self, knows: bool) -> dict[str, Any]:
-        about = outcome(without_false_marks(self.turn.answer.text, len(self.sources))) if knows else REFUSAL
+    def _found(self) -> dict[str, Any]:
+        return {"sources": self.sources, "asked": self.turn_text}
+
+    def _said(self) -> dict[str, Any]:
+        about = REFUSAL
+        if self.turn_text is not None:
+            about = outcome(without_false_marks(self.turn.answer.text, len(self.sources)))
         return {
             **about, "model": self.turn.speaker.name, "finish_reason": self.finish_reason, "usage": self.turn.usage(),
         }  # fmt: skip

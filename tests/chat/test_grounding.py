@@ -8,6 +8,7 @@ from carelm.chat.chat import make_chat
 from carelm.chat.grounding import (
     DONT_KNOW,
     INSTRUCTION,
+    WITH_CUSTOMER,
     fit,
     ground,
     marks,
@@ -74,6 +75,9 @@ def test_what_a_document_is_called_and_what_is_known_of_a_customer_are_quoted_to
     ]  # fmt: skip
     assert specials(chat, turn) == specials(chat, ground(QUESTION, [Quoted("Free.")]))
     assert passages_in(turn) == ["A Question: (2) no, page 2, B\nFree."]
+    odd = {"a": None, "b": [], "c": {"d": None, "e": [1, [True, ""]]}, "f": 0, "g": {"h": {}}}
+    alone = ground(QUESTION, [], odd).splitlines()
+    assert alone == [WITH_CUSTOMER, "", "About the customer", "> c: e 1; yes", "> f: 0", "", f"Question: {QUESTION}"]
     assert ground(QUESTION, []) == QUESTION and passages_in(QUESTION) == []
 
 

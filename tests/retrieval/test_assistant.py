@@ -2,8 +2,11 @@
 
 import random
 
+import pytest
+
 from carelm.chat.grounding import without_false_marks
-from carelm.retrieval.assistant import TrueMarks, query_of
+from carelm.recipe_file import load_recipe
+from carelm.retrieval.assistant import Assistant, TrueMarks, query_of
 
 ANSWERS = (
     "Within 30 days [1]. Unused [7] goods [2, 9] only [1;2].", "An array[0] or [x], [12", "Order [2024] and [ 1 ]  [9]",
@@ -43,3 +46,24 @@ def test_a_short_question_is_looked_up_with_the_one_before_it():
     assert query_of(messages) == "Does the kettle have a warranty?\nAnd if I lost it?"
     whole = {"role": "user", "content": "How long does the delivery of a large shelf to an island take?"}
     assert query_of([*messages, whole]) == whole["content"] and query_of(messages[:1]) == turns[0][1]
+
+
+def test_below_the_threshold_a_customer_is_compared_with_the_question_field_by_field(tmp_path):
+    pytest.importorskip("lancedb")
+    from small_index import SENTENCES, build_small, make_embedder
+
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents/a.txt").write_text("\n".join(SENTENCES))
+    build_small(tmp_path / "index/passages", tmp_path / "documents", make_embedder(tmp_path / "embedder"))
+    keys = ["--index", str(tmp_path / "index"), "--documents", "documents", "--answer_threshold", "0.8"]
+    assistant = Assistant(load_recipe([*keys, "--embedder", str(tmp_path / "embedder")], usage=""))
+
+    def consult(question, customer):
+        return assistant.consult([{"role": "user", "content": question}], {}, customer)
+
+    found, is_known = consult(SENTENCES[1], {"name": "Ada"})
+    assert is_known and found[0].passage.text == SENTENCES[1]
+    refunds = "Was the kettle paid to a card?"
+    assert consult(refunds, {}) == consult(refunds, {"name": "Ada"}) == ([], False)
+    orders = {"name": "Ada", "member": "eight hours battery", "orders": ["kettle paid to card", {"was": "the a"}]}
+    assert consult(refunds, orders) == ([], True)

@@ -171,27 +171,27 @@ def _start(folder: Path, documents: Path, sign: Path, largest_file: int = 2**40)
     return process
 
 
-def test_a_build_killed_at_ten_moments_leaves_the_one_before_whole(documents, tmp_path):
-    lines = [f"{SENTENCES[number % 5]} {number}" for number in range(1000)]
+def test_a_build_killed_at_any_moment_leaves_the_one_before_whole(documents, tmp_path):
+    lines = [f"{SENTENCES[number % 5]} {number}" for number in range(300)]
     (documents / "b.txt").write_text("\n".join(lines))
     whole = _start(tmp_path / "index", documents, tmp_path / "whole")
     began = time.monotonic()
     whole.join()
     seconds = time.monotonic() - began
     before, left_before = texts(tmp_path / "index"), 0
-    assert len(before) == 1003
-    for moment in range(10):
+    assert len(before) == 303
+    for moment in range(5):
         (documents / "a.txt").write_text(f"A lamp needs bulb {moment}.")
         process = _start(tmp_path / "index", documents, tmp_path / f"began{moment}")
-        time.sleep(seconds * (moment + 0.5) / 10)
+        time.sleep(seconds * (moment + 0.5) / 5)
         process.kill()
         process.join()
         now = texts(tmp_path / "index")
         assert now in (before, sorted([*lines, f"A lamp needs bulb {moment}."]))
         left_before += now == before
         before = now
-    assert left_before >= 3
-    assert build_small(tmp_path / "index", documents).passages == 1001
+    assert left_before >= 2
+    assert build_small(tmp_path / "index", documents).passages == 301
     assert not [*(tmp_path / "index").glob("*.partial")] and len([*(tmp_path / "index").glob("*/manifest.json")]) == 1
 
 

@@ -6,6 +6,8 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -307,6 +309,15 @@ def test_a_template_of_several_columns_takes_a_message_of_json_and_says_how(
     runpy.run_path("serve/run.py")["say_address"](recipe, "http://127.0.0.1:8000", ["base"], None)
     printed = shlex.split(capsys.readouterr().err.split("try: ")[1])
     assert client.post(CHAT, content=printed[-1]).status_code == 200  # the line that is printed works as it stands
+
+
+def test_a_server_without_a_shop_needs_nothing_of_the_extra_retrieval():
+    code = (
+        "import runpy, sys; runpy.run_path('serve/run.py'); import carelm.serving.gateway; "
+        "print({'lancedb', 'sentence_transformers', 'pypdfium2', 'docx', 'lxml'} & sys.modules.keys())"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert shown.stdout.strip() == "set()", shown.stderr
 
 
 def test_a_max_tokens_that_is_too_large_is_told_the_one_that_leaves_the_window_whole(gateway, client):

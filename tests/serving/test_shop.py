@@ -1,14 +1,17 @@
 """The shop's route answers from passages in the user's turn and names them; it refuses where nothing is known."""
 
 import json
+import socket
+import time
 
 import pytest
 
 pytest.importorskip("lancedb")
-from served import make_client
+from served import listening, make_client, until
 from shop import RETURNS, SHOP, events_of, make_shop, shop_gateway, with_tickets
 
 from carelm.chat.grounding import DONT_KNOW, ground
+from carelm.models.batcher import Batcher
 from carelm.retrieval.assistant import Assistant
 from carelm.retrieval.update import update
 from carelm.serving.gateway import Gateway
@@ -77,6 +80,7 @@ def test_a_stream_is_sources_tokens_and_the_whole_answer(client):
     (first, told), *tokens, (last, done) = events_of(reply)
     assert (first, last) == ("sources", "done") and {name for name, _ in tokens} == {"token"} and len(tokens) > 3
     assert told["sources"] == whole["sources"] and done | told == whole
+    assert told["asked"].endswith(f"Question: {ASKED[0]['content']}") and f"> {RETURNS}" in told["asked"]
     assert "".join(token["text"] for _, token in tokens) == whole["answer"]
 
 
@@ -128,6 +132,7 @@ def test_below_the_threshold_and_where_nothing_is_found_the_model_is_not_asked(g
     for messages, filters in (([{"role": "user", "content": "Xylophones?"}], {}), (ASKED, {"product": "no such"})):
         body = shop(client, messages, filters=filters).json()
         assert (body["answer"], body["sources"], body["knows"], body["cited"]) == (DONT_KNOW, [], False, [])
+        assert body["asked"] is None
     gateway.assistant.recipe.answer_threshold = 0.999
     try:
         names = [name for name, _ in events_of(shop(client, stream=True))]
@@ -136,6 +141,19 @@ def test_below_the_threshold_and_where_nothing_is_found_the_model_is_not_asked(g
         gateway.assistant.recipe.answer_threshold = None
     assert names == ["sources", "token", "done"] and body["answer"] == DONT_KNOW
     assert asked_of == []
+
+
+def test_where_no_passage_is_about_it_a_customer_who_is_will_do(gateway, client, asked_of, monkeypatch):
+    customer, question = {"orders": "HP-1, sent on Monday"}, [{"role": "user", "content": "Xylophones?"}]
+    monkeypatch.setattr(gateway.assistant.retriever, "confidence_of", lambda query, texts: 0.7 if texts else 0.0)
+    body = shop(client, question, customer=customer).json()
+    assert body["sources"] == [] and body["asked"] == ground("Xylophones?", [], customer)
+    turn = {"role": "user", "content": body["asked"]}
+    assert asked_of == [("adapter", gateway.speakers["adapter"].chat.prompt_ids([turn]))]
+    too_long = shop(client, question, customer={"orders": "sent " * 5000})
+    assert too_long.status_code == 400 and "less about the customer" in too_long.json()["error"]["message"]
+    monkeypatch.setattr(gateway.assistant.recipe, "answer_threshold", 0.8)
+    assert shop(client, question, customer=customer).json()["answer"] == DONT_KNOW and len(asked_of) == 1
 
 
 @pytest.mark.parametrize(
@@ -147,6 +165,7 @@ def test_below_the_threshold_and_where_nothing_is_found_the_model_is_not_asked(g
         ("filters", {"filters": {"colour": "red"}}),
         ("filters.room", {"filters": {"room": 3}}),
         ("customer", {"customer": "Ada"}),
+        ("customer", {"customer": {str(number): "x" for number in range(101)}}),
         ("stream", {"stream": "yes"}),
         ("temperature", {"temperature": 0.5}),
         ("messages", {"messages": [{"role": "user", "content": "lamp " * 20_000}]}),
@@ -203,6 +222,31 @@ def test_out_of_time_is_an_error_event_once_the_sources_are_there(gateway, clien
     (first, _), (last, said) = events_of(shop(client, stream=True))
     assert (first, last, said["error"]["code"]) == ("sources", "error", "timeout")
     assert shop(client).status_code == 503
+
+
+def test_the_answer_of_a_client_that_goes_ends(gateway, asked_of, monkeypatch):
+    body = json.dumps({"messages": ASKED, "stream": True})
+    head = f"POST {SHOP} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    look_up, step = gateway.assistant.look_up, Batcher.step
+
+    def gone():
+        return gateway.metrics.requests.labels(SHOP, 499)._value.get()
+
+    def leave(port, when):
+        before = gone()
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(f"{head}{body}".encode())
+            when(connection)
+        until(lambda: gone() == before + 1 and gateway.in_flight == 0)
+
+    with listening(gateway) as port:
+        monkeypatch.setattr(gateway.assistant, "look_up", lambda *asked: time.sleep(0.3) or look_up(*asked))
+        leave(port, lambda connection: until(lambda: gateway.in_flight == 1))
+        assert asked_of == []  # while its passages are looked up: no model is asked
+        monkeypatch.setattr(Batcher, "step", lambda batcher: time.sleep(0.1) or step(batcher))
+        leave(port, lambda connection: until(lambda: b"event: sources" in connection.recv(9**6)))
+        until(lambda: not gateway.engine._served["adapter"].asked)
+    assert len(asked_of) == 1
 
 
 def test_a_new_version_is_answered_from_with_the_next_question(tmp_path):

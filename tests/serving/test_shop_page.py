@@ -11,6 +11,9 @@ from playwright.sync_api import expect, sync_playwright
 from served import listening
 from shop import RETURNS, make_shop, shop_gateway, with_tickets
 
+from carelm.chat.grounding import DONT_KNOW, ground
+from carelm.recipe import FEEDBACK
+
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which shows the page")
 expect.set_options(timeout=30_000)
@@ -70,6 +73,35 @@ def test_sources_are_folded_under_the_answer_and_open_to_the_passage(page):
         "/v1/shop/chat", data={"messages": [{"role": "user", "content": "Can a lamp come back within 30 days?"}]}
     )
     assert page.locator(".answer .text").text_content() == said.json()["answer"]
+
+
+def test_what_is_thought_of_an_answer_is_saved_with_the_passages_that_it_is_from(page, gateway):
+    saved = gateway.recipe.output_dir / FEEDBACK
+    ask(page, "Can a lamp come back within 30 days?")
+    page.click(".edit")
+    page.fill(".feedback textarea", "Yes, within 30 days [1].")
+    page.click(".feedback .main")
+    expect(page.locator(".said")).to_contain_text(FEEDBACK)
+    found = gateway.assistant.look_up([{"role": "user", "content": "Can a lamp come back within 30 days?"}])
+    turn = ground("Can a lamp come back within 30 days?", [f.passage for f in found])
+    row = json.loads(saved.read_text().splitlines()[-1])
+    assert [(m["role"], m["content"]) for m in row["messages"]] == [
+        ("user", turn),
+        ("assistant", "Yes, within 30 days [1]."),
+    ]
+
+
+def test_of_an_answer_that_no_model_gave_there_is_nothing_to_learn(page, gateway):
+    ask(page, "Xylophones?")
+    expect(page.locator(".answer .text")).to_have_text(DONT_KNOW)
+    expect(page.locator(".edit")).to_be_hidden()
+    expect(page.locator(".up")).to_be_hidden()
+    page.click(".down")
+    page.fill(".comment", "We sell them.")
+    page.click(".feedback .main")
+    expect(page.locator(".said")).to_contain_text(FEEDBACK)
+    row = json.loads((gateway.recipe.output_dir / FEEDBACK).read_text().splitlines()[-1])
+    assert row["messages"][-1]["train"] is False and row["comment"] == "We sell them."
 
 
 def test_a_product_narrows_what_an_answer_is_from(page):

@@ -13,15 +13,15 @@ let columns = null;
 let hasShop = false;  // whether this server answers from documents
 const running = new Set();  // an AbortController for each answer that is being written
 
-/** The conversation before a turn as the model at that side has seen it, and the turn's question. */
-function messagesUpTo(turn, side) {
+/** The conversation before a turn as the model at that side has seen it, and the turn's question, or what the model read of it. */
+function messagesUpTo(turn, side, asked = null) {
   const messages = [];
   for (const earlier of turns.slice(0, turns.indexOf(turn))) {
     const answer = earlier.answers[side] ?? earlier.answers[0];  // before there was a second model, both have seen the first's
     const content = answer.edited ?? answer.text;
     if (content) messages.push({ role: "user", content: contentOf(earlier) }, { role: "assistant", content });
   }
-  return [...messages, { role: "user", content: contentOf(turn) }];
+  return [...messages, { role: "user", content: asked ?? contentOf(turn) }];
 }
 
 /** A question as the API takes it: its text, or a JSON object of columns. */
@@ -43,6 +43,7 @@ async function write(answer) {
   showRunning();
   answer.text = parts.text.textContent = "";
   shop.showSources(answer, answer.sources = []);
+  answer.asked = null;
   answer.isWhole = false;
   resetFeedback(answer);
   parts.note.hidden = parts.actions.hidden = true;
@@ -66,6 +67,7 @@ async function write(answer) {
   keepingPlace(() => {
     showNote(answer, note, wait);
     parts.actions.hidden = !answer.text;
+    parts.edit.hidden = parts.up.hidden = hasShop && answer.asked === null;  // no model was asked: there is nothing to learn from
   });
   if (answer.box.isConnected) at("finished").append(paragraph(`${answer.model}: ${answer.text} ${note}`));
 }
@@ -77,9 +79,12 @@ async function read(response, answer) {
   if (response.headers.has("x-message-cut")) notes.push("the model has not seen all of it: the longest message is cut to fit the window");
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return notes.join("; ");
-    const { error, choices, sources, text, answer: whole, cited, finish_reason } = JSON.parse(data);
+    const { error, choices, sources, asked, text, answer: whole, cited, finish_reason } = JSON.parse(data);
     if (error) throw new Refusal(error.message);
-    if (sources) shop.showSources(answer, answer.sources = sources);
+    if (sources) {
+      shop.showSources(answer, answer.sources = sources);
+      answer.asked = asked;
+    }
     if (cited) shop.showSources(answer, answer.sources, cited);
     const choice = choices?.[0];
     const piece = choice?.delta.content ?? text ?? "", end = choice?.finish_reason ?? finish_reason;
@@ -221,7 +226,7 @@ async function sendFeedback(answer) {
   const send = parts.feedback.querySelector(".main");
   send.disabled = true;
   try {
-    const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side), answer: text, mark, whole: answer.isWhole, comment, edited };
+    const body = { model: answer.model, messages: messagesUpTo(answer.turn, answer.side, answer.asked), answer: text, mark, whole: answer.isWhole, comment, edited };
     const response = await request("v1/feedback", { body });
     const { saved } = await response.json();
     showSaved(answer, edited, saved);
