@@ -36,13 +36,15 @@ serve: $(READY)
 	python train/sft.py
 	python serve/run.py
 
-# A real base that answers from the demo shop's documents, at http://127.0.0.1:8000: base, embedder and index are made once.
+# A real base that answers from the demo shop's documents, at http://127.0.0.1:8000: base, embedder and index are made once. Where
+# recipes/shop_grounded.yaml has been trained, its result answers.
+SHOP = recipes/$(if $(wildcard outputs/shop_grounded/adapter_model.safetensors),shop_grounded,shop_assistant).yaml
 shop: real-base $(READY)
 	python -c "import fastapi, uvicorn, prometheus_client, httpx, lancedb, sentence_transformers, pypdfium2, docx" 2>/dev/null || \
 		pip install -e '.[serve,retrieval]'
 	python demo/embedder.py
-	python serve/index.py --config recipes/shop_assistant.yaml
-	python serve/run.py --config recipes/shop_assistant.yaml
+	python serve/index.py --config $(SHOP)
+	python serve/run.py --config $(SHOP)
 
 test: $(READY_DEV)
 	python -m pytest $(TESTS)

@@ -24,6 +24,7 @@ ALWAYS_FILTERED = ("product", "document")
 FLAT = (
     50_000  # passages up to which all vectors are compared: 20 ms on two cores; above it those near the question's are
 )
+MOST_LISTED = 1000  # values of a column
 PROBED = 32  # parts of an approximate index that are searched
 
 
@@ -102,12 +103,11 @@ class Index:
 
     @cached_property
     def filter_values(self) -> dict[str, list[str]]:
-        """The values that occur in each column that a search can be narrowed by, sorted."""
+        """The values that occur in each column that a search can be narrowed by, sorted; none of a column that has more than
+        `MOST_LISTED`, of which nobody chooses from a list."""
         columns = self.table.search().select([*self.filters.values()]).to_arrow()
-        return {
-            name: sorted(value for value in columns[column].unique().to_pylist() if value)
-            for name, column in self.filters.items()
-        }
+        values = {name: columns[column].unique().drop_null().to_pylist() for name, column in self.filters.items()}
+        return {name: sorted(filter(None, own)) if len(own) <= MOST_LISTED else [] for name, own in values.items()}
 
     def passages(self) -> list[Passage]:
         return [to_passage(row) for row in self.table.to_arrow().select([*COLUMNS]).to_pylist()]

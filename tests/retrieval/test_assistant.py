@@ -44,6 +44,8 @@ def test_a_short_question_is_looked_up_with_the_one_before_it():
     turns = [("user", "Does the kettle have a warranty?"), ("assistant", "Two years."), ("user", "And if I lost it?")]
     messages = [{"role": role, "content": content} for role, content in turns]
     assert query_of(messages) == "Does the kettle have a warranty?\nAnd if I lost it?"
+    long = {"role": "user", "content": "kettle " * 20_000}
+    assert query_of([long, messages[-1]]) == "kettle " * 99 + "kettle\nAnd if I lost it?"
     whole = {"role": "user", "content": "How long does the delivery of a large shelf to an island take?"}
     assert query_of([*messages, whole]) == whole["content"] and query_of(messages[:1]) == turns[0][1]
 

@@ -80,6 +80,17 @@ def test_filters_leave_the_passages_of_a_product_or_of_a_columns_value(make, way
         retriever.search(question, 5, {"size": "9"})
 
 
+def test_the_values_of_a_filter_are_listed_unless_they_are_too_many_to_choose_from(make, monkeypatch):
+    values = {
+        "product": ['O\'Neil "X" lamp', "kettle"],
+        "document": ["lamps.txt", "shop.txt"],
+        "color": ["blue", "red"],
+    }
+    assert make("--retriever", "bm25").index.filter_values == values
+    monkeypatch.setattr("carelm.retrieval.index.MOST_LISTED", 1)
+    assert make("--retriever", "bm25").index.filter_values == dict.fromkeys(values, [])
+
+
 def test_a_version_that_is_built_meanwhile_is_searched_from_the_next_question_on(make, tmp_path, capsys):
     retriever = make()
     (make.documents / "new.txt").write_text("The lamp has a cable.")
