@@ -14,7 +14,7 @@ from carelm.retrieval.retriever import Found, Retriever
 # Words of a message up to which it is looked up together with the one before it: of the ways tried the best on the follow-up
 # questions of demo/data's train split. Of test's 51 it finds the right passage among four for 92 %, the last alone 67 %.
 SHORT = 6
-BEFORE = 100  # words of the one before it that are looked up: an embedder reads the beginning of a text, and the last is to count
+BEFORE = 100  # words of the one before it: an embedder reads the beginning of a text, and the short one is to be read
 # The end of a text that may yet become a mark, with the blanks in front of it, which go where it is a false one.
 UNDECIDED = re.compile(r"[^\S\n]*(?:\[[\d\s,;]*)?$")
 
