@@ -175,7 +175,8 @@ def read(path: Path, name: str, recipe: Recipe, report: FileReport) -> list[Docu
         raise Unreadable(f"cannot be read ({error.strerror})") from None
     document.name = name
     document.title = one_line(document.title) or one_line(re.sub(r"[_\W]+", " ", Path(name).stem)) or name
-    document.product = one_line(document.product or document.columns.get(recipe.product_column or "product"))
+    said = document.columns  # product_column is that of tables, and may be any file's
+    document.product = one_line(document.product or said.get(recipe.product_column or "") or said.get("product"))
     return [document]
 
 

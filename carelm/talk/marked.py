@@ -47,7 +47,13 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
 
 
 def say_training(recipe: Recipe, file: Path, good: int, words: list[str], ending: str) -> None:
-    """Prints that command, and says so where there is no result to go on from."""
+    """Prints that command, and says so where there is no result to go on from; of a shop's answers, which follow passages, it
+    names rows that have passages instead."""
+    if recipe.documents and not _result(recipe):
+        return ranks.say(
+            f"{recipe.output_dir} holds no result to go on from: answers from passages are learnt among rows that have some: "
+            "train recipes/shop_grounded.yaml, and serve it"
+        )
     found = training_words(recipe, file, good, words, ending)
     if not _result(recipe):
         ranks.say(f"{recipe.output_dir} holds no result to go on from: the recipe is trained anew, with these answers")

@@ -234,6 +234,14 @@ The end.
 """
 
 
+def test_a_file_says_its_product_also_where_the_recipe_names_the_column_of_tables(tmp_path):
+    for name, content in (("care.html", PAGE), ("club.md", MARKDOWN)):
+        own = document_of(tmp_path, name, content)[0].product
+        assert own and document_of(tmp_path, name, content, product_column="Artikel")[0].product == own
+    named = "---\nArtikel: Lampe\nproduct: Lamp\n---\nText.\n"
+    assert document_of(tmp_path, "lamp.md", named, product_column="Artikel")[0].product == "Lampe"
+
+
 def test_markdown_has_its_headings_links_and_code_and_not_what_stands_in_front(tmp_path):
     document, _ = document_of(tmp_path, "club.md", MARKDOWN)
     assert (document.title, document.product, document.columns["updated"]) == (

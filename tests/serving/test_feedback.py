@@ -105,6 +105,15 @@ def test_the_command_at_the_servers_end_trains_on_what_is_good_or_was_edited_and
     assert sorted(e.completion[0]["content"] for e in examples) == ["On Monday.", "On Tuesday.", "Soon."]
 
 
+def test_of_a_shop_without_a_result_the_servers_end_names_rows_that_have_passages(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(PROJECT)
+    words = ["--config", "recipes/shop_assistant.yaml", "--output_dir", str(tmp_path)]
+    feedback.append(tmp_path, {"mark": "good", "messages": [{"role": "assistant", "content": "Soon [1]."}]})
+    runpy.run_path("serve/run.py")["say_feedback"](load_recipe(words, usage=""), ["good"], words)
+    said = capsys.readouterr().err
+    assert "answers from passages are learnt among rows that have some" in said and "next: " not in said
+
+
 def test_a_second_command_goes_on_at_the_rate_of_the_first_and_pushes_nothing_that_is_not_compared(
     tmp_path, monkeypatch
 ):
