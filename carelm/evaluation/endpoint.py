@@ -69,12 +69,14 @@ class Endpoint:
         name: who is asked, in what is said.
         key_name: the environment's variable with the key; empty for none.
         refused: keys of OTHERWISE that it has refused so far.
+        limit_key: the recipe's key with the longest reply.
     """
 
     url: str
     name: str
     key_name: str = KEY
     refused: list[str] = field(default_factory=list)
+    limit_key: str = "max_new_tokens"
 
     def problem(self) -> str | None:
         """Why nothing can be asked of it, in words that follow its address; None where it is there. One that lists no models
@@ -113,7 +115,7 @@ class Endpoint:
         """All further requests go without a key that the endpoint refuses, or under its other name; said once."""
         if key not in self.refused:
             self.refused.append(key)
-            ranks.say(f"{self.name}: {what_was_refused(key)}")
+            ranks.say(f"{self.name}: {what_was_refused(key, self.limit_key)}")
 
     def _key(self) -> str:
         return os.environ.get(self.key_name, "").strip() if self.key_name else ""
@@ -225,9 +227,9 @@ def check_address(key: str, url: str, key_name: str = KEY) -> str:
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
-def what_was_refused(key: str) -> str:
+def what_was_refused(key: str, limit_key: str = "max_new_tokens") -> str:
     """A sentence on a key of OTHERWISE."""
     if other := OTHERWISE[key]:
-        hint = "of which hidden reasoning takes its part: set max_new_tokens higher where answers are empty"
+        hint = f"of which hidden reasoning takes its part: set {limit_key} higher where answers are empty"
         return f"it refuses {key} and is sent {other}, {hint}."
     return f"it refuses {key} and is asked without: its own default decides, and its answers may be others each time."

@@ -212,6 +212,7 @@ class Judge:
                         "prompt_tokens": reply.prompt_tokens,
                         "finish_reason": reply.finish_reason,
                         "max_tokens": self.max_tokens,
+                        "refused": [*self.endpoint.refused],
                         "date": date.today().isoformat(),
                         "made_by": key,
                     })  # fmt: skip
@@ -258,8 +259,9 @@ def find_judge(recipe: Recipe) -> Judge:
     url = check_address(key, url, JUDGE_KEY)
     is_of_api = not recipe.api_url or check_address("api_url", recipe.api_url) == url
     key_name = JUDGE_KEY if os.environ.get(JUDGE_KEY, "").strip() or not is_of_api else KEY
+    model = recipe.judge.strip()
     return Judge(
-        recipe.judge.strip(), Endpoint(url, f"judge {recipe.judge.strip()}", key_name), recipe.judge_max_tokens
+        model, Endpoint(url, f"judge {model}", key_name, limit_key="judge_max_tokens"), recipe.judge_max_tokens
     )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from carelm.evaluation.judge import OVERALL
 from carelm.evaluation.judge_results import UNREAD
+from carelm.evaluation.scores import NAMES
 from carelm.evaluation.tables import Table, ranged
 from carelm.evaluation.verdicts import called, decide, main_pair
 
@@ -16,24 +17,28 @@ ANSWERS = {
 }
 
 
-def lead(results: dict[str, Any]) -> dict[str, Any]:
-    """The results with what the judge says in `besides`, or, where it decides, as `headline` and `answer`; its cautions stand
-    with the others."""
+def add_sentences(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with what the judge says in `judge.sentences`, and its cautions beside the others."""
     judged = results.get("judge")
     if not judged:
         return results
+    said = ["" if judged["decides"] else _preference(results)[0], _marks(results), _agreement(judged)]
+    cautions = [*results["cautions"], *_cautions(results)]
+    return results | {"judge": judged | {"sentences": [*filter(None, said)]}, "cautions": cautions}
+
+
+def lead(results: dict[str, Any]) -> dict[str, Any]:
+    """Where the judge decides, its preference is the `headline` and `answer` of the results; theirs comes after it."""
+    if not results.get("judge", {}).get("decides"):
+        return results
     said, decided = _preference(results)
-    besides, number = [*results["besides"]], judged["conversations"]
-    results = results | {"cautions": [*results["cautions"], *_cautions(results)]}
-    if judged["decides"] and said:
-        few = f"The judge cannot tell: {number} conversations are too few for it, however they come out"
-        answer = ANSWERS.get(decided, few if decided == "few" else "The judge cannot be read")
-        besides.insert(0, f"By {results['primary_metric']}, which does not decide here: {results['headline']}")
-        results = results | {"headline": f"{answer}. {said}", "answer": decided}
-    elif said:
-        besides.insert(0, said)
-    besides[1:1] = [sentence for sentence in (_marks(results), _agreement(judged)) if sentence]
-    return results | {"besides": besides}
+    if not said:  # one model alone
+        return results
+    number = results["judge"]["conversations"]
+    few = f"The judge cannot tell: {number} conversations are too few for it, however they come out"
+    answer = ANSWERS.get(decided, few if decided == "few" else "The judge cannot be read")
+    other = f"By {NAMES[results['primary_metric']]}, which does not decide here: {results['headline']}"
+    return results | {"headline": f"{answer}. {said}", "answer": decided, "besides": [other, *results["besides"]]}
 
 
 def _pair(results: dict[str, Any]) -> dict[str, Any] | None:
@@ -47,7 +52,8 @@ def _preference(results: dict[str, Any]) -> tuple[str, str | None]:
     if pair is None:
         return "", None
     first, tuned = pair["models"]
-    names, judge = called(results["models"], first, tuned), f"The judge ({judged['model']})"
+    models = {name: model for name, model in results["models"].items() if name not in results["same"]}
+    names, judge = called(models, first, tuned), f"The judge ({judged['model']})"
     if not pair["asked"]:
         said = f"{judge} was not asked which answer it prefers: they are the same in all {pair['questions']} questions."
         return said, "same"

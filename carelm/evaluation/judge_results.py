@@ -99,7 +99,7 @@ def find(
         "criteria": CRITERIA,
         "prompts": PROMPTS,
         "max_tokens": judge.max_tokens,
-        "refused": judge.endpoint.refused,
+        "refused": sorted({key for line in judge.lines.values() for key in line["refused"]}),
         "questions": len(places),
         "conversations": sample.number,
         "usage": {"replies": len(judge.lines), **tokens},

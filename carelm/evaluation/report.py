@@ -30,6 +30,7 @@ def write(
     """Writes everything that a person or a program reads of a comparison into `folder`, results.json last, and returns the
     results with what they say in a sentence: `headline`, `besides`, and `same`, the models that answer like another."""
     results = results | {"same": same_answers.find(results, lines)}
+    results = judge_report.add_sentences(results)
     results = verdicts.headline(results, results["same"]) | results  # the answer stands first in results.json
     results["besides"] = [*results["besides"], *same_answers.of_merges(results, results["same"])]
     results = judge_report.lead(results)

@@ -70,22 +70,22 @@ def headline(results: dict[str, Any], folded: dict[str, Any] | None = None) -> d
     models = {name: model for name, model in results["models"].items() if name not in (folded or {})}
     if "runs" in results:
         return _of_runs(results)
-    first, tuned = main_pair(models)
+    (first, tuned), judged = main_pair(models), results.get("judge", {}).get("sentences", [])
     if tuned is None:
-        return {"headline": _alone(results, first), "answer": None, "besides": []}
+        return {"headline": _alone(results, first), "answer": None, "besides": judged}
     names = called(models, first, tuned)
     pairs = {tuple(pair["models"]): pair for pair in results["pairs"]}
     main = pairs.get((first, tuned)) or turned(pairs[tuned, first])
     decided = decide(main["scores"][results["primary_metric"]], results["test"]["conversations"])
     looping = _of_loops(results, tuned, names[tuned], first)
-    besides = [looping] if looping else []
-    besides += _what_would_tell(results, main)
+    besides = [*filter(None, [looping]), *_what_would_tell(results, main)]
     if said := _of_numbers(results, first, tuned, names):
         besides.append(
             f"Look at the numbers: {said} Such a price, date or telephone number may be invented, and no score sees it: see "
             "some under Other examples; the recipe's checks count what an answer must hold."
         )
     besides += _other_way(results, main, names)
+    besides += judged
     besides += [results["ratings"]["sentence"]] if results.get("ratings") else []
     for (a, b), pair in pairs.items():
         if {a, b} != {first, tuned} and a in models and b in models:

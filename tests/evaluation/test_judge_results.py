@@ -55,8 +55,8 @@ def asked(answers):
 def judge_them(endpoint, folder, answers, *keys, rated=(), models=None):
     """Results with what the judge says, as eval/run.py has them, in words."""
     recipe, found, questions, lines = without_words(endpoint, folder, answers, keys, rated, models)
-    found |= {"same": same_answers.find(found, lines)}
-    return judge_report.lead(verdicts.headline(found, found["same"]) | found)
+    found = judge_report.add_sentences(found | {"same": same_answers.find(found, lines)})
+    return judge_report.lead(found | verdicts.headline(found, found["same"]))
 
 
 def written(endpoint, folder, answers, *keys):
@@ -137,7 +137,7 @@ def test_the_judge_decides_where_the_recipe_says_so_and_the_score_stands_beside_
     )
     assert found["answer"] == "worse"
     assert found["besides"][0].startswith(
-        "By rougeL, which does not decide here: Yes. The tuned model's answers are closer"
+        "By ROUGE-L, which does not decide here: Yes. The tuned model's answers are closer"
     )
     beside = judge_them(endpoint, tmp_path, answers)
     assert beside["headline"].startswith("Yes. ") and beside["answer"] == "better"
@@ -211,6 +211,7 @@ def test_several_models_are_compared_two_by_two_with_holms_correction(endpoint, 
     ]
     alone = judge_them(endpoint, tmp_path, {"base": BASE})
     assert alone["judge"]["pairs"] == [] and alone["judge"]["models"]["base"]["marks"]
+    assert alone["besides"] == ["Its marks, 1 to 5, of base: helpful 2.30, coherent 2.30, fluent 4.00, safe 2.30."]
 
 
 def test_no_more_questions_are_judged_than_asked_for_and_always_the_same(endpoint, tmp_path):
@@ -290,6 +291,6 @@ def test_an_evaluation_with_a_judge_writes_what_it_says_and_its_key_nowhere(endp
 
 def test_without_a_judge_nothing_changes():
     results_without = {"besides": ["as it was"], "cautions": [], "models": {"base": {}}}
-    assert judge_report.lead(results_without) is results_without
+    assert judge_report.lead(results_without) is judge_report.add_sentences(results_without) is results_without
     assert judge_report.tables(results_without) == [] and judge_report.how(results_without) is None
     assert load_recipe([], usage="").judge is None
