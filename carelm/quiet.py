@@ -20,6 +20,9 @@ LOG_LINES = {
     # What carelm.models.base has said in its own line:
     # https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/bitsandbytes.py
     "transformers.integrations.bitsandbytes": "The modules are dequantized in",
+    # transformers calls every T5 tied and then finds that FLAN-T5 is not, which is right:
+    # https://github.com/huggingface/transformers/blob/main/src/transformers/models/t5/configuration_t5.py
+    "transformers.modeling_utils": "The tied weights mapping and config for this model specifies to tie shared.weight",
     # A kernel of AVX512-BF16 CPUs that a base held in 4 bits there is kept from (carelm.models.base):
     # https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/backends/cpu/ops.py
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",

@@ -60,6 +60,11 @@ def main() -> None:
     from carelm.evaluation.candidates import find_candidates
 
     candidates = find_candidates(recipe)
+    if apart := [candidate.name for candidate in candidates if candidate.is_encoder_decoder]:
+        raise UserError(
+            f"models: {apart[0]} is an encoder-decoder, which neither engine serves; train/chat.py talks to it, eval/run.py "
+            "evaluates it"
+        )
     if recipe.engine == "vllm":
         from carelm.serving.vllm_command import servable
 

@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.adapter_folder import adapter_fingerprint
+from carelm.chat.encoder_decoder import overflows_in_fp16
 from carelm.command_line import own_options
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
@@ -107,7 +108,8 @@ def make() -> None:
     adapter.check_finite()
     saved = find_recipe(options.adapter)
     run = saved.parent if saved else options.adapter
-    here = choose_precision(recipe.precision, run, training=False).name
+    overflows = overflows_in_fp16(adapter.recipe.base, adapter.recipe.model.get("model_revision", "main"))
+    here = choose_precision(recipe.precision, run, training=False, overflows_in_fp16=overflows).name
     adapter = adapter.computing_in(here)
     precision = files.read_json(options.adapter / "train_metrics.json").get("precision") or here
     held = dataclasses.replace(adapter.recipe, precision=precision)
@@ -184,7 +186,7 @@ def make() -> None:
     say_next(
         ["eval/run.py", *keys, *(["--models", *models] if models else [])],
         ["train/chat.py", *keys, "--models", str(options.output_dir)],
-        ["serve/run.py", *keys, *(["--models", *models] if models else [])],
+        *[["serve/run.py", *keys, *(["--models", *models] if models else [])]] * (not adapter.is_encoder_decoder),
     )
 
 

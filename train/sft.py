@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, files, interrupts, quiet, ranks  # noqa: E402, F401
 from carelm.adapter_folder import check_adapter, check_unchanged  # noqa: E402
+from carelm.chat import encoder_decoder  # noqa: E402
 from carelm.chat.chat import make_chat  # noqa: E402
 from carelm.data.report import format_report  # noqa: E402
 from carelm.data.sources import stay_offline  # noqa: E402
@@ -78,12 +79,16 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         ranks.join(recipe.training.get("ddp_timeout", 1800))
-    precision = choose_precision(recipe.precision, recipe.output_dir, anew=runs.restarts(recipe))
-    base.check_vocabulary(chat, base.load_config(recipe))
+    config = base.load_config(recipe)
+    overflows = config.model_type in encoder_decoder.T5_FAMILY
+    precision = choose_precision(
+        recipe.precision, recipe.output_dir, anew=runs.restarts(recipe), overflows_in_fp16=overflows
+    )
+    base.check_vocabulary(chat, config)
     is_pairs = recipe.objective == "preferences"
     if is_pairs:
-        preferences.check_base(base.load_config(recipe))
-    card_prompts = card.make_prompts(recipe, chat, base.load_config(recipe))
+        preferences.check_base(config)
+    card_prompts = card.make_prompts(recipe, chat, config)
     shape = adapters.check_base(recipe, goes_on)
     arguments = make_training_args(recipe, prepared, precision, shape)
     check_optional(arguments, shape)
@@ -151,7 +156,12 @@ def report(recipe: Recipe, metrics: dict) -> None:
         before = (
             ["--models", recipe.adapter, "adapter"] if recipe.adapter else []
         )  # is it better than what it went on from?
-        say_next(*[["eval/run.py", *words, *before]] * has_test, ["train/chat.py", *words], ["serve/run.py", *words])
+        is_served = not encoder_decoder.is_encoder_decoder(recipe.base, recipe.model.get("model_revision", "main"))
+        say_next(
+            *[["eval/run.py", *words, *before]] * has_test,
+            ["train/chat.py", *words],
+            *[["serve/run.py", *words]] * is_served,
+        )
 
 
 if __name__ == "__main__":

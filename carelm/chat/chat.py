@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from carelm.chat.encoder_decoder import is_encoder_decoder
 from carelm.chat.habits import find_habits
 from carelm.chat.mask import Layout, Rendered, mask
 from carelm.chat.presence import Presence
@@ -53,16 +54,19 @@ class Chat:
     Args:
         tokenizer: with a chat template whose text for a conversation begins with the text for its first turns.
         trained_turns: "last" or "all" assistant turns of the completion carry loss, those with "train": False aside.
-        max_length: the window in tokens.
+        max_length: the window in tokens; of an encoder-decoder each of the two windows.
         too_long: "drop" or "cut" what does not fit once the old turns are gone.
+        is_encoder_decoder: the prompt goes to an encoder, the answer to a decoder.
 
     Attributes:
         end_of_turn_id: the special token that ends an answer.
         end_of_turn_ids: it and the one that ends a tool call, where that is another; generation stops at each of them.
         own_system: the system message that the template writes itself where a conversation has none; "" for none.
+        keeps_lines: whether a new line has a token; a T5 writes it as a blank.
 
     Raises:
-        UserError: where the tokenizer has no chat template, or one that ends an answer with no special token.
+        UserError: where the tokenizer has no chat template, or one that ends an answer with no special token, or for an
+            encoder-decoder a prompt.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Chat:
         trained_turns: str = "last",
         max_length: int,
         too_long: str = "drop",
+        is_encoder_decoder: bool = False,
     ):
         if not tokenizer.chat_template:
             raise UserError(
@@ -82,12 +87,19 @@ class Chat:
         self.trained_turns = trained_turns
         self.max_length = max_length
         self.too_long = too_long
+        self.is_encoder_decoder = is_encoder_decoder
         self._encoder = Encoder(tokenizer)
         self._habits = find_habits(self._encoder)
         self._presence = Presence(lambda *args: unmark(self._write(*args)))
         self.end_of_turn_id = self._habits.end_of_turn_id
         self.end_of_turn_ids = self._habits.end_of_turn_ids
         self.own_system = self._habits.own_system
+        self.keeps_lines = "\n" in self._encoder.decode(self._encoder.encode("x\nx"))
+        if is_encoder_decoder and self.prompt_ids([{"role": "user", "content": "x"}])[-1] != tokenizer.eos_token_id:
+            raise UserError(
+                f"chat_template_path: an encoder's text ends with {tokenizer.eos_token}, and this chat template ends a prompt "
+                "otherwise; leave it out, texts are written plainly then"
+            )
 
     # Prompts and answers
 
@@ -178,7 +190,7 @@ class Chat:
         counts: Counter = Counter()
         rendered: list[Rendered | None] = self._render_whole(examples, counts)
         for i, example in enumerate(examples):
-            if len(rendered[i].input_ids) > self.max_length:
+            if self._is_too_long(rendered[i]):
                 rendered[i] = self._fit(example, counts)
         return rendered, counts
 
@@ -297,13 +309,19 @@ class Chat:
 
     # What does not fit
 
+    def _is_too_long(self, rendered: Rendered) -> bool:
+        if not self.is_encoder_decoder:
+            return len(rendered.input_ids) > self.max_length
+        of_answer = int(rendered.trained.sum())
+        return max(of_answer, len(rendered.input_ids) - of_answer) > self.max_length
+
     def _fit(self, example: Example, counts: Counter) -> Rendered | None:
         """Old turns go first; what is still too long is dropped or cut."""
         shorter = example
         while (rest := self._without_oldest_turns(shorter)) is not None:
             shorter = rest
             rendered = self._render_one(shorter)
-            if len(rendered.input_ids) <= self.max_length:
+            if not self._is_too_long(rendered):
                 counts["old turns dropped"] += 1
                 return rendered
         if self.too_long == "drop":
@@ -322,10 +340,10 @@ class Chat:
         return replace(example, prompt=kept[:split], completion=kept[split:])
 
     def _cut(self, example: Example, counts: Counter) -> Rendered | None:
-        """Cuts the longest message of the prompt down to what the answer leaves (half the window at least), then the
-        answer, whose last token becomes the end of turn."""
+        """Cuts the longest message of the prompt down to what the answer leaves (half the window at least; of an
+        encoder-decoder the whole), then the answer, whose last token becomes the end of turn."""
         rendered = self._render_one(example)
-        answer_length = int(rendered.trained.sum())
+        answer_length = 0 if self.is_encoder_decoder else int(rendered.trained.sum())
         room = max(self.max_length - answer_length, self.max_length // 2)
         prompt = cut_longest(example.prompt, lambda m: len(self.prompt_ids(m, tools=example.tools)) <= room, room)
         if prompt is None:
@@ -334,11 +352,12 @@ class Chat:
         if prompt != example.prompt:
             counts["prompt cut"] += 1
         rendered = self._render_one(replace(example, prompt=prompt, completion=example.completion))
-        if len(rendered.input_ids) > self.max_length:
+        if self._is_too_long(rendered):
             counts["answer cut"] += 1
-            end = int(np.flatnonzero(rendered.trained[: self.max_length])[-1]) + 1
+            limit = self.max_length + (int((~rendered.trained).sum()) if self.is_encoder_decoder else 0)
+            end = int(np.flatnonzero(rendered.trained[:limit])[-1]) + 1
             rendered = Rendered(rendered.input_ids[:end].copy(), rendered.trained[:end].copy())
-            if end == self.max_length:  # else the window ends in a tool's turn, and the answer before it is whole
+            if end == limit:  # else the window ends in a tool's turn, and the answer before it is whole
                 rendered.input_ids[-1] = self.end_of_turn_id
         return rendered
 
@@ -376,4 +395,5 @@ def make_chat(recipe: Recipe) -> Chat:
         trained_turns=recipe.trained_turns,
         max_length=recipe.max_length - recipe.virtual_tokens,
         too_long=recipe.too_long,
+        is_encoder_decoder=is_encoder_decoder(recipe.base, recipe.model.get("model_revision", "main")),
     )

@@ -2,13 +2,15 @@
 
 import os
 
+from carelm.chat.encoder_decoder import PLAIN, is_encoder_decoder
 from carelm.chat.template import read_template, settle
 from carelm.data.sources import why_not_had
 from carelm.errors import UserError
 
 
 def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool, template_file: str | None):
-    """The base's tokenizer, with the recipe's chat template where it names one, and a pad token.
+    """The base's tokenizer, with the recipe's chat template where it names one, and a pad token. An encoder-decoder without a
+    template gets the plain one.
 
     Padding is masked everywhere, so that any token will do where the tokenizer has none; the end of turn stays
     learnable because labels never come from padding.
@@ -18,6 +20,7 @@ def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool,
     """
     from transformers import AutoTokenizer
 
+    is_plain = is_encoder_decoder(name_or_path, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file fails in as many ways as it has readers
@@ -28,6 +31,8 @@ def load_tokenizer(name_or_path: str, *, revision: str, trust_remote_code: bool,
         raise UserError(f"model_name_or_path: no tokenizer can be loaded from {name_or_path} ({reason})") from None
     if template_file is not None:
         tokenizer.chat_template = read_template(template_file)
+    elif is_plain and not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN
     if tokenizer.chat_template:
         where = f"model_name_or_path: the chat template of {name_or_path}"
         where = where if template_file is None else f"chat_template_path: {template_file}"

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from carelm.adapter_folder import adapter_fingerprint, decided_keys
 from carelm.chat.chat import Chat
+from carelm.chat.encoder_decoder import is_encoder_decoder, overflows_in_fp16
 from carelm.chat.tokenizer import load_tokenizer
 from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
@@ -55,6 +56,10 @@ class Candidate:
         return self.recipe.bits
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        return is_encoder_decoder(self.recipe.base, self.recipe.model.get("model_revision", "main"))
+
+    @property
     def adapter_name(self) -> str:
         """What PEFT calls its adapter: no dot may be in the name of a part of a model, nor may it be that of a method."""
         return f"of_{self.name.replace('.', '_')}"
@@ -70,7 +75,10 @@ class Candidate:
             trust_remote_code=recipe.training.get("trust_remote_code", False),
             template_file=locate(template) if template else None,
         )
-        return Chat(tokenizer, trained_turns=recipe.trained_turns, max_length=recipe.max_length)
+        return Chat(
+            tokenizer, trained_turns=recipe.trained_turns, max_length=recipe.max_length,
+            is_encoder_decoder=self.is_encoder_decoder,
+        )  # fmt: skip
 
     def fingerprint(self) -> str:
         """Differs where the weights, how they are held, or the base's ids that end an answer do."""
@@ -89,7 +97,9 @@ class Candidate:
         """
         from carelm.models.precision import choose_precision
 
-        choice = choose_precision(self.recipe.precision, self.recipe.output_dir, training=False)
+        recipe = self.recipe
+        overflows = overflows_in_fp16(recipe.base, recipe.model.get("model_revision", "main"))
+        choice = choose_precision(recipe.precision, recipe.output_dir, training=False, overflows_in_fp16=overflows)
         choice.keep(self.recipe.output_dir)
         return choice
 
@@ -144,6 +154,8 @@ class Candidate:
         """
         positions = self.positions(recipe, chat)
         limit = positions - recipe.max_new_tokens
+        if chat.is_encoder_decoder and limit > 0:
+            limit = positions  # the answer has its own
         if recipe.num_shots == 0:
             limit = min(limit, recipe.max_length)
         if limit < 1:

@@ -7,6 +7,7 @@ import torch
 from carelm.evaluation.candidates import Candidate
 from carelm.evaluation.questions import Question
 from carelm.models.generation import Decoding, generate_all
+from carelm.models.key_values import causal_model
 
 # The largest mean KL divergence (nats per token) that a merge may have. Where the merged weights are those that the adapter
 # computes with, all that differs is the rounding of the dtype; else the weights (4 bits onto the base), or what is done with
@@ -83,7 +84,13 @@ def _follow(
     for question in questions:
         ids = chat.prompt_ids(question.messages, tools=question.tools)
         answer = chat.tokenizer(question.references[0], add_special_tokens=False)["input_ids"][:ANSWER_TOKENS]
-        logits = model(input_ids=torch.tensor([ids + answer], device=device)).logits[0, len(ids) - 1 :]
+        if chat.is_encoder_decoder:
+            start = causal_model(model).config.decoder_start_token_id
+            read = {"input_ids": [ids], "decoder_input_ids": [[start, *answer]]}
+        else:
+            read = {"input_ids": [ids + answer]}
+        logits = model(**{name: torch.tensor(rows, device=device) for name, rows in read.items()}).logits
+        logits = logits[0, -len(answer) - 1 :]
         rows.append(logits.float().log_softmax(-1).cpu())
         prompts.append(ids)
     answers = [""] * len(prompts)

@@ -1,5 +1,6 @@
 """What is trained: an adapter on a frozen base, or the base itself."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,23 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from trl import ModelConfig
 
 from carelm.chat.chat import Chat
 from carelm.errors import UserError, first_line
 from carelm.models import start, targets
 from carelm.models.attention import use_recomputed_attention
-from carelm.models.base import align_special_tokens, check_architecture, load_base, load_config, no_language_model
+from carelm.models.base import (
+    align_special_tokens,
+    auto_class,
+    check_architecture,
+    load_base,
+    load_config,
+    no_language_model,
+)
 from carelm.models.lora import use_fused_lora
-from carelm.models.loss import use_chunked_loss
+from carelm.models.loss import use_chunked_loss, use_summed_loss
 from carelm.models.norms import use_fused_norms
 from carelm.models.precision import Precision
 from carelm.ranks import say
@@ -48,8 +56,10 @@ def check_base(recipe: Recipe, goes_on: bool = False) -> PreTrainedModel:
     config = load_config(recipe)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust, attn_implementation=recipe.model.get("attn_implementation")
+            model = auto_class(config).from_config(  # which changes the config that it is given
+                copy.deepcopy(config),
+                trust_remote_code=trust,
+                attn_implementation=recipe.model.get("attn_implementation"),
             )
     except ImportError as error:
         raise UserError(f"attn_implementation: {first_line(error)}") from None
@@ -80,10 +90,12 @@ def check_base(recipe: Recipe, goes_on: bool = False) -> PreTrainedModel:
 def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
     """PEFT's configuration of the recipe's method (lora or prompt_tuning) for this base."""
     model_args = ModelConfig(**recipe.model)
+    task = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
     if recipe.method == "prompt_tuning":
         text = recipe.prompt_tuning_init_text
         return PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=task,
+            num_transformer_submodules=1,  # of an encoder-decoder the encoder alone
             num_virtual_tokens=recipe.num_virtual_tokens,
             # PEFT's default draws from N(0, 1), some fifty times the size of word embeddings.
             prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.SAMPLE_VOCAB,
@@ -91,7 +103,7 @@ def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
             tokenizer_name_or_path=recipe.base if text else None,
         )
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
+        task_type=task,
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
@@ -192,5 +204,8 @@ def load_model(
     if zero_stage != 3:  # whose hooks gather what each part needs around its own forward
         use_fused_lora(model)
     label_smoothing = recipe.training.get("label_smoothing_factor") or 0.0
+    if base.config.is_encoder_decoder:
+        use_summed_loss(base, label_smoothing)
+        return model
     use_chunked_loss(base, label_smoothing, zero_stage=zero_stage, is_chunked=(begun or {}).get("is_loss_chunked"))
     return model

@@ -1,10 +1,12 @@
 """How a base, whole or quantised, is loaded."""
 
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import cached_file
 from trl import ModelConfig
 
 from carelm.chat.chat import Chat
+from carelm.chat.encoder_decoder import check_kind
 from carelm.errors import UserError, first_line
 from carelm.files import read_json
 from carelm.models.memory import available_memory_bytes
@@ -36,7 +41,7 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     """The base's configuration.
 
     Raises:
-        UserError: where there is no such model, only pickled weights, or an encoder-decoder.
+        UserError: where there is no such model, only pickled weights, or an encoder-decoder of a kind that is not known here.
     """
     folder = Path(recipe.base)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -52,12 +57,29 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
         )
     except Exception as error:  # each kind of config has checks, and errors, of its own
         raise no_language_model(recipe, error) from None
-    if config.is_encoder_decoder:
+    if check_kind(recipe.base, config.to_dict()) and getattr(config, "decoder_start_token_id", None) is None:
         raise UserError(
-            f"model_name_or_path: {recipe.base} is an encoder-decoder ({config.model_type}), whose encoder would be lost; take "
-            "a decoder-only base"
+            f"model_name_or_path: the config.json of {recipe.base} names no decoder_start_token_id, with which every answer of "
+            "an encoder-decoder begins; write it there (0 for a T5, 2 for a BART)"
         )
     return config
+
+
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM | AutoModelForSeq2SeqLM]:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Sets transformers' DeepSpeed configuration aside, so that every rank loads whole weights and DeepSpeed's engine shares
+    them out later. transformers calls the output layer of every T5 tied, unless it differs from the word embeddings in the
+    files; in parts, empty ones are compared, which are always equal, so that FLAN-T5 would lose its own."""
+    held = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = held
 
 
 def no_language_model(recipe: Recipe, error: Exception) -> UserError:
@@ -91,18 +113,20 @@ def load_base(recipe: Recipe, precision: Precision, may_dequantize: bool = True)
     """
     model_args = ModelConfig(**recipe.model)
     generation = load_generation_config(recipe.base, model_args.model_revision)
+    config = load_config(recipe)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            recipe.base,
-            revision=model_args.model_revision,
-            dtype=torch.float32 if recipe.method == "full" else precision.dtype,
-            quantization_config=quantization_config(recipe, precision.dtype),
-            attn_implementation=model_args.attn_implementation,
-            trust_remote_code=recipe.training.get("trust_remote_code", False),
-            use_safetensors=True,
-            generation_config=generation,
-            output_loading_info=True,
-        )
+        with _loaded_whole() if config.is_encoder_decoder else contextlib.nullcontext():
+            model, loaded = auto_class(config).from_pretrained(
+                recipe.base,
+                revision=model_args.model_revision,
+                dtype=torch.float32 if recipe.method == "full" else precision.dtype,
+                quantization_config=quantization_config(recipe, precision.dtype),
+                attn_implementation=model_args.attn_implementation,
+                trust_remote_code=recipe.training.get("trust_remote_code", False),
+                use_safetensors=True,
+                generation_config=generation,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model_name_or_path: {recipe.base} cannot be loaded ({first_line(error)})") from None
     if missing := sorted(loaded["missing_keys"]):
@@ -114,6 +138,8 @@ def load_base(recipe: Recipe, precision: Precision, may_dequantize: bool = True)
         check_shapes_in_4_bits(model, recipe.base)
         model = keep_cpu_weights_plain(model, precision.dtype, may_dequantize)
     leave_out_added_losses(model)
+    if config.is_encoder_decoder and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # so that what is saved is read as it is; every T5 is called tied
     if generation is None:  # made of what older bases have in config.json
         model.generation_config = repaired(model.generation_config.to_diff_dict())
     return model
@@ -191,6 +217,8 @@ def check_architecture(model: PreTrainedModel, name: str) -> None:
         name: as the recipe has it.
     """
     kind = type(model)
+    if model.config.is_encoder_decoder:
+        return  # its loss is ours (carelm.models.loss)
     forward = inspect.unwrap(kind.forward)
     if "is_decoder" in inspect.getsource(kind.__init__) and not model.config.is_decoder:
         raise UserError(

@@ -80,6 +80,8 @@ def why_not(model: torch.nn.Module) -> str | None:
     if has_virtual_tokens(model) and model.active_peft_config.peft_type != PeftType.PROMPT_TUNING:
         return "it has virtual tokens that are no trained prompt"
     inner = causal_model(model)
+    if inner.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
     for name in ("past_key_values", "position_ids"):
         if name not in inspect.signature(inner.forward).parameters:
             return f"its forward takes no {name}"

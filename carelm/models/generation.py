@@ -21,7 +21,7 @@ from carelm.models.decoding import Decoding, Draws
 from carelm.models.key_values import cache_tokens, causal_model
 from carelm.ranks import rank, say
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 PERCENTILES = (50, 95, 99)
 WARM_UP_PROMPTS = 2
 
@@ -54,9 +54,9 @@ def generate(
     """The model's answers to one batch, in the order of the prompts.
 
     Args:
-        model: a causal language model with or without adapter; its mode (train or eval) is restored.
+        model: a causal language model or an encoder-decoder, with or without adapter; its mode (train or eval) is restored.
         chat: its tokenizer turns ids into text.
-        prompts: token ids of each prompt, up to and including the assistant's header.
+        prompts: token ids of each prompt, up to and including the assistant's header (the end of sequence for an encoder).
         decoding: how tokens are chosen.
         device: where the model computes (its weights may lie elsewhere, under ZeRO with offload).
         synced_gpus: True under ZeRO-3, where every rank must take part in every step.
@@ -64,12 +64,14 @@ def generate(
     """
     if not prompts:
         return []
-    longest = max(map(len, prompts))
+    longest, has_encoder = max(map(len, prompts)), causal_model(model).config.is_encoder_decoder
     input_ids = torch.full((len(prompts), longest), chat.tokenizer.pad_token_id, device=device)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids, device=device)
-        attention_mask[row, longest - len(ids) :] = 1
+        # An answer follows on its prompt; an encoder's text begins at the first of the positions that it has learnt.
+        part = slice(len(ids)) if has_encoder else slice(longest - len(ids), None)
+        input_ids[row, part] = torch.tensor(ids, device=device)
+        attention_mask[row, part] = 1
     was_training = model.training
     model.eval()
     how = {"max_new_tokens": decoding.max_new_tokens, "do_sample": False, "num_beams": 1, "use_cache": True,
@@ -77,9 +79,10 @@ def generate(
     if decoding.temperature > 0:
         how["logits_processor"] = LogitsProcessorList([Draws(decoding, prompts)])
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    answering, start = model, longest
+    answering, start = model, 1 if has_encoder else longest  # a decoder begins with its start token
     if has_virtual_tokens(model):
-        inputs, answering, start = _with_virtual_tokens(model, **inputs), model.get_base_model(), 0
+        inputs, answering = _with_virtual_tokens(model, **inputs), model.get_base_model()
+        start = 1 if has_encoder else 0
     with _token_ids_alone(model):
         output = answering.generate(**inputs, synced_gpus=synced_gpus, streamer=streamer, **how)
     model.train(was_training)
@@ -114,12 +117,13 @@ def _with_virtual_tokens(
 ) -> dict[str, torch.Tensor]:
     """Embeddings with the trained prompt right before the text, as in training.
 
-    PEFT's own `generate` puts it before the padding, so that an answer would come to depend on its batch.
+    PEFT's own `generate` puts it before the padding, so that an answer would come to depend on its batch, and of an
+    encoder-decoder it copies the streamer with all that this holds.
     """
     virtual = model.get_prompt(len(input_ids)).to(model.dtype)
     rows, masks = [], []
     for embedded, mask, prompt in zip(model.word_embeddings(input_ids), attention_mask, virtual):
-        padding = int((mask == 0).sum())
+        padding = int(mask.argmax())  # on the left
         rows.append(torch.cat([embedded[:padding], prompt, embedded[padding:]]))
         masks.append(torch.cat([mask[:padding], mask.new_ones(len(prompt)), mask[padding:]]))
     return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.stack(masks)}

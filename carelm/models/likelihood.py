@@ -31,7 +31,8 @@ def score_answers(
     """Scores several answers to each prompt and hands them over by `done(index, log_probabilities)`; returns the seconds.
 
     What a prompt's answers begin with alike is read once, together with the prompt, and counts for none of them. A model that
-    the batcher cannot serve (virtual tokens, sliding windows) reads each answer with its whole prompt.
+    the batcher cannot serve (virtual tokens, sliding windows) reads each answer with its whole prompt. An encoder-decoder reads
+    whole answers behind its start token.
 
     Args:
         model: a causal language model in evaluation mode, with or without adapter.
@@ -43,12 +44,13 @@ def score_answers(
     Raises:
         torch.OutOfMemoryError: where a batch of one does not fit.
     """
-    prefixes, rests = [], []
+    prefixes, rests, has_encoder = [], [], causal_model(model).config.is_encoder_decoder
     for prompt, several in zip(prompts, answers):
-        alike = next(k for k, ids in enumerate(zip(*several)) if len(set(ids)) > 1)
+        alike = 0 if has_encoder else next(k for k, ids in enumerate(zip(*several)) if len(set(ids)) > 1)
         prefixes.append(prompt + several[0][:alike])
         rests.append([ids[alike:] for ids in several])
     score, started = _whole_rows if why_not(model) or has_virtual_tokens(model) else _behind_shared, time.perf_counter()
+    score = _by_decoder if has_encoder else score
     left = sorted(range(len(prompts)), key=lambda i: -len(prefixes[i]))
     with tqdm(total=len(left), desc=show, unit="example", dynamic_ncols=True, disable=show is None) as bar:
         while left:
@@ -103,6 +105,22 @@ def _whole_rows(
         [IGNORED] * (len(prefix) - 1 - first) + rest for prefix, several in zip(prefixes, rests) for rest in several
     ]
     return _sums(logits[:, -kept:], targets, len(rests[0]))
+
+
+@torch.no_grad()
+def _by_decoder(
+    model: torch.nn.Module, prompts: list[Ids], answers: list[list[Ids]], device: torch.device
+) -> list[list[float]]:
+    """The encoder reads a prompt for each of its answers, the decoder the answer."""
+    rows, start = len(answers[0]), causal_model(model).config.decoder_start_token_id
+    asked = [prompt for prompt in prompts for _ in range(rows)]
+    told = [answer for several in answers for answer in several]
+    mask = _padded([[1] * len(prompt) for prompt in asked], device)
+    read = _padded([[start, *answer[:-1]] for answer in told], device)
+    logits = model(
+        input_ids=_padded(asked, device), attention_mask=mask, decoder_input_ids=read, use_cache=False
+    ).logits
+    return _sums(logits, told, rows)
 
 
 def _sums(logits: torch.Tensor, targets: list[Ids], rows: int) -> list[list[float]]:

@@ -84,6 +84,32 @@ def use_chunked_loss(
     model.forward = forward
 
 
+def use_summed_loss(model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
+    """Replaces the forward of an encoder-decoder for calls with labels.
+
+    Its own takes any `num_items_in_batch` and leaves it unused: a mean over each micro-batch, of which a step adds up as many
+    as it has. The loss here is the fp32 cross-entropy summed over the labels and divided by `num_items_in_batch` (by their
+    number where that is not given). The decoder reads the labels one place later, behind its start token.
+    """
+    plain, start = model.forward, model.config.decoder_start_token_id
+    model.is_loss_chunked, model.accepts_loss_kwargs = False, True
+    _say_whole(model, "it is an encoder-decoder")
+
+    @functools.wraps(plain)
+    def forward(*args, labels=None, num_items_in_batch=None, decoder_input_ids=None, **kwargs):
+        if labels is None:
+            return plain(*args, decoder_input_ids=decoder_input_ids, **kwargs)
+        read = F.pad(labels[:, :-1], (1, 0), value=start)
+        read = read.masked_fill(read == IGNORED, model.config.pad_token_id)
+        logits = plain(*args, decoder_input_ids=read, **(kwargs | {"use_cache": False})).logits.float()
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != IGNORED).sum()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=label_smoothing)
+        return CausalLMOutputWithPast(loss=loss / num_items_in_batch)
+
+    model.forward = forward
+
+
 def _say_whole(model: PreTrainedModel, reason: str) -> None:
     say(
         f"{type(model).__name__}: {reason}, so that the logits of whole rows are made, which takes more memory and time"

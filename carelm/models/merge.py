@@ -8,6 +8,7 @@ The names in a base's files are not always those in the model (GPT-2 and BLOOM o
 and the files one by one (Mixtral, Qwen3-MoE) are merged in the whole model instead, in fp32 in memory.
 """
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +30,7 @@ from transformers.quantizers import AutoHfQuantizer
 from carelm.chat.chat import Chat
 from carelm.errors import UserError, first_line
 from carelm.files import read_json, write_whole
-from carelm.models.base import align_generation, load_config, load_generation_config, quantization_config
+from carelm.models.base import align_generation, auto_class, load_config, load_generation_config, quantization_config
 from carelm.models.finite import not_finite
 from carelm.models.precision import DTYPES
 from carelm.ranks import say
@@ -57,9 +58,11 @@ def merge_weights(recipe: Recipe, adapter: Path, target: Path, onto: str, dtype:
         raise UserError(f"--adapter: {adapter} trains biases (bias: {peft_config.bias}), which cannot be merged here")
     shards = _shards(recipe)
     with torch.device("meta"):
-        plain, to_quantize = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+        plain, to_quantize = (auto_class(config).from_config(copy.deepcopy(config)) for _ in range(2))
     names = _names_in_model(plain, shards)
     tied = _tied(plain)
+    if tied and config.is_encoder_decoder and _differ_in_files(tied, names, shards):
+        tied, config.tie_word_embeddings = set(), False  # transformers calls every T5 tied, FLAN-T5 is not
     quantized = _quantized_modules(recipe, to_quantize) if onto == "quantized" else {}
     layers, trained = _trained(recipe, adapter, plain, peft_config)
     if both := sorted(tied & trained.keys()):
@@ -118,7 +121,7 @@ def _merge_whole(
 ) -> None:
     """Merges in memory, and leaves to `save_pretrained` what the tensors are called in files."""
     say("the files hold some of the trained weights in parts: the whole model is merged in memory, in fp32")
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(config).from_pretrained(
         recipe.base, revision=recipe.model.get("model_revision", "main"), config=config, dtype=torch.float32,
         use_safetensors=True,
     )  # fmt: skip
@@ -149,6 +152,13 @@ def _tied(model: PreTrainedModel) -> set[str]:
     if None in pair or pair[0].weight is not pair[1].weight:
         return set()
     return {name for name, module in model.named_modules() if any(module is one for one in pair)}
+
+
+def _differ_in_files(modules: set[str], names: dict[str, str], shards: list[Path]) -> bool:
+    """Whether the files hold weights of these modules that are not all the same."""
+    wanted = {name for name, known in names.items() if known.removesuffix(".weight") in modules}
+    held = [weight for file in shards for name, weight in _tensors(file) if name in wanted]
+    return any(not torch.equal(weight, held[0]) for weight in held)
 
 
 def _trained(

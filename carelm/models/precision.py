@@ -41,7 +41,12 @@ class Precision:
 
 
 def choose_precision(
-    requested: str, run: Path | None = None, *, anew: bool = False, training: bool = True
+    requested: str,
+    run: Path | None = None,
+    *,
+    anew: bool = False,
+    training: bool = True,
+    overflows_in_fp16: bool = False,
 ) -> Precision:
     """The recipe's precision, or for `auto` the best that the hardware really has.
 
@@ -54,10 +59,13 @@ def choose_precision(
     Args:
         run: the run's output folder.
         anew: whether the run in it is not gone on with.
+        overflows_in_fp16: whether the base does (the T5 family: its feed-forward sums pass 65,504, under autocast too).
 
     Raises:
         UserError: where the hardware lacks the precision that was asked for, or what the run has kept is damaged.
     """
+    if requested == "fp16" and overflows_in_fp16:
+        raise UserError("precision: the sums of a T5 overflow in fp16; set precision: auto, fp32 or bf16")
     if not torch.cuda.is_available():
         if requested == "fp16" and training:
             raise UserError("precision: a CPU does not train in fp16; set precision: auto, fp32 or bf16")
@@ -69,6 +77,8 @@ def choose_precision(
         raise UserError(f"precision: bf16 needs compute capability 8.0, this is {card}; set precision: auto or fp16")
     if requested != "auto":
         return Precision(requested, "asked for")
+    if overflows_in_fp16 and not has_bf16:
+        return Precision("fp32", f"{card}; the sums of a T5 overflow in fp16")
     return Precision("bf16" if has_bf16 else "fp16", card)
 
 

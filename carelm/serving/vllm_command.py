@@ -31,6 +31,8 @@ NOT_COMPUTED = {
 
 def why_not(candidate: Candidate) -> str | None:
     """Why vLLM would answer by another function than the one that was trained, or None where it would not."""
+    if candidate.is_encoder_decoder:
+        return "it is an encoder-decoder, which vLLM and Ollama do not take"
     if candidate.bits:
         return f"its base is held in {candidate.bits} bits, which vLLM rounds otherwise or not at all"
     if candidate.adapter is None:
@@ -69,6 +71,8 @@ def servable(recipe: Recipe, candidates: list[Candidate]) -> list[Candidate]:
 
 
 def _way_out(candidate: Candidate) -> str:
+    if candidate.is_encoder_decoder:
+        return "train/chat.py talks to it, eval/run.py evaluates it"
     if candidate.adapter and read_json(candidate.adapter / "adapter_config.json").get("peft_type") != "LORA":
         return "set engine: batcher"
     if candidate.adapter and why_not(candidate):

@@ -130,12 +130,24 @@ class Pairs(Dataset):
 
 
 class Collate:
-    """Pads examples on the right to the longest of them: input_ids, attention_mask, labels, each [batch, length]."""
+    """Pads examples on the right to the longest of them: input_ids, attention_mask, labels, each [batch, length].
 
-    def __init__(self, pad_token_id: int, multiple_of: int = 1):
+    Of an encoder-decoder the encoder reads what is not trained and the labels are what is, each side with a length of its own;
+    positions that BART has learnt begin at 0 only where the padding is on the right.
+    """
+
+    def __init__(self, pad_token_id: int, multiple_of: int = 1, is_encoder_decoder: bool = False):
         self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
+        self.is_encoder_decoder = is_encoder_decoder
 
     def __call__(self, examples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        if self.is_encoder_decoder:
+            asked = [ids[~trained] for ids, trained in examples]
+            return {
+                "input_ids": self._padded(asked, self.pad_token_id),
+                "attention_mask": self._padded([np.ones(len(ids)) for ids in asked], 0),
+                "labels": self._padded([ids[trained] for ids, trained in examples], -100),
+            }
         longest = max(len(ids) for ids, _ in examples)
         shape = (len(examples), -(-longest // self.multiple_of) * self.multiple_of)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -146,6 +158,13 @@ class Collate:
             attention_mask[row, : len(ids)] = 1
             labels[row, : len(ids)][torch.from_numpy(np.array(trained))] = tokens[torch.from_numpy(np.array(trained))]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def _padded(self, rows: list[np.ndarray], filler: int) -> torch.Tensor:
+        longest = max(1, *map(len, rows))
+        padded = torch.full((len(rows), -(-longest // self.multiple_of) * self.multiple_of), filler)
+        for row, ids in zip(padded, rows):
+            row[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        return padded
 
 
 class CollatePairs:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from carelm.chat.encoder_decoder import is_encoder_decoder
 from carelm.data.sources import is_hub_id
 from carelm.errors import UserError, first_line
 from carelm.files import locate
@@ -27,7 +28,9 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
     method = recipe.method + (f" on a {recipe.bits}-bit base" if recipe.bits else "")
     method += f", on preferences (DPO, beta {recipe.beta:g})" if recipe.objective == "preferences" else ""
     base = recipe.model["model_name_or_path"]
-    head = {"library_name": "transformers" if recipe.method == "full" else "peft", "pipeline_tag": "text-generation",
+    reads_apart = is_encoder_decoder(recipe.base, recipe.model.get("model_revision", "main"))
+    head = {"library_name": "transformers" if recipe.method == "full" else "peft",
+            "pipeline_tag": "text2text-generation" if reads_apart else "text-generation",
             "tags": ["carelm", "dpo" if recipe.objective == "preferences" else "sft", recipe.method]}  # fmt: skip
     # The Hub refuses a card that names what it cannot have.
     head |= {} if os.path.exists(recipe.base) else {"base_model": base}

@@ -20,6 +20,7 @@ import psutil
 
 from carelm import ranks
 from carelm.chat.chat import FORGOTTEN, Chat, Rendered
+from carelm.chat.encoder_decoder import one_answer_each
 from carelm.data.comparison import first_words
 from carelm.data.example import Example
 from carelm.data.label_count import count_labels, label_sentences
@@ -180,6 +181,16 @@ def _write(recipe: Recipe, chat: Chat, folder: Path) -> None:
     for split in ("train", "validation"):
         if not examples.get(split):
             continue
+        conversations, examples[split] = len(examples[split]), one_answer_each(chat, examples[split])
+        if len(examples[split]) > conversations:
+            unit = number_of(conversations, reports[split].unit)
+            reports[split].notes.append(f"an answer is an example of its own: {len(examples[split])} of {unit}")
+        lines = [e.source for e in examples[split] if any("\n" in (m["content"] or "").strip() for m in e.completion)]
+        if lines and not chat.keeps_lines:
+            reports[split].notes.append(
+                f"answers of several lines: {len(lines)} (first: {lines[0]}); this tokenizer writes a new line as a blank, and "
+                "so will the model"
+            )
         is_pair = recipe.objective == "preferences"
         rendered, counts = (chat.render_pairs if is_pair else chat.render)(examples[split])
         kept = [r for r in rendered if r is not None]
@@ -278,8 +289,10 @@ def _render_mixed(
     for name, (examples, report) in mixed.items():
         other = recipe.mixed[name]
         own = Chat(
-            chat.tokenizer, trained_turns=other.trained_turns, max_length=chat.max_length, too_long=other.too_long
-        )
+            chat.tokenizer, trained_turns=other.trained_turns, max_length=chat.max_length, too_long=other.too_long,
+            is_encoder_decoder=chat.is_encoder_decoder,
+        )  # fmt: skip
+        examples = one_answer_each(own, examples)
         try:
             rendered, counts = own.render(examples)
         except UserError as error:

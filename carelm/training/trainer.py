@@ -87,7 +87,7 @@ class Trainer(transformers.Trainer):
         multiple = args.pad_to_multiple_of
         if not isinstance(multiple, int):
             multiple = 8 if args.device.type == "cuda" else 1
-        self.data_collator = Collate(chat.tokenizer.pad_token_id, multiple)
+        self.data_collator = Collate(chat.tokenizer.pad_token_id, multiple, chat.is_encoder_decoder)
         self.batches = GlobalBatches(
             prepared.train.lengths,
             global_batch_size=recipe.global_batch_size,

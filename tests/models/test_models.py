@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -22,8 +20,6 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -205,9 +201,6 @@ def save_base(base, folder, model):
 @pytest.mark.parametrize(
     "model, line",
     [
-        (lambda: BartForConditionalGeneration(BartConfig(vocab_size=2048, d_model=16, encoder_layers=1, decoder_layers=1,
-         encoder_attention_heads=2, decoder_attention_heads=2)), "is an encoder-decoder .bart., whose encoder would be lost"),
-        (lambda: T5ForConditionalGeneration(T5Config(vocab_size=2048, d_model=16, num_layers=1)), "encoder-decoder .t5."),
         (lambda: BertForMaskedLM(BertConfig(**TINY)), "BertLMHeadModel. sees the tokens that it is to predict"),
         (lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=2048, d_model=16, n_layer=1, n_head=2)), "takes a mean over each"),
     ],
