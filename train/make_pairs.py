@@ -109,7 +109,7 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
     tested = make_questions(dataclasses.replace(recipe, num_shots=0), chat)[0] if examples.get("test") else []
 
     from carelm.evaluation.draws import draw, get_ready
-    from carelm.evaluation.pairs import choose, expected, row_of, score
+    from carelm.evaluation.pairs import choose, expected, score, test_row
 
     get_ready(launch)
     if judge:
@@ -129,7 +129,7 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
         rows[split] = [pair.row() for pair in pairs]
         said[split] = {"questions": len(questions), "pairs": len(pairs)}
     ranks.leave()
-    rows["test"] = [row_of(question) | {"chosen": question.references[0]} for question in tested]
+    rows["test"] = [test_row(question) for question in tested]
     how = {
         "by": by,
         "model": model.name,
@@ -144,7 +144,7 @@ def of_feedback(recipe: Recipe, options: argparse.Namespace) -> tuple[dict[str, 
     """Rows by split, of what people marked or edited."""
     from carelm.chat.chat import make_chat
     from carelm.data.splits import make_examples
-    from carelm.evaluation.pairs import row_of
+    from carelm.evaluation.pairs import test_row
     from carelm.evaluation.questions import make_questions
     from carelm.talk.marked_pairs import pairs_of
 
@@ -154,7 +154,7 @@ def of_feedback(recipe: Recipe, options: argparse.Namespace) -> tuple[dict[str, 
     tested = (
         make_questions(dataclasses.replace(recipe, num_shots=0), make_chat(recipe))[0] if examples.get("test") else []
     )
-    rows = {"train": pairs, "test": [row_of(question) | {"chosen": question.references[0]} for question in tested]}
+    rows = {"train": pairs, "test": [test_row(question) for question in tested]}
     return rows, {"by": "marks", "model": None, "feedback": str(file), "without_pair": dict(without)}
 
 

@@ -43,6 +43,11 @@ def row_of(question: Question) -> dict[str, Any]:
     return {"id": question.id, "category": question.category, "prompt": question.messages, **tools}
 
 
+def test_row(question: Question) -> dict[str, Any]:
+    """A row to test on: the expected answer, and none that is rejected."""
+    return row_of(question) | {"chosen": question.references[0], "chosen_by": EXPECTED}
+
+
 def score(recipe: Recipe, by: str, questions: Sequence[Question], drawn: Sequence[Lines], folder: Path) -> np.ndarray:
     """What each answer is worth, float64 [draws, questions]: the share of the recipe's checks about the question that it passes
     (NaN where none is), the mean of the judge's marks (NaN where it said none), or a metric of its text against the references.

@@ -59,6 +59,7 @@ def pairs_of(file: Path, held_out: Sequence[Example]) -> tuple[list[dict[str, An
                 "prompt": prompt,
                 "chosen": chosen,
                 "rejected": rejected,
+                "chosen_by": "people",
             }
             pairs.append(row | ({"tools": tools} if tools else {}))
     return pairs, without

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import PROJECT
+from small_endpoint import Endpoint, completion
 
 from carelm.data.readers import Rows
 from carelm.errors import UserError
@@ -53,6 +54,17 @@ def test_a_model_fills_in_what_is_missing_and_the_test_rows_stay_as_they_are(row
         {"q": "And mine?", "a": "Soon.", "reason": None, "reason_source": None}
     ]
     assert told["rows"] == {"train": 3, "test": 1} and told["counts"] == {"train rows filled in": 2}
+
+
+def test_an_endpoint_fills_it_in_and_what_it_has_said_is_not_asked_again(rows, run):
+    endpoint = Endpoint()
+    endpoint.say = lambda body, _: completion(f"Because of {body['messages'][-1]['content']}")
+    words = ("--add", "reason", "--ask", "{q}", "--model", "api:big", "--api_url", endpoint.url)
+    run(*words)
+    found = [(row["reason"], row["reason_source"]) for row in read(rows / "out-reason/train.jsonl")]
+    assert found == [("It left.", "data"), *((f"Because of Where is parcel {k}?", "api:big") for k in (1, 2))]
+    run(*words)
+    assert len(endpoint.bodies) == 2
 
 
 def test_the_model_is_asked_by_the_columns_alone_and_an_answer_cut_off_is_nobodys():
