@@ -9,7 +9,7 @@ validation rows. That one is compared with the one before on test rows, by `care
 demo: its questions and its documents, the same ones in training and test, as in a shop. demo_tickets: first messages among 980
 past ones, of which those of the same intent are right. rqe: consumer questions -> FAQs; the test has others.
 medquad: questions -> answers, others in test. bitext: questions -> 2,000 past ones of the same intents.
-Of rqe and medquad 1,500 training rows. --data holds rqe_question_pairs, medquad and bitext_support.
+Of rqe 1,500 training rows, of medquad 500. --data holds rqe_question_pairs, medquad and bitext_support.
 Results: benchmarks/results/tuned_embedder.json.
 """
 
@@ -31,7 +31,7 @@ from carelm.retrieval.retriever import Retriever  # noqa: E402
 from carelm.retrieval.tuning import compare  # noqa: E402
 from carelm.retrieval.update import update  # noqa: E402
 
-ROWS = 1500  # of rqe and medquad that an embedder is tuned on
+ROWS = {"rqe": 1500, "medquad": 500}  # that an embedder is tuned on
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def measure(learnt: dict, tested: dict, words: list[str], folder: Path) -> dict:
 
 def demo(data: Path, folder: Path) -> tuple[dict, dict, list[str]]:
     shop = yaml.safe_load((PROJECT / "recipes/shop_grounded.yaml").read_text())
-    names = ("model_name_or_path", "documents", "chunk_tokens", "num_passages", "dataset_name", "messages_column")
-    keys = {name: shop[name] for name in names}
+    names = ("model_name_or_path", "documents", "dataset_name", "messages_column")
+    keys = {name: shop[name] for name in names} | {"chunk_tokens": 160}
     return keys, keys, ["--questions", "recipes/demo.yaml"]
 
 
@@ -104,7 +104,7 @@ def public_rqe(data: Path, folder: Path) -> tuple[dict, dict, list[str]]:
     pairs = [
         row for row in read(data / "rqe_question_pairs/train.jsonl")
         if row["value"] == "true" and row["faq"] not in of_test and row["chq"].strip() != row["faq"].strip()
-    ][:ROWS]  # fmt: skip
+    ][: ROWS["rqe"]]  # fmt: skip
     write(folder / "learnt_faqs.jsonl", [{"faq": faq} for faq in dict.fromkeys(row["faq"] for row in pairs)])
     write(folder / "learnt_rows/train.jsonl", pairs)
     learnt = tested | {
@@ -116,7 +116,7 @@ def public_rqe(data: Path, folder: Path) -> tuple[dict, dict, list[str]]:
 
 def public_medquad(data: Path, folder: Path) -> tuple[dict, dict, list[str]]:
     tested = medquad(data, folder) | {"chunk_tokens": WHOLE}
-    write(folder / "learnt_rows/train.jsonl", read(data / "medquad/train.jsonl")[:ROWS])
+    write(folder / "learnt_rows/train.jsonl", read(data / "medquad/train.jsonl")[: ROWS["medquad"]])
     learnt = tested | {
         "documents": [str(folder / "learnt_rows/train.jsonl")], "dataset_name": str(folder / "learnt_rows"),
         "validation_fraction": 0.15, "test_fraction": 0,
