@@ -10,7 +10,8 @@ folder to write. The questions and their answers are another recipe's rows (--qu
 answer the passage that supports it best is looked up by its words, and the sentence gets that passage's number, as [1];
 gold_passages says which passages come into question, where the data knows: {product: ProductId}.
 
-train.jsonl        a row for each question: its passages among others that the retriever takes for right; a share of the
+train.jsonl        a row for each question: its passages among others that the retriever takes for right, so many at most as
+                   --train_passages says; a share of the
                    questions (--left_out) may stand there again, with the others alone: "I do not know; a colleague will
                    help." A base of 135 million parameters does not learn from that when to say so: it says so always
 validation.jsonl   two for each: with what is found, and with what is found where all passages that support the answer were
@@ -60,6 +61,9 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
                         "(default: recipes/demo.yaml)")  # fmt: skip
     parser.add_argument("--left_out", type=float, default=0.0, help="share of the training questions that stand there again, "
                         "with their passages left out (default: 0)")  # fmt: skip
+    parser.add_argument(
+        "--train_passages", type=int, help="the most passages in a training row (default: num_passages)"
+    )
     parser.add_argument("--held_out", type=float, default=0.0, help="share of the test questions that are kept, with passages "
                         "that answer no training question; 0: any (default: 0)")  # fmt: skip
     parser.add_argument(
@@ -78,6 +82,8 @@ def main() -> None:
     for name in ("left_out", "held_out"):
         if not 0 <= getattr(options, name) <= 1:
             raise UserError(f"--{name}: {getattr(options, name)} is no share; give a number from 0 to 1")
+    if options.train_passages is not None and options.train_passages < 1:
+        raise UserError(f"--train_passages: {options.train_passages} is not above 0")
     if not recipe.documents:
         raise UserError("documents: the recipe names none; set documents: [folder or files]")
     folder = folder_of(recipe)
@@ -103,43 +109,50 @@ def main() -> None:
     def search(questions: list[str], number: int) -> list[list[tuple]]:
         return [[(f.passage, f.confidence) for f in found] for found in retriever.search_many(questions, number)]
 
-    rows = Rows(
-        retriever.index.passages(), fits, number=recipe.num_passages, left_out=options.left_out, seed=recipe.split_seed
-    )
+    passages, numbers = retriever.index.passages(), dict.fromkeys(("train", "validation", "test"), recipe.num_passages)
+    numbers["train"] = options.train_passages or recipe.num_passages
+    rows = {
+        split: Rows(passages, fits, number=number, left_out=options.left_out, seed=recipe.split_seed)
+        for split, number in numbers.items()
+    }
     allowed = None
     if recipe.gold_passages:
-        gold_of, by_split = gold_by_row(recipe, retriever.index.passages()), load_splits(asked_by)[0]
+        gold_of, by_split = gold_by_row(recipe, passages), load_splits(asked_by)[0]
         allowed = {source: gold_of(source, row)[1] for of_split in by_split.values() for source, row in of_split}
     asked, answerable = {}, {}
-    for split in ("train", "validation", "test"):
-        before = rows.counts.total()
-        asked[split] = rows.ask(examples.get(split, []), allowed)
-        answerable[split] = f"{len(asked[split])} of {len(asked[split]) + rows.counts.total() - before}"
+    for split, own in rows.items():
+        asked[split] = own.ask(examples.get(split, []), allowed)
+        answerable[split] = f"{len(asked[split])} of {len(asked[split]) + own.counts.total()}"
         ranks.say(f"{split}: {answerable[split]} answers stand in the documents")
     asked, on_other_side = hold_out(asked, options.held_out, recipe.split_seed)
     if options.test_questions < len(asked["test"]):
         asked["test"] = random.Random(recipe.split_seed).sample(asked["test"], options.test_questions)
+
+    def counts() -> dict[str, int]:
+        return dict(sum((own.counts for own in rows.values()), on_other_side))
+
     for split, of_split in asked.items():
         if not of_split:
             raise UserError(
-                f"--questions: no question of {split} is left ({list_counts({**rows.counts, **on_other_side})}); "
+                f"--questions: no question of {split} is left ({list_counts(counts())}); "
                 "give documents that answer them, or another --held_out"
             )
-    asked = {split: rows.retrieve(of_split, search) for split, of_split in asked.items()}
+    asked = {split: rows[split].retrieve(of_split, search) for split, of_split in asked.items()}
     made = {
-        "train": rows.train(asked["train"]),
-        "validation": rows.test(asked["validation"], (RETRIEVED, LEFT_OUT)),
-        "test": rows.test(asked["test"], (RETRIEVED, GOLD, NONE, LEFT_OUT)),
+        "train": rows["train"].train(asked["train"]),
+        "validation": rows["validation"].test(asked["validation"], (RETRIEVED, LEFT_OUT)),
+        "test": rows["test"].test(asked["test"], (RETRIEVED, GOLD, NONE, LEFT_OUT)),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for split, of_split in made.items():
         write_whole(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of_split))
-    counts = {**rows.counts, **on_other_side}
-    ranks.say(f"{', '.join(f'{len(r)} {split}' for split, r in made.items())} rows in {folder}; {list_counts(counts)}")
+    ranks.say(
+        f"{', '.join(f'{len(r)} {split}' for split, r in made.items())} rows in {folder}; {list_counts(counts())}"
+    )
     words = words_of(recipe, keys)
     say_next(["train/sft.py", *words], ["eval/run.py", *words], ["eval/grounding.py", *words])
     found = {"folder": str(folder), "rows": {split: len(r) for split, r in made.items()}, "answerable": answerable}
-    ranks.print_result(found | {"left_out": counts})
+    ranks.print_result(found | {"left_out": counts()})
 
 
 def folder_of(recipe: Recipe) -> Path:

@@ -103,7 +103,17 @@ def test_questions_become_rows_in_their_splits_with_what_the_index_finds(shop, r
     assert (shop / "rows/train.jsonl").read_bytes() == first
 
 
+def test_training_rows_may_have_more_passages_than_are_served(shop, run):
+    index(shop)
+    run("--num_passages", "1", "--train_passages", "3")
+    rows = {s: [json.loads(line) for line in open(shop / f"rows/{s}.jsonl")] for s in ("train", "validation", "test")}
+    most = {split: max(row["num_passages"] for row in of_split) for split, of_split in rows.items()}
+    assert most == {"train": 3, "validation": 1, "test": 1}
+
+
 def test_what_cannot_be_made_is_one_line(shop, run):
+    with pytest.raises(UserError, match="--train_passages: 0 is not above 0"):
+        run("--train_passages", "0")
     with pytest.raises(UserError, match="--left_out: 1.5 is no share; give a number from 0 to 1"):
         run("--left_out", "1.5")
     with pytest.raises(UserError, match="documents: the recipe names none"):
