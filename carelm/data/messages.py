@@ -115,13 +115,27 @@ def row_turns(recipe: Recipe, source: str, row: dict[str, Any], column: str) -> 
     """The turns that end with those of this column, as `to_turns` gives them.
 
     Beside a `prompt_column`, a text there is a question, and a text here its answer; messages that begin with those of the
-    prompt have it already.
+    prompt have it already, whichever of the two has the system message.
     """
     turns, left = column_turns(recipe, source, row, column)
     if not recipe.prompt_column:
         return turns, left
     before, more = column_turns(recipe, source, row, recipe.prompt_column)
-    return turns if turns[: len(before)] == before else before + turns, left | more
+    (system, asked), (own_system, turns) = _parted(before), _parted(turns)
+    if [*map(said, turns[: len(asked)])] == [*map(said, asked)]:
+        turns = turns[len(asked) :]
+    return (system or own_system) + asked + turns, left | more
+
+
+def said(turn: dict[str, Any]) -> tuple[str, str, Any]:
+    """What a turn says, by which it is compared: blanks at its ends do not count."""
+    return turn["role"], turn["content"].strip(), turn.get("tool_calls")
+
+
+def _parted(turns: list[dict]) -> tuple[list[dict], list[dict]]:
+    """A system message that stands first, and the rest."""
+    number = int(bool(turns) and turns[0]["role"] == "system")
+    return turns[:number], turns[number:]
 
 
 def column_turns(recipe: Recipe, source: str, row: dict[str, Any], column: str) -> tuple[list[dict], set[str]]:

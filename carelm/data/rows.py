@@ -6,7 +6,7 @@ from typing import Any
 
 from carelm.data.example import Example, NoAnswer, SameAnswers
 from carelm.data.masking import clean, clean_turns
-from carelm.data.messages import row_turns, split_turns
+from carelm.data.messages import row_turns, said, split_turns
 from carelm.data.tags import used_tags
 from carelm.data.templates import fill, template_columns
 from carelm.data.tools import to_tools
@@ -53,7 +53,7 @@ def to_example(
         completion = [{"role": "assistant", "content": answer}]
         if is_pair:
             rejected = [{"role": "assistant", "content": _answer(recipe, source, row, "rejected_template")}]
-    if rejected and [_said(turn) for turn in rejected] == [_said(turn) for turn in completion]:
+    if rejected and [*map(said, rejected)] == [*map(said, completion)]:
         raise SameAnswers
     has_place = prompt[0]["role"] == "system"  # which may be empty: exports fill it in for every row
     if recipe.system_prompt and not (has_place and prompt[0]["content"].strip()):
@@ -89,10 +89,6 @@ def _rejected_turns(turns: list[dict], prompt: list[dict]) -> list[dict]:
     if before != prompt:
         raise NoAnswer("the two answers have different prompts")
     return rejected
-
-
-def _said(turn: dict[str, Any]) -> Any:
-    return turn["role"], turn["content"].strip(), turn.get("tool_calls")
 
 
 def question_of(recipe: Recipe, source: str, row: dict[str, Any], values: dict[str, str] | None = None) -> str:

@@ -13,6 +13,7 @@ import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         with np.load(path) as held:
             return {**json.loads(str(held["about"])), **{name: held[name] for name in held.files if name != "about"}}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 

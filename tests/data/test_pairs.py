@@ -71,6 +71,17 @@ def test_a_pair_at_the_end_of_a_longer_conversation_has_all_of_it_as_its_prompt(
     assert pairs_of(make(path, **WITH_PROMPT)) == [(before, [said("On its way.")], [said("No idea.")])]
 
 
+@pytest.mark.parametrize("in_prompt", [True, False])
+def test_a_prompt_that_the_answers_repeat_is_there_once_though_one_of_them_lacks_the_system_message(
+    tmp_path, make, in_prompt
+):
+    system, q = {"role": "system", "content": "Be brief."}, asked("Where is it?")
+    prompt, before = ([system, q], [asked("Where is it? ")]) if in_prompt else ("Where is it?", [system, q])
+    row = {"prompt": prompt, "chosen": [*before, said("On its way.")], "rejected": [*before, said("No idea.")]}
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert pairs_of(make(path, **WITH_PROMPT)) == [([system, q], [said("On its way.")], [said("No idea.")])]
+
+
 def test_rows_that_are_no_pair_are_counted_and_named(tmp_path, make):
     odd = [
         {"prompt": "A?", "chosen": "Same.", "rejected": " Same. "},

@@ -211,6 +211,13 @@ def test_a_run_without_its_reference_is_refused_before_weights_are_loaded(one, m
     assert "what the model that this run began as says to its pairs, is not there" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("part", [0, 0.5])
+def test_a_reference_that_was_cut_off_is_none(tmp_path, part):
+    np.savez(file := tmp_path / "reference.npz", about="{}", train=np.zeros((9, 2)))
+    file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
+    assert preferences._read(file) is None
+
+
 def test_a_reference_of_another_start_is_refused(one, made):
     recipe = load_recipe(["--config", str(made / "pairs.yaml"), "--output_dir", str(one)], usage="")
     prepared, begun = prepare(recipe, make_chat(recipe)), mark(one, 4)
