@@ -37,7 +37,7 @@ CRITERIA = {
 OVERALL = "overall"
 SCALE = (1, 5)
 CHOICES = ("1", "2", "tie")
-BYTES_OF_A_TOKEN = 4  # about, of most tokenizers and scripts
+BYTES_OF_A_TOKEN = 3.5  # about: SmolLM2's tokenizer, on the demo's questions within these prompts
 USUAL_TOKENS = 60  # of a reply
 OWN_FAULT = (400, 413, 422)  # statuses that are about one request, where others were answered
 _MATERIAL = """\
@@ -191,7 +191,7 @@ class Judge:
         size = sum(len(m["content"].encode(errors="replace")) for body in bodies.values() for m in body["messages"])
         ranks.say(
             f"judge {self.model}: {len(bodies):,} of {len(file.made_by):,} judgements are still to be asked for: about "
-            f"{size // BYTES_OF_A_TOKEN:,} tokens of prompts, and at most {self.max_tokens * len(bodies):,} of replies "
+            f"{round(size / BYTES_OF_A_TOKEN):,} tokens of prompts, and at most {self.max_tokens * len(bodies):,} of replies "
             f"(some {USUAL_TOKENS * len(bodies):,} where it does not reason at length)"
         )
         with tqdm(total=len(bodies), desc=f"judge {self.model}", unit="judgement", dynamic_ncols=True) as bar:

@@ -86,7 +86,7 @@ def _marks(results: dict[str, Any]) -> str:
         return ""
     each = [f"{key} {' -> '.join(format(m[key]['value'], '.2f') for m in marks)}" for key in judged["criteria"]]
     low, high = judged["scale"]
-    return f"Its marks, {low} to {high}, of {' -> '.join(names)}: {', '.join(each)}."
+    return f"Marks of the judge ({judged['model']}), {low} to {high}, of {' -> '.join(names)}: {', '.join(each)}."
 
 
 def _agreement(judged: dict[str, Any]) -> str:

@@ -171,7 +171,7 @@ def test_the_cost_is_said_before_the_first_request(endpoint, tmp_path, capsys):
     a_judge(endpoint, "--judge_max_tokens", "100").judge(ones("a", "bb"), tmp_path)
     size = sum(len(m["content"]) for body in endpoint.bodies for m in body["messages"])
     assert (
-        f"2 of 2 judgements are still to be asked for: about {size // 4:,} tokens of prompts, and at most 200 of "
+        f"2 of 2 judgements are still to be asked for: about {round(size / 3.5):,} tokens of prompts, and at most 200 of "
         in said[0]
     )
 

@@ -116,8 +116,8 @@ def test_marks_and_preferences_have_the_evaluators_intervals_and_differences(end
         "Yes. The tuned model's answers are closer"
     )
     assert found["besides"][1] == (
-        "Its marks, 1 to 5, of base -> adapter: helpful 2.30 -> 4.10, coherent 2.30 -> 4.10, fluent 4.00 -> 4.00, "
-        "safe 2.30 -> 4.10."
+        "Marks of the judge (large), 1 to 5, of base -> adapter: helpful 2.30 -> 4.10, coherent 2.30 -> 4.10, "
+        "fluent 4.00 -> 4.00, safe 2.30 -> 4.10."
     )
     for shown in (page, text):
         assert "The judge (large) prefers" in shown and "Which answer it prefers: base or adapter" in shown
@@ -211,7 +211,9 @@ def test_several_models_are_compared_two_by_two_with_holms_correction(endpoint, 
     ]
     alone = judge_them(endpoint, tmp_path, {"base": BASE})
     assert alone["judge"]["pairs"] == [] and alone["judge"]["models"]["base"]["marks"]
-    assert alone["besides"] == ["Its marks, 1 to 5, of base: helpful 2.30, coherent 2.30, fluent 4.00, safe 2.30."]
+    assert alone["besides"] == [
+        "Marks of the judge (large), 1 to 5, of base: helpful 2.30, coherent 2.30, fluent 4.00, safe 2.30."
+    ]
 
 
 def test_no_more_questions_are_judged_than_asked_for_and_always_the_same(endpoint, tmp_path):
