@@ -4,7 +4,8 @@
     python benchmarks/tuned_embedder.py --keep FOLDER --data FOLDER      # the public rows too
 
 Each is one `python train/embedder.py` on training rows, which keeps the tuned embedder in --keep where it is better on
-validation rows. That one is compared with the one before on test rows, by `carelm.retrieval.tuning.compare`.
+validation rows; one that lies there is taken as it is. That one is compared with the one before on test rows, by
+`carelm.retrieval.tuning.compare`.
 
 demo: its questions and its documents, the same ones in training and test, as in a shop. demo_tickets: first messages among 980
 past ones, of which those of the same intent are right. rqe: consumer questions -> FAQs; the test has others.
@@ -45,7 +46,7 @@ def main() -> None:
         sys.exit("--data: name the folder with the public rows")
     for name in names:
         folder = (options.keep / name).resolve()
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         learnt, tested, words = SETS[name](options.data, folder)
         measured = {"machine": describe_machine(), **measure(learnt, tested, words, folder)}
         result = json.loads(file.read_text()) if (file := RESULTS / "tuned_embedder.json").exists() else {}
@@ -66,19 +67,23 @@ def measure(learnt: dict, tested: dict, words: list[str], folder: Path) -> dict:
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(keys))
         recipes[name] = load_recipe(["--config", str(folder / f"{name}.yaml")], usage="")
         update(recipes[name])
-    command = [sys.executable, "train/embedder.py", "--config", str(folder / "learnt.yaml"), *words]
-    outcome = run(command, {"OMP_NUM_THREADS": threads(1)}, 3600)
-    if outcome.status != 0:
-        sys.exit(outcome.stderr)
-    tuned = json.loads(outcome.stdout.splitlines()[-1])
-    kept = tuned.pop("kept")
+    kept = folder / "learnt/embedder"
+    if not kept.exists():
+        command = [sys.executable, "train/embedder.py", "--config", str(folder / "learnt.yaml"), *words]
+        outcome = run(command, {"OMP_NUM_THREADS": threads(1)}, 3600)
+        if outcome.status != 0:
+            sys.exit(outcome.stderr)
+        tuned = json.loads(outcome.stdout.splitlines()[-1])
+    if kept.exists():
+        tuned = json.loads((kept / "source.json").read_text())
+    told = {key: tuned[key] for key in ("train_questions", "steps", "epochs", "learning_rate", "seed", "validation")}
     found = None
-    if kept:
+    if kept.exists():
         before = Retriever(recipes["tested"])
         asked_by = load_recipe(["--config", words[words.index("--questions") + 1]], usage="") if words else None
         asked = past_questions(recipes["tested"], asked_by, before.index.passages(), ["test"])["test"]
-        found = compare(before, Embedder(Path(kept), before.embedder.precision), asked)
-    return {"seconds": outcome.seconds, **tuned, "kept": bool(kept), "test": found}
+        found = compare(before, Embedder(kept, before.embedder.precision), asked)
+    return {**told, "kept": kept.exists(), "test": found}
 
 
 def demo(data: Path, folder: Path) -> tuple[dict, dict, list[str]]:

@@ -70,13 +70,14 @@ def tune(
 
     from carelm.models.precision import choose_precision
 
-    precision = choose_precision("auto").name
+    precision = "bf16" if choose_precision("auto").name == "bf16" else "fp32"
     torch.manual_seed(seed)
     draw = random.Random(seed)
     steps = max(1, round(epochs * len(questions) / AT_A_TIME))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     warm = max(1, round(WARM_UP * steps))
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min((k + 1) / warm, (steps - k) / (steps - warm + 1)))
+    say(f"{len(questions)} questions, {steps} steps in {precision}")
     began, said, left, losses = time.monotonic(), time.monotonic(), [], []
     model.train()
     for step in range(1, steps + 1):
