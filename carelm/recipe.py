@@ -11,6 +11,7 @@ from carelm.files import OWN_CACHE, cache, locate
 
 ONCE = ("restart", "preview", "rate", "certify")  # meant for one start: on the command line alone
 CHATS = "chats"  # in the output folder: what was said in train/chat.py, where /save names no other place
+ANSWERS = "answers"  # there too: what models have said for train/make_pairs.py and train/add_column.py
 FEEDBACK = "feedback.jsonl"  # there too: what people thought of serve/run.py's answers
 CERTIFIED = "serving_certificate.json"  # there too: how serve/run.py --certify has found its answers
 ENGINE_LOG = "vllm.log"  # there too: what vLLM has printed

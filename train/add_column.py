@@ -32,6 +32,7 @@ from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import write_whole
 from carelm.keys import EVALUATION_KEYS
+from carelm.recipe import ANSWERS
 from carelm.recipe_file import load_recipe
 
 
@@ -81,7 +82,7 @@ def main() -> None:
     counts, written = Counter(), {}
     for split, of_split in rows.items():
         questions, without = ask_for(options.ask, column, of_split) if split != "test" else ([], Counter())
-        into = recipe.output_dir / "answers" / column / split
+        into = recipe.output_dir / ANSWERS / column / split
         (answers,) = draw(recipe, model, questions, 1, into) if questions else ([],)
         written[split], cut = fill_in(column, of_split, answers, model.name)
         counts += without + cut + Counter({f"{split} rows filled in": len(answers) - cut.total()})

@@ -37,10 +37,11 @@ from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.files import locate, write_whole
 from carelm.keys import EVALUATION_KEYS
-from carelm.recipe import FEEDBACK, Recipe
+from carelm.recipe import ANSWERS, FEEDBACK, Recipe
 from carelm.recipe_file import load_recipe
 
-ABOUT = "pairs.json"  # in the run's folder: how its pairs came about
+ABOUT = "pairs.json"  # beside the answers in the run's folder: how its pairs came about
+FIRST = ["id", "category", "prompt"]  # columns of every row
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -118,12 +119,12 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
     without: Counter[str] = Counter()
     said = {}
     for split, questions in asked.items():
-        answers = draw(recipe, model, questions, options.num_answers, recipe.output_dir / "answers" / split)
+        answers = draw(recipe, model, questions, options.num_answers, recipe.output_dir / ANSWERS / split)
         if ranks.rank() != 0:
             continue
         answers += [expected(chat, questions)] * options.and_expected
         pairs, left_out = choose(
-            questions, answers, score(recipe, by, questions, answers, recipe.output_dir / "answers"), model.name
+            questions, answers, score(recipe, by, questions, answers, recipe.output_dir / ANSWERS), model.name
         )
         without += left_out
         rows[split] = [pair.row() for pair in pairs]
@@ -170,8 +171,12 @@ def is_own(folder: Path) -> bool:
     train = folder / "train.jsonl"
     if not train.is_file():
         return folder.is_dir() and not any(folder.iterdir())
-    with open(train, encoding="utf-8") as lines:
-        return '"rejected"' in lines.readline()
+    try:
+        with open(train, encoding="utf-8") as lines:
+            first = [*json.loads(lines.readline())]
+    except ValueError:  # no JSON, no text
+        return False
+    return first[: len(FIRST)] == FIRST and "rejected" in first
 
 
 def write(recipe: Recipe, folder: Path, rows: dict[str, list[dict[str, Any]]], about: dict[str, Any]) -> None:
@@ -192,8 +197,9 @@ def write(recipe: Recipe, folder: Path, rows: dict[str, list[dict[str, Any]]], a
         for side in ("chosen", "rejected")
     }
     about = about | {"rows": {split: len(of_split) for split, of_split in rows.items()}, "mean_words": words}
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(recipe.output_dir / ABOUT, json.dumps(about, indent=1, ensure_ascii=False))
+    beside = recipe.output_dir / ANSWERS
+    beside.mkdir(parents=True, exist_ok=True)
+    write_whole(beside / ABOUT, json.dumps(about, indent=1, ensure_ascii=False))
     ranks.say(f"{', '.join(f'{len(r)} {split}' for split, r in rows.items())} rows in {folder}; no pair: {without}")
     ranks.say(f"mean length of an answer, words: chosen {words['chosen']}, rejected {words['rejected']}")
     ranks.print_result({"folder": str(folder), **about})

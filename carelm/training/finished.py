@@ -10,10 +10,21 @@ from carelm.data.sources import changed_files, hash_files
 from carelm.errors import UserError
 from carelm.files import code_fingerprint
 from carelm.ranks import say
-from carelm.recipe import PRECISION_NOTE, REFERENCE, Recipe
+from carelm.recipe import CERTIFIED, ENGINE_LOG, FEEDBACK, PRECISION_NOTE, REFERENCE, Recipe
 
 METRICS = "train_metrics.json"
-BESIDE = {METRICS, PRECISION_NOTE, REFERENCE, "recipe.yaml", "data_report.json", "README.md"}  # no part of the result
+# No part of the result; what is served, and what people say of it, goes on growing.
+BESIDE = {
+    METRICS,
+    PRECISION_NOTE,
+    REFERENCE,
+    FEEDBACK,
+    CERTIFIED,
+    ENGINE_LOG,
+    "recipe.yaml",
+    "data_report.json",
+    "README.md",
+}
 WHOLE = 2**26  # bytes of a file that is hashed whole; of a larger one its two ends are
 
 

@@ -9,14 +9,15 @@ from carelm.data.sources import is_hub_id
 from carelm.errors import UserError, first_line
 from carelm.files import locate
 from carelm.ranks import say
-from carelm.recipe import CHATS, ENGINE_LOG, FEEDBACK, REFERENCE, Recipe
+from carelm.recipe import ANSWERS, CHATS, ENGINE_LOG, FEEDBACK, REFERENCE, Recipe
 from carelm.recipe_file import load_recipe
 from carelm.training import card
 from carelm.training.checkpoint_folders import find_recipe
 
 # Beside the result: some of it holds what people have said, or a shop's own documents.
 NOT_PUSHED = [
-    "checkpoint-*", "runs/*", "eval/*", "merged/*", "index/*", f"{CHATS}/*", FEEDBACK, ENGINE_LOG, REFERENCE, "*.partial", ".*",
+    "checkpoint-*", "runs/*", "eval/*", "merged/*", "index/*", "embedder/*", f"{CHATS}/*", f"{ANSWERS}/*", FEEDBACK, ENGINE_LOG,
+    REFERENCE, "*.partial", ".*",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ outputs/NAME/
     precision.json        what `precision: auto` has measured on a CPU at the first start, and chosen
     reference.npz         what a run of preferences compares with, see carelm.training.preferences
     data_report.json      what became of the rows
+    answers/              what models have said for train/make_pairs.py and train/add_column.py
     checkpoint-N/         see carelm.training.checkpoints
     runs/                 TensorBoard, see carelm.training.tensorboard
     adapter_model.safetensors, adapter_config.json (or the model), tokenizer files, generation_config.json
@@ -27,7 +28,7 @@ from carelm.errors import UserError
 from carelm.files import read_json, write_whole
 from carelm.provenance import git_commit, versions
 from carelm.ranks import Launch, rank, say, share
-from carelm.recipe import CERTIFIED, CHATS, ENGINE_LOG, FEEDBACK, PRECISION_NOTE, REFERENCE, Recipe
+from carelm.recipe import ANSWERS, CERTIFIED, CHATS, ENGINE_LOG, FEEDBACK, PRECISION_NOTE, REFERENCE, Recipe
 from carelm.recipe_file import check_identity, save_recipe
 from carelm.training import finished, hub
 from carelm.training.checkpoint_folders import find_checkpoints, step_of
@@ -43,13 +44,14 @@ MADE_BESIDE = {
     "eval",
     "index",
     "merged",
+    ANSWERS,
     CERTIFIED,
     CHATS,
     ENGINE_LOG,
     FEEDBACK,
     PRECISION_NOTE,
     REFERENCE,
-}  # by eval/run.py, serve/, train/merge.py, embedder.py and chat.py, maybe before there is a run
+}  # by eval/run.py, serve/ and other files of train/, maybe before there is a run
 LOCK_PATIENCE = 150  # seconds for a lost node's lock to run out; an NFS server gives it 90
 
 
@@ -234,7 +236,7 @@ def open_output(recipe: Recipe, arguments: "SFTConfig") -> Path | None:
                 say(f"{folder} holds a run that ended before its first checkpoint; it begins anew")
             folder.mkdir(parents=True, exist_ok=True)
             lock(folder)
-            for name in (CHATS, FEEDBACK, "embedder", "index") if aside else ():  # which are no run's
+            for name in (CHATS, FEEDBACK, ANSWERS, "embedder", "index") if aside else ():  # which are no run's
                 if (aside / name).exists():
                     (aside / name).rename(folder / name)
                     say(f"--restart: {name} stays in {folder}")

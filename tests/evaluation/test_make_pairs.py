@@ -12,7 +12,9 @@ from small_endpoint import Endpoint, completion
 from carelm.errors import UserError
 from carelm.evaluation.pairs import choose, score
 from carelm.evaluation.questions import Question
+from carelm.recipe_file import load_recipe
 from carelm.talk.marked_pairs import pairs_of
+from carelm.training import runs
 
 
 def asked(*texts):
@@ -114,6 +116,15 @@ def test_pairs_are_of_training_and_validation_questions_and_the_test_rows_stay_a
     written = (pairs / "train.jsonl").read_text()
     again = shop("--by", "chrf", "--num_answers", "3")
     assert again.err.count("nothing to do") == 6 and (pairs / "train.jsonl").read_text() == written
+    runs.find_finished(load_recipe(["--config", str(tmp_path / "shop.yaml")], usage=""))  # training may begin there
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "A?", "chosen": "Yes.", "rejected": "No."}', "no JSON"])
+def test_pairs_that_somebody_wrote_are_not_written_over(shop, tmp_path, line):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train.jsonl").write_text(line)
+    with pytest.raises(UserError, match="--to: .*mine holds other data"):
+        shop("--to", str(tmp_path / "mine"))
 
 
 @pytest.mark.parametrize(

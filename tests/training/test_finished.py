@@ -51,6 +51,15 @@ def test_what_is_as_it_was_has_nothing_to_do(run, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_people_say_of_a_run_before_and_after_its_end_is_no_part_of_its_result(run):
+    for name in ("feedback.jsonl", "vllm.log", "serving_certificate.json"):
+        (run.output_dir / name).write_text("one\n")
+    runs.finish(run, METRICS | {"data_files": hash_files(run)}, {"train": {"rows": 8, "used": 8}})
+    for name in ("feedback.jsonl", "vllm.log", "serving_certificate.json"):
+        (run.output_dir / name).write_text("one\ntwo\n")
+    assert runs.find_finished(run)["global_step"] == 12
+
+
 @pytest.mark.parametrize(
     "change, line",
     [

@@ -54,7 +54,8 @@ def test_a_finished_run_is_uploaded_with_its_card_and_without_checkpoints(recipe
     (_, repo_id, folder, ignored), = [c for c in StubApi.calls if c[0] == "upload_folder"]  # fmt: skip
     assert repo_id == "shop/care" and folder == recipe.output_dir
     beside = ["feedback.jsonl", "chats/chat-1.jsonl", "index/passages/1/data.lance", "vllm.log", "checkpoint-9/a.safetensors",
-              "runs/events", "eval/report.html"]  # fmt: skip
+              "answers/train/draw-1/predictions-base.jsonl", "embedder/model.safetensors", "runs/events",
+              "eval/report.html"]  # fmt: skip
     result = ["adapter_model.safetensors", "README.md", "train_metrics.json"]
     assert list(huggingface_hub.utils.filter_repo_objects([*beside, *result], ignore_patterns=ignored)) == result
     card = (recipe.output_dir / "README.md").read_text()
