@@ -25,7 +25,7 @@ PLAIN = {  # in place of what TRL and transformers say of theirs
     "model_name_or_path": "The base: a folder or a Hub id.",
     "load_in_4bit": "Hold the base in 4 bits (NF4), in less memory: QLoRA.",
     "max_length": "Longest conversation, in tokens: older turns leave it first, then too_long says what becomes of the row.",
-    "learning_rate": "How far one step goes (5e-6 with objective: preferences).",
+    "learning_rate": "How far one step goes (with objective: preferences 2e-5, for method: full 5e-6).",
     "num_train_epochs": "How often all rows are trained on, where max_steps does not say it.",
     "max_steps": "Steps to train for (-1: num_train_epochs says it).",
     "per_device_train_batch_size": "Examples that one process takes at a time: fewer take less memory, and the losses stay.",

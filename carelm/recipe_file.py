@@ -25,7 +25,7 @@ from carelm.keys import (
     MEANT_ONCE,
     NOT_ABOUT_DATA,
     OF_A_TEST,
-    PREFERENCES,
+    PREFERENCE_RATES,
     default_of,
     identity_of,
     known,
@@ -125,8 +125,7 @@ def resolve(layers: list[Layer], name: str) -> Recipe:
         if not any(values.get(key) for way in ALTERNATIVES[0] for key in way):
             values["messages_column"] = "messages"  # where its conversations are
     values.setdefault("output_dir", f"outputs/{name}")
-    of_objective = PREFERENCES if values.get("objective") == "preferences" else {}
-    values = {**DEFAULTS, **of_objective, **_decided_by_adapter(values), **values}
+    values = {**DEFAULTS, **_default_rate(values), **_decided_by_adapter(values), **values}
     by_owner = {owner: {k: v for k, v in values.items() if known_keys()[k].owner == owner} for owner in
                 ("own", "training", "model")}  # fmt: skip
     recipe = Recipe(**by_owner["own"], training=by_owner["training"], model=by_owner["model"], name=name)
@@ -262,6 +261,11 @@ def check_identity(recipe: Recipe, path: Path) -> None:
             f"output_dir {path.parent} holds another run, made with other values of {', '.join(changed)}: set another "
             "output_dir, or --restart to begin anew (the old folder is renamed and kept)"
         )
+
+
+def _default_rate(values: dict[str, Any]) -> dict[str, Any]:
+    is_preferences, method = values.get("objective") == "preferences", values.get("method", "lora")
+    return {"learning_rate": PREFERENCE_RATES[method]} if is_preferences and method in PREFERENCE_RATES else {}
 
 
 def _decided_by_adapter(values: dict[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def test_what_does_not_go_with_preferences_is_refused(tmp_path, make, keys, said
 
 
 def test_preferences_have_a_learning_rate_of_their_own(tmp_path, make):
-    assert make(tmp_path, **TEMPLATES).training["learning_rate"] == 5e-6
+    assert make(tmp_path, **TEMPLATES).training["learning_rate"] == 2e-5
+    assert make(tmp_path, **TEMPLATES, method="full").training["learning_rate"] == 5e-6
     assert make(tmp_path, **TEMPLATES, learning_rate=1e-4).training["learning_rate"] == 1e-4
     assert make(tmp_path).training["learning_rate"] == 2e-4
 
