@@ -39,11 +39,14 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
     datasets = [*_of_hub(recipe), *(name for run in before for name in run["of_hub"])]
     head |= {"datasets": [*dict.fromkeys(datasets)]} if datasets else {}
     used = ", ".join(f"{name} {part['used']:,} of {part['rows']:,}" for name, part in report.items())
-    losses = {key: metrics[key] and round(metrics[key], 4) for key in ("eval_loss_before", "eval_loss", "train_loss")}
+    names = ("eval_loss_before", "eval_loss", "train_loss", "eval_chosen_loss_before", "eval_chosen_loss")
+    losses = {key: metrics.get(key) and round(metrics[key], 4) for key in names}
     figures = [
         ("eval loss before", losses["eval_loss_before"]),
         ("eval loss", losses["eval_loss"]),
         ("train loss", losses["train_loss"]),
+        ("loss of preferred answers before", losses["eval_chosen_loss_before"]),
+        ("loss of preferred answers", losses["eval_chosen_loss"]),
         ("optimizer steps", metrics["global_step"]),
         ("trained tokens (of the answers)", metrics.get("num_trained_tokens")),
         ("tokens read (prompts too)", metrics["num_train_tokens"]),

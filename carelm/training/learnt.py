@@ -113,8 +113,16 @@ def in_words(recipe: Recipe, metrics: dict[str, Any]) -> list[str]:
         figures.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     if metrics.get("peak_memory_bytes"):
         figures.append(f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB of memory")
+    of_pairs = ""
+    if metrics.get("eval_chosen_loss_before") is not None:  # of preferences
+        chosen, tokens = (
+            [metrics[f"{key}{at}"] for at in ("_before", "")] for key in ("eval_chosen_loss", "eval_answer_tokens")
+        )
+        of_pairs = (
+            f", chosen loss {chosen[0]:.4f} -> {chosen[1]:.4f}, answers of {tokens[0]:.1f} -> {tokens[1]:.1f} tokens"
+        )
     said = [
-        f"finished: {folder}, eval loss {' -> '.join(losses) or 'not known'}",
+        f"finished: {folder}, eval loss {' -> '.join(losses) or 'not known'}{of_pairs}",
         f"{', '.join(figures)}; all figures: {folder / finished.METRICS}",
     ]
     return said + [metrics["caution"]] * bool(metrics.get("caution"))

@@ -3,6 +3,7 @@ run whose answers vanish."""
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -122,9 +123,12 @@ def test_the_first_loss_of_a_run_that_goes_on_from_an_adapter_is_ln_2(one, made)
 
 def test_the_first_loss_of_a_new_adapter_on_a_base_in_4_bits_is_ln_2(made, tmp_path):
     words = ("--config", made / "new.yaml", "--output_dir", tmp_path / "run", "--load_in_4bit", "true")
-    metrics = json.loads(script(*words, *BRIEF, check=True).stdout.splitlines()[-1])
+    done = script(*words, *BRIEF, check=True)
+    metrics = json.loads(done.stdout.splitlines()[-1])
     assert metrics["eval_loss_before"] == math.log(2)
     assert metrics["train_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert re.search(r"eval loss 0.6931 -> \S+, chosen loss \S+ -> \S+, answers of \S+ -> \S+ tokens", done.stderr)
+    assert "| loss of preferred answers before |" in (tmp_path / "run/README.md").read_text()
     assert {w.dtype for w in load_file(tmp_path / "run/adapter_model.safetensors").values()} == {torch.float32}
 
 
