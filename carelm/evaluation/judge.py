@@ -47,8 +47,11 @@ there is one, is one good reply: another may be as good. The length of an answer
 _CRITERIA = "\n".join(f"- {name}: {meaning}" for name, meaning in CRITERIA.items())
 
 
+REASON = "ONE SENTENCE"  # what a judge is to put in its place
+
+
 def _form(names: Sequence[str], letter: str) -> str:
-    return '{"reason": "ONE SENTENCE", ' + ", ".join(f'"{name}": {letter}' for name in names) + "}"
+    return f'{{"reason": "{REASON}", ' + ", ".join(f'"{name}": {letter}' for name in names) + "}"
 
 
 PROMPTS = {
@@ -292,6 +295,8 @@ def parse(kind: str, reply: str) -> dict[str, Any]:
         raise ValueError(f"without {missing[0]}")
     if more := found.keys() - {*wanted, "reason"}:
         raise ValueError(f"with {min(more)[:40]!r}, which was not asked for")
+    if found.get("reason") == REASON:
+        raise ValueError("the form, not filled in")
     if kind == "pair":
         values = {name: str(found[name]) if type(found[name]) is int else found[name] for name in wanted}
         if any(value not in CHOICES for value in values.values()):

@@ -112,6 +112,7 @@ def test_a_pair_counts_only_where_both_orders_can_be_read(endpoint, tmp_path):
     ("score", MARKS.replace('"safe"', '"helpful"'), "with one key twice"),
     ("score", MARKS.replace('"reason"', '"rating"'), "with 'rating', which was not asked for"),
     ("pair", MARKS, "without overall"),
+    ("pair", choices("1", reason="ONE SENTENCE"), "the form, not filled in"),
     ("pair", choices("1", safe="both"), "a choice that is neither 1, 2 nor tie"),
     ("pair", choices("1", safe=0), "a choice that is neither 1, 2 nor tie"),
     ("pair", choices("1", safe=True), "a choice that is neither 1, 2 nor tie"),
