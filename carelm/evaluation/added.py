@@ -11,6 +11,7 @@ from carelm.data.values import cell_text, plain
 from carelm.errors import UserError
 from carelm.evaluation.draws import Lines
 from carelm.evaluation.questions import Question
+from carelm.ranks import say
 from carelm.recipe import Recipe
 
 
@@ -22,10 +23,17 @@ def load_rows(recipe: Recipe, ask: str) -> dict[str, Rows]:
         UserError: for data that cannot be read, and a column that is not there.
     """
     ways = dict.fromkeys(("messages_column", "text_column", "role_column", "conversation_column", "order_column",
-                          "reply_to_column", "system_prompt", "category_column", "tag_column", "tools_column"))  # fmt: skip
+                          "reply_to_column", "system_prompt", "category_column", "tag_column", "tools_column",
+                          "rejected_template", "prompt_column", "rejected_column"))  # fmt: skip
     bare = replace(recipe, **ways, prompt_template=ask, completion_template=ask, reference_columns=[], overlap_columns=[],
                    predicted_columns={}, optional_columns=[])  # fmt: skip
-    return load_splits(bare)[0]
+    rows = load_splits(bare)[0]
+    if "test" not in rows and recipe.test_fraction:
+        say(
+            f"{recipe.dataset_name} has no test split: rows that training will hold out to test on are filled in too; give it "
+            "one where the column is part of an answer"
+        )
+    return rows
 
 
 def ask_for(ask: str, column: str, rows: Rows) -> tuple[list[Question], Counter[str]]:

@@ -95,13 +95,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write(path: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+def _write(path: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> str | None:
+    """Returns why it cannot be written; None where it is."""
     aside = path.with_name(f"{path.stem}.partial.npz")
     try:
         np.savez(aside, about=json.dumps(about), **arrays)
         aside.replace(path)
     except OSError as error:
-        raise UserError(f"output_dir: {path} cannot be written ({error.strerror}); make room and run again") from None
+        return f"output_dir: {path} cannot be written ({error.strerror}); make room and run again"
+    return None
 
 
 def pair_losses(losses: torch.Tensor, reference: torch.Tensor, beta: float) -> torch.Tensor:
@@ -174,18 +176,21 @@ class PreferenceTrainer(Trainer):
         return prepared
 
     def _know_reference(self, goes_on: bool) -> None:
-        """Reads what the reference says to all pairs, or has the model say it: it is not trained yet. Every rank calls it."""
+        """Reads what the reference says to all pairs, or has the model say it that is not trained yet. What lies there of an
+        earlier start that saved nothing may have been said by another. Every rank calls it."""
         path = self.recipe.output_dir / REFERENCE
         precision = "fp16" if self.args.fp16 else "bf16" if self.args.bf16 else "fp32"
         start = start_of(self.recipe, self.prepared, precision, self.base_fingerprint, self.adapter_fingerprint)
-        found = share(_read(path) if rank() == 0 else None, self.args.device)
-        if found is None or (not goes_on and found["start"] != start):
+        if goes_on:  # and `check_reference` has found it right
+            found = share(_read(path) if rank() == 0 else None, self.args.device)
+        else:
             found, began = {"start": start, "answer_tokens": self._answer_tokens()}, time.perf_counter()
             found |= {name: self._log_probabilities(name) for name in ("train", "validation") if self._pairs(name)}
             found["seconds"] = time.perf_counter() - began
             about = {key: found[key] for key in ("start", "answer_tokens", "seconds")}
-            if rank() == 0:
-                _write(path, about, {name: found[name] for name in ("train", "validation") if name in found})
+            arrays = {name: found[name] for name in ("train", "validation") if name in found}
+            if (problem := share(_write(path, about, arrays) if rank() == 0 else None, self.args.device)) is not None:
+                raise UserError(problem)
         for name in ("train", "validation"):
             if pairs := self._pairs(name):
                 pairs.reference = found[name]

@@ -10,7 +10,7 @@ from small_endpoint import Endpoint, completion
 
 from carelm.data.readers import Rows
 from carelm.errors import UserError
-from carelm.evaluation.added import ask_for, fill_in
+from carelm.evaluation.added import ask_for, fill_in, load_rows
 
 
 @pytest.fixture
@@ -85,6 +85,20 @@ def test_the_model_is_asked_by_the_columns_alone_and_an_answer_cut_off_is_nobody
     filled, counts = fill_in("why", rows, answers, "api:big")
     assert [(row["why"], row["why_source"]) for row in filled] == [("So.", "api:big"), (None, None), (None, None)]
     assert counts == {"answer empty or cut off": 1}
+
+
+def test_the_worse_answer_of_pairs_can_be_filled_in(tmp_path, make):
+    (tmp_path / "train.jsonl").write_text('{"q": "Where?", "a": "Here."}\n')
+    keys = {"prompt_template": "{q}", "completion_template": "{a}", "rejected_template": "{worse}"}
+    recipe = make(tmp_path / "train.jsonl", objective="preferences", **keys)
+    assert load_rows(recipe, "{q}")["train"][0][1] == {"q": "Where?", "a": "Here."}
+
+
+def test_that_rows_are_filled_in_which_are_tested_on_later_is_said(rows, make, capsys):
+    load_rows(make(rows / "*.jsonl", test_fraction=0.2), "{q}")
+    assert "no test split" not in capsys.readouterr().err
+    load_rows(make(rows / "train.jsonl", test_fraction=0.2), "{q}")
+    assert "rows that training will hold out to test on are filled in too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

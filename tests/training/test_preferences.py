@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,6 +221,22 @@ def test_a_reference_that_was_cut_off_is_none(tmp_path, part):
     np.savez(file := tmp_path / "reference.npz", about="{}", train=np.zeros((9, 2)))
     file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
     assert preferences._read(file) is None
+
+
+def test_what_an_earlier_start_that_saved_nothing_has_asked_is_asked_again(tmp_path, monkeypatch):
+    trainer = preferences.PreferenceTrainer.__new__(preferences.PreferenceTrainer)
+    args = SimpleNamespace(fp16=False, bf16=False, device=torch.device("cpu"))
+    recipe, prepared = SimpleNamespace(output_dir=tmp_path, bits=4), SimpleNamespace(fingerprint="rows")
+    vars(trainer).update(
+        recipe=recipe, prepared=prepared, args=args, base_fingerprint="base", adapter_fingerprint=None,
+        train_dataset=SimpleNamespace(), eval_dataset=None,
+    )  # fmt: skip
+    for number in (1.0, 2.0):
+        monkeypatch.setattr(trainer, "_answer_tokens", lambda number=number: number, raising=False)
+        monkeypatch.setattr(trainer, "_log_probabilities", lambda _, n=number: np.full((3, 2), n), raising=False)
+        for goes_on in (False, True):
+            trainer._know_reference(goes_on)
+            assert (trainer.train_dataset.reference == number).all() and trainer.answer_tokens_before == number
 
 
 def test_a_reference_of_another_start_is_refused(one, made):
