@@ -36,7 +36,8 @@ from carelm.data.report import list_counts
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.files import locate, write_whole
-from carelm.keys import EVALUATION_KEYS
+from carelm.keys import EVALUATION_KEYS, PREFERENCE_RATES
+from carelm.next_steps import say_next, without, words_of
 from carelm.recipe import ANSWERS, FEEDBACK, Recipe
 from carelm.recipe_file import load_recipe
 
@@ -76,6 +77,8 @@ def main() -> None:
     rows, about = of_feedback(recipe, options) if options.feedback is not None else drawn(recipe, options, launch)
     if ranks.rank() == 0:
         write(recipe, folder, rows, about)
+        if recipe.method in PREFERENCE_RATES:
+            say_next(["train/sft.py", *training_words(recipe, folder, words_of(recipe, keys))])
 
 
 def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dict[str, list], dict[str, Any]]:
@@ -164,6 +167,19 @@ def result_of(recipe: Recipe) -> str:
     if recipe.method == "full":
         return str(recipe.output_dir) if (recipe.output_dir / "config.json").exists() else "base"
     return "adapter" if (recipe.output_dir / "adapter_config.json").exists() else "base"
+
+
+def training_words(recipe: Recipe, folder: Path, words: list[str]) -> list[str]:
+    """`words`, which name the recipe on a command line, with what goes on from its result by these pairs."""
+    result = result_of(recipe)
+    keys = {"objective": "preferences", "dataset_name": str(folder), "prompt_column": "prompt", "messages_column": "chosen",
+            "rejected_column": "rejected", "category_column": "category", "id_column": "id", "too_long": "drop",
+            "trained_turns": "last", "predicted_columns": "{}", "num_train_epochs": "1", "max_steps": "-1"}  # fmt: skip
+    keys |= {"adapter": str(recipe.output_dir)} if result == "adapter" else {}
+    keys |= {"model_name_or_path": result} if result not in ("adapter", "base") else {}
+    keys |= {"learning_rate": f"{PREFERENCE_RATES[recipe.method]:g}", "output_dir": f"{recipe.output_dir}-preferred"}
+    kept = without(words, *keys, *EVALUATION_KEYS, "max_samples", "also_train")
+    return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]
 
 
 def is_own(folder: Path) -> bool:

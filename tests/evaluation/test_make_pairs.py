@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from conftest import PROJECT
 from small_endpoint import Endpoint, completion
 
+from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.evaluation.pairs import choose, score
 from carelm.evaluation.questions import Question
@@ -113,6 +115,10 @@ def test_pairs_are_of_training_and_validation_questions_and_the_test_rows_stay_a
     tested = read(pairs, "test")
     assert [row["chosen"] for row in tested] == [f"Parcel {k} of test is on its way." for k in range(3)]
     assert not any("rejected" in row for row in tested)
+    words = shlex.split(told.err.splitlines()[-1].partition("train/sft.py ")[2])
+    examples, _ = make_examples(load_recipe(words, usage=""))
+    assert [e.rejected[-1]["content"] for e in examples["train"]] == [row["rejected"] for row in read(pairs, "train")]
+    assert len(examples["test"]) == 3 and "--learning_rate" in words
     written = (pairs / "train.jsonl").read_text()
     again = shop("--by", "chrf", "--num_answers", "3")
     assert again.err.count("nothing to do") == 6 and (pairs / "train.jsonl").read_text() == written
