@@ -2,7 +2,8 @@
 
     python serve/index.py --config recipes/shop.yaml
     python train/embedder.py --config recipes/shop.yaml                       # gold_passages says which passages are right
-    python train/embedder.py --config recipes/shop_grounded.yaml --questions recipes/demo.yaml
+    python train/embedder.py --config recipes/shop_grounded.yaml --embedder auto --output_dir outputs/shop_embedder \\
+        --questions recipes/demo.yaml                                         # the words of past answers say it
 
 The recipe names the documents, and its index is there. The questions are its training rows, whose right passages gold_passages
 names as for eval/retrieval.py; or the rows of another recipe (--questions), where the words of a past answer say which

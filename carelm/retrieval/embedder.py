@@ -62,8 +62,10 @@ def find_embedder(recipe: Recipe) -> "Embedder | None":
 def _fetched(name: str) -> Path:
     if os.path.isdir(name):
         return Path(name)
-    if name.startswith((".", "/", "~", "embedders/")):
-        raise UserError(f"embedder: there is no folder {name}")
+    if name.startswith((".", "/", "~", "embedders/")) or name.count("/") > 1:  # no name of the Hub's
+        raise UserError(
+            f"embedder: there is no folder {name}; train/embedder.py tunes one, beginning with --embedder auto"
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -84,6 +84,7 @@ def test_one_of_the_hub_is_fetched_without_pickles_and_other_formats(bert, tmp_p
     ("name", "said"),
     [
         ("./none", "embedder: there is no folder ./none"),
+        ("outputs/none/embedder", "embedder: there is no folder outputs/none/embedder; train/embedder.py tunes one"),
         ("{}", "embedder: .* holds no model of sentence-transformers"),
         ("nobody/nothing", "embedder: nobody/nothing is no file or folder here"),
     ],
