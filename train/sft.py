@@ -85,9 +85,6 @@ def main() -> None:
         recipe.precision, recipe.output_dir, anew=runs.restarts(recipe), overflows_in_fp16=overflows
     )
     base.check_vocabulary(chat, config)
-    is_pairs = recipe.objective == "preferences"
-    if is_pairs:
-        preferences.check_base(config)
     card_prompts = card.make_prompts(recipe, chat, config)
     shape = adapters.check_base(recipe, goes_on)
     arguments = make_training_args(recipe, prepared, precision, shape)
@@ -101,6 +98,7 @@ def main() -> None:
     begun = checkpoints.read_mark(checkpoint) if checkpoint else None
     if recipe.adapter and begun:
         check_unchanged(recipe, begun["adapter_fingerprint"], checkpoint)
+    is_pairs = recipe.objective == "preferences"
     if is_pairs and begun:
         preferences.check_reference(recipe, prepared, precision.name, begun)
     model = adapters.load_model(recipe, chat, precision, zero_stage, begun)

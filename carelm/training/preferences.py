@@ -12,7 +12,7 @@ likely the better answers are and how long answers have become, and a run whose 
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -31,20 +31,9 @@ from carelm.training.state import zero_stage
 from carelm.training.tensorboard import answer_in_training
 from carelm.training.trainer import Trainer
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 MEASURED_ANSWERS = 16  # validation prompts whose answers are measured at each evaluation
 SHORTEST = 1 / 3  # of the answers at the start, or of the better ones where these are shorter
 IGNORED = -100
-
-
-def check_base(config: "PretrainedConfig") -> None:
-    """Raises UserError for a base that pairs cannot be learnt by."""
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"objective: preferences is not for a base with an encoder, and {config.model_type} has one; set objective: answers"
-        )
 
 
 def start_of(recipe: Recipe, prepared: Prepared, precision: str, base: str, adapter: str | None) -> dict[str, Any]:

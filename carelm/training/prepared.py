@@ -94,6 +94,11 @@ def prepare(recipe: Recipe, chat: Chat) -> Prepared:
     Raises:
         UserError: for whatever is wrong with the data, on the rank that prepares (the others end with it).
     """
+    if recipe.objective == "preferences" and chat.is_encoder_decoder:
+        base = recipe.model["model_name_or_path"]
+        raise UserError(
+            f"objective: preferences is not for a base with an encoder, as {base} is; set objective: answers"
+        )
     home = cache()
     files = hash_files(recipe)
     key = _fingerprint(recipe, chat, files)

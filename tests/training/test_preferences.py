@@ -25,7 +25,7 @@ from launching import (
 )
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from carelm.chat.chat import make_chat
 from carelm.errors import UserError
@@ -278,9 +278,12 @@ def test_a_run_whose_answers_vanish_ends_with_a_line(made, tmp_path):
     assert "tokens on average" in last and not (tmp_path / "run/train_metrics.json").exists()
 
 
-def test_a_base_with_an_encoder_is_refused():
-    with pytest.raises(UserError, match="objective: preferences is not for a base with an encoder, and t5 has one"):
-        preferences.check_base(T5Config())
+def test_a_base_with_an_encoder_is_refused_before_its_data_is_prepared(made):
+    recipe = load_recipe(
+        ["--config", str(made / "new.yaml"), "--model_name_or_path", str(PROJECT / "demo/t5")], usage=""
+    )
+    with pytest.raises(UserError, match="objective: preferences is not for a base with an encoder, as .*demo/t5 is"):
+        prepare(recipe, make_chat(recipe))
 
 
 def test_the_evaluator_compares_answers_with_the_preferred_ones(one, made, tmp_path):
