@@ -118,9 +118,9 @@ def in_words(recipe: Recipe, metrics: dict[str, Any]) -> list[str]:
         chosen, tokens = (
             [metrics[f"{key}{at}"] for at in ("_before", "")] for key in ("eval_chosen_loss", "eval_answer_tokens")
         )
-        of_pairs = (
-            f", chosen loss {chosen[0]:.4f} -> {chosen[1]:.4f}, answers of {tokens[0]:.1f} -> {tokens[1]:.1f} tokens"
-        )
+        of_pairs = f", chosen loss {chosen[0]:.4f} -> {chosen[1]:.4f}"
+        if None not in tokens:  # no prompt of validation may be short enough to be answered
+            of_pairs += f", answers of {tokens[0]:.1f} -> {tokens[1]:.1f} tokens"
     said = [
         f"finished: {folder}, eval loss {' -> '.join(losses) or 'not known'}{of_pairs}",
         f"{', '.join(figures)}; all figures: {folder / finished.METRICS}",

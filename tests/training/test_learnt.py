@@ -144,6 +144,18 @@ def test_a_person_reads_rounded_figures_below_the_json_line(tmp_path, monkeypatc
     assert [line[:14] for line in said[3:]] == ["carelm: next: "] * 3
 
 
+@pytest.mark.parametrize("tokens, ends", [((32.14, 30.0), ", answers of 32.1 -> 30.0 tokens"), ((None, None), "")])
+def test_a_run_of_preferences_says_how_likely_preferred_answers_are_and_how_long_its_own(tokens, ends):
+    chosen = {"eval_chosen_loss_before": 1.0, "eval_chosen_loss": 1.25}
+    lengths = dict(zip(("eval_answer_tokens_before", "eval_answer_tokens"), tokens))
+    metrics = (
+        {"wall_seconds": 60, "global_step": 8, "eval_loss_before": 0.6931, "eval_loss": 0.5, "caution": None}
+        | chosen
+        | lengths
+    )
+    assert learnt.in_words(recipe_of(), metrics)[0].endswith(f"chosen loss 1.0000 -> 1.2500{ends}")
+
+
 def test_what_went_on_from_an_adapter_is_compared_with_it_next(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(PROJECT)
     monkeypatch.setattr("sys.argv", ["train/sft.py", "--adapter", "outputs/shop", "--output_dir", str(tmp_path)])
