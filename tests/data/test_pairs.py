@@ -82,6 +82,13 @@ def test_a_prompt_that_the_answers_repeat_is_there_once_though_one_of_them_lacks
     assert pairs_of(make(path, **WITH_PROMPT)) == [([system, q], [said("On its way.")], [said("No idea.")])]
 
 
+def test_a_prompt_in_a_column_of_its_own_is_read_for_answers_alone_too(tmp_path, make):
+    rows = [{"prompt": [asked("Hi"), said("Hello."), asked("Where?")], "completion": [said("Here.")]},
+            {"prompt": "When?", "completion": "Now."}]  # fmt: skip
+    recipe = make(write_jsonl(tmp_path / "rows.jsonl", rows), prompt_column="prompt", messages_column="completion")
+    assert pairs_of(recipe) == [(rows[0]["prompt"], [said("Here.")], None), ([asked("When?")], [said("Now.")], None)]
+
+
 def test_rows_that_are_no_pair_are_counted_and_named(tmp_path, make):
     odd = [
         {"prompt": "A?", "chosen": "Same.", "rejected": " Same. "},
