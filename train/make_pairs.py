@@ -34,6 +34,8 @@ from carelm import environment, interrupts, ranks  # noqa: F401
 from carelm.command_line import own_options
 from carelm.data.report import list_counts
 from carelm.data.sources import stay_offline
+from carelm.data.split_names import SPLITS
+from carelm.data.templates import template_columns
 from carelm.errors import UserError
 from carelm.files import locate, write_whole
 from carelm.keys import EVALUATION_KEYS, PREFERENCE_RATES
@@ -43,6 +45,9 @@ from carelm.recipe_file import load_recipe
 
 ABOUT = "pairs.json"  # beside the answers in the run's folder: how its pairs came about
 FIRST = ["id", "category", "prompt"]  # columns of every row
+# Keys about columns and rows that the pairs do not have, with what takes them back.
+NOT_OF_PAIRS = {"row_filter": "{}", "also_train": "{}", "reference_columns": "[]", "overlap_columns": "[]",
+                "predicted_columns": "{}", "tag_column": "", "tools_column": ""}  # fmt: skip
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -174,11 +179,15 @@ def training_words(recipe: Recipe, folder: Path, words: list[str]) -> list[str]:
     result = result_of(recipe)
     keys = {"objective": "preferences", "dataset_name": str(folder), "prompt_column": "prompt", "messages_column": "chosen",
             "rejected_column": "rejected", "category_column": "category", "id_column": "id", "too_long": "drop",
-            "trained_turns": "last", "predicted_columns": "{}", "num_train_epochs": "1", "max_steps": "-1"}  # fmt: skip
+            "trained_turns": "last", "num_train_epochs": "1", "max_steps": "-1"}  # fmt: skip
+    keys |= {key: value for key, value in NOT_OF_PAIRS.items() if getattr(recipe, key)}
+    if template_columns(recipe.system_prompt or "", "system_prompt"):
+        keys["system_prompt"] = ""  # it stands in the prompts, filled in
+    keys |= {key: split for split in SPLITS if getattr(recipe, key := f"dataset_{split}_split") != split}
     keys |= {"adapter": str(recipe.output_dir)} if result == "adapter" else {}
     keys |= {"model_name_or_path": result} if result not in ("adapter", "base") else {}
     keys |= {"learning_rate": f"{PREFERENCE_RATES[recipe.method]:g}", "output_dir": f"{recipe.output_dir}-preferred"}
-    kept = without(words, *keys, *EVALUATION_KEYS, "max_samples", "also_train")
+    kept = without(words, *keys, *EVALUATION_KEYS, "max_samples")
     return [*kept, *(word for key, value in keys.items() for word in (f"--{key}", value))]
 
 

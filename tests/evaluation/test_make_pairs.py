@@ -10,6 +10,7 @@ import pytest
 from conftest import PROJECT
 from small_endpoint import Endpoint, completion
 
+from carelm.data.rows import used_columns
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.evaluation.pairs import choose, score
@@ -147,6 +148,17 @@ def test_pairs_that_somebody_wrote_are_not_written_over(shop, tmp_path, line):
 def test_what_cannot_give_pairs_is_one_line_before_any_weights(shop, tmp_path, words, line):
     with pytest.raises(UserError, match=line):
         shop(*[word.replace("{tmp}", str(tmp_path)) for word in words])
+
+
+@pytest.mark.parametrize("name", ["ticket_matching", *(f"datasets/{n}" for n in ("chatdoctor5k", "marked", "tau_retail",
+                                                                                  "rqe_question_pairs"))])  # fmt: skip
+def test_what_learns_from_the_pairs_wants_no_column_and_no_split_that_they_do_not_have(tmp_path, name):
+    make_pairs = runpy.run_path(str(PROJECT / "train/make_pairs.py"))
+    words = ["--config", str(PROJECT / "recipes" / f"{name}.yaml")]
+    recipe = load_recipe(words, usage="")
+    made = load_recipe([*make_pairs["training_words"](recipe, tmp_path, words)], usage="")
+    assert used_columns(made) - {"tools", "functions"} == {"id", "category", "prompt", "chosen", "rejected"}
+    assert made.dataset_train_split == "train" and not made.also_train and not made.row_filter
 
 
 def marked(question, answer, mark, **keys):
