@@ -50,7 +50,8 @@ def main() -> None:
 def said(report: "Report") -> dict[str, Any]:
     """Says what was done, and returns it as JSON."""
     print(report.lines(), file=sys.stderr)
-    return {**dataclasses.asdict(report), "files": len(report.files), "unused": len(report.unused)}
+    counts = {"files": len(report.files), "unused": len(report.unused), "not_read": report.not_read}
+    return {**dataclasses.asdict(report), **counts}
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Report:
         changed: whether there is a new version.
         files: what became of each file, by name.
         unused: what lies among the documents and is of no kind that is read.
-        read, removed: names of those that were read, and of those that are gone.
+        read, removed: names of those that were opened, readable or not, and of those that are gone.
         embedded: passages whose vectors were made anew.
         too_long: of those the ones that the embedder does not read to their end.
     """
@@ -72,11 +72,17 @@ class Report:
     seconds: float = 0.0
     bytes: int = 0
 
+    @property
+    def not_read(self) -> dict[str, str]:
+        """Why files could not be read, by name."""
+        return {name: report["unreadable"] for name, report in self.files.items() if report.get("unreadable")}
+
     def lines(self) -> str:
         """For people: what became of each file, and the sum of it."""
         table = format_report({name: FileReport(**report) for name, report in self.files.items()}, self.unused)
         gone = "".join(f"\ngone: {name}" for name in self.removed)
-        done = f"{len(self.read)} of {len(self.files)} files read, {self.embedded} passages embedded"
+        read = len(self.read) - len(self.not_read.keys() & {*self.read})
+        done = f"{read} of {len(self.files)} files read, {self.embedded} passages embedded"
         what = f"version {self.version}: {done}, in {self.seconds:.1f} s" if self.changed else "nothing has changed"
         long = f"\n{self.too_long} of the embedded passages are longer than the embedder reads" if self.too_long else ""
         return (

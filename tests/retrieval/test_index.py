@@ -217,6 +217,7 @@ def test_a_recipes_documents_become_an_index_and_what_is_twice_there_is_read_onc
     done = script(*keys, file="serve/index.py", check=True)
     report = json.loads(done.stdout.splitlines()[-1])
     assert (report["changed"], report["files"], report["passages"], report["unused"]) == (True, 5, 2, 1)
+    assert report["not_read"].keys() == {"c.txt", "d.txt", "e.txt"} and "2 of 5 files read" in done.stderr
     assert "not read: c.txt has the same content as a.txt" in done.stderr and "not used: picture.png" in done.stderr
     assert all(f"not read: {name} is empty (0 bytes)" in done.stderr for name in ("d.txt", "e.txt"))
     assert "gemm_4bit" not in done.stderr  # a library's warning that nobody can do anything about
