@@ -31,6 +31,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, interrupts, ranks  # noqa: F401
+from carelm.chat.encoder_decoder import is_encoder_decoder
 from carelm.command_line import own_options
 from carelm.data.report import list_counts
 from carelm.data.sources import stay_offline
@@ -82,7 +83,8 @@ def main() -> None:
     rows, about = of_feedback(recipe, options) if options.feedback is not None else drawn(recipe, options, launch)
     if ranks.rank() == 0:
         write(recipe, folder, rows, about)
-        if recipe.method in PREFERENCE_RATES:
+        has_encoder = is_encoder_decoder(recipe.base, recipe.model.get("model_revision", "main"))
+        if recipe.method in PREFERENCE_RATES and not has_encoder:
             say_next(["train/sft.py", *training_words(recipe, folder, words_of(recipe, keys))])
 
 

@@ -74,7 +74,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     for word, file in OTHERS.items():
-        if word in sys.argv:
+        if word in (given.partition("=")[0] for given in sys.argv[1:]):
             sys.argv = [str(Path(__file__).with_name(file)), *(w for w in sys.argv[1:] if w != "--pairs")]
             return runpy.run_path(sys.argv[0])["main"]()
     options, keys = parse()
