@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from email.message import Message
 from http.client import HTTPException
 from typing import Any
 
@@ -29,6 +30,7 @@ AT_A_TIME = 8
 # What some models refuse, by the name to send it under instead; None: it is left out.
 OTHERWISE = {"max_tokens": "max_completion_tokens", "temperature": None, "top_p": None, "seed": None}
 REFUSED = re.compile(r"[Uu]nsupported (?:parameter|value): '(\w+)'")  # OpenAI's words for it
+SHORTENED = ("x-message-cut", "x-dropped-messages")  # headers by which this project's server tells it
 PASSES = {429, 500, 502, 503, 504}  # statuses that may pass
 
 
@@ -51,13 +53,15 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Reply:
-    """A chat completion; `wire_ms` is the time of the try that brought it."""
+    """A chat completion; `wire_ms` is the time of the try that brought it, `is_shortened` where it answers a part of what was
+    asked, and says so."""
 
     text: str
     new_tokens: int
     prompt_tokens: int
     finish_reason: str
     wire_ms: float
+    is_shortened: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,9 @@ class Endpoint:
             try:
                 address = self.url + "/chat/completions"
                 request = urllib.request.Request(address, json.dumps(sent).encode(), self._headers())
-                found = self._read(self._send(request, TIMEOUT_S))
-                return Reply(*found, round(1e3 * (time.perf_counter() - started), 3))
+                reply, headers = self._send(request, TIMEOUT_S)
+                wire_ms = round(1e3 * (time.perf_counter() - started), 3)
+                return Reply(*self._read(reply), wire_ms, any(name in headers for name in SHORTENED))
             except Unusable as error:
                 if error.refused in OTHERWISE.keys() & sent.keys():
                     self._ask_otherwise(error.refused)
@@ -124,8 +129,8 @@ class Endpoint:
         key = self._key()
         return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
-    def _send(self, request: urllib.request.Request, timeout_s: float) -> bytes:
-        """The reply's body; `Unusable` where there is none in time, or one with an error."""
+    def _send(self, request: urllib.request.Request, timeout_s: float) -> tuple[bytes, Message]:
+        """The reply's body and headers; `Unusable` where there is none in time, or one with an error."""
         end, parts, size = time.monotonic() + timeout_s, [], 0
         try:
             with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout_s) as reply:
@@ -136,7 +141,7 @@ class Endpoint:
                         raise TimeoutError
                     if size > LARGEST_BYTES:
                         raise Unusable(f"answers with more than {LARGEST_BYTES >> 20} MiB")
-            return b"".join(parts)
+                return b"".join(parts), reply.headers
         except urllib.error.HTTPError as error:
             hint = f" (the key is read from {self.key_name})" if error.code in (401, 403) else ""
             asked_for = error.headers.get("Retry-After", "") if error.headers else ""

@@ -181,8 +181,8 @@ class Judge:
         ]
 
     def _may_say_more(self, line: dict[str, Any]) -> bool:
-        """Whether a reply was cut that may now be longer."""
-        return line["finish_reason"] == "length" and line["max_tokens"] < self.max_tokens
+        """Whether a reply was cut that may now be longer, or is of a part that may now be whole."""
+        return line["is_shortened"] or line["finish_reason"] == "length" and line["max_tokens"] < self.max_tokens
 
     def _ask_all(self, bodies: dict[str, dict[str, Any]], file: PredictionFile, is_known: bool) -> dict[str, str]:
         """Asks, and keeps what comes; returns why single requests were refused.
@@ -214,6 +214,7 @@ class Judge:
                         "new_tokens": reply.new_tokens,
                         "prompt_tokens": reply.prompt_tokens,
                         "finish_reason": reply.finish_reason,
+                        "is_shortened": reply.is_shortened,
                         "max_tokens": self.max_tokens,
                         "refused": [*self.endpoint.refused],
                         "date": date.today().isoformat(),
@@ -321,6 +322,8 @@ def _orders(one: Judged) -> list[Judged]:
 
 
 def _read(kind: str, line: dict[str, Any]) -> Judgement:
+    if line["is_shortened"]:
+        return Judgement({}, "of a part alone: it does not fit the judge's window", line["reply"])
     try:
         return Judgement(parse(kind, line["reply"]), reply=line["reply"])
     except ValueError as error:

@@ -112,7 +112,12 @@ def _cautions(results: dict[str, Any]) -> list[str]:
     for what, asked, unread, found in parts:
         if unread:
             why = ", ".join(f"{problem} ({number})" for problem, number in found["unread"].items())
-            then = f"more than {UNREAD:.0%}, so no figure is given" if unread > UNREAD * asked else "they count nowhere"
+            then = "they count nowhere"
+            if unread > UNREAD * asked:
+                then = (
+                    f"more than {UNREAD:.0%}, so no figure is given. Its replies stand in judgements-MODEL.jsonl; a larger "
+                    "judge may do better"
+                )
             said.append(f"The judge could not be read on {unread} of {asked} {what}: {why}; {then}.")
     for pair in pairs:
         swayed = pair["preferred"] and pair["preferred"][OVERALL]["orders_disagree"]

@@ -13,7 +13,7 @@ def completion(text, **more):
 
 class Endpoint:
     """A small server; `say(body, number)` gives the reply to the request of this number: an object, bytes, a status with
-    headers and bytes, or seconds to be silent for."""
+    bytes and headers, or seconds to be silent for."""
 
     def __init__(self):
         self.say, self.bodies, self.keys, self.lock = (
@@ -46,11 +46,11 @@ class Endpoint:
                 else:
                     self.reply(200, said if isinstance(said, bytes) else json.dumps(said).encode())
 
-            def reply(self, status, data, **headers):
+            def reply(self, status, data, headers={}):
                 try:
                     self.send_response(status)
                     for name, value in {"Content-Length": len(data), **headers}.items():
-                        self.send_header(name.replace("_", "-"), str(value))
+                        self.send_header(name, str(value))
                     self.end_headers()
                     self.wfile.write(data)
                 except (BrokenPipeError, ConnectionResetError):

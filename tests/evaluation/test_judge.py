@@ -188,6 +188,15 @@ def test_a_reply_that_was_cut_is_asked_for_again_where_it_may_be_longer(endpoint
     assert a_judge(endpoint).judge(ones("a"), tmp_path)[0].found and len(endpoint.bodies) == 2
 
 
+def test_what_a_server_has_cut_to_its_window_is_not_judged(endpoint, tmp_path):
+    for name in ("x-message-cut", "X-Dropped-Messages"):
+        endpoint.say = lambda body, n: (200, json.dumps(longer(body, n)).encode(), {name: "1"})
+        (found,) = a_judge(endpoint).judge(ones("a"), tmp_path)
+        assert found.found == {} and found.problem == "of a part alone: it does not fit the judge's window"
+    endpoint.say = longer  # of a window that is larger
+    assert a_judge(endpoint).judge(ones("a"), tmp_path)[0].found and len(endpoint.bodies) == 3
+
+
 def test_one_request_that_is_refused_is_counted_and_a_judge_that_refuses_all_is_an_error(endpoint, tmp_path):
     too_long = (400, b'{"error": {"message": "context length exceeded"}}')
     endpoint.say = lambda body, n: too_long if "x" * 50 in str(body) else longer(body, n)
