@@ -68,6 +68,7 @@ def main() -> None:
     from carelm.retrieval.retriever import Retriever
 
     quiet.silence(has_gpu=False, is_first_rank=True)
+    from carelm.evaluation.verdicts import FEWEST_CONVERSATIONS
     from carelm.retrieval import tuning
     from carelm.retrieval.embedder import Embedder
     from carelm.retrieval.past_questions import past_questions
@@ -99,7 +100,11 @@ def main() -> None:
         words = [*without(words_of(recipe, keys), "embedder"), "--embedder", str(here(folder))]
         say_next(["serve/index.py", *words])
     else:
-        ranks.say("the tuned embedder is not significantly better, and is not kept; go on with the one before")
+        few = f"{found['questions']} validation questions are too few to tell whether"
+        said = (
+            f"{few} it is" if found["questions"] < FEWEST_CONVERSATIONS else "the tuned embedder is not significantly"
+        )
+        ranks.say(f"{said} better, and it is not kept; go on with the one before")
     ranks.print_result({"kept": str(folder) if found["is_better"] else None, **about, "validation": found})
 
 

@@ -51,9 +51,10 @@ def past_questions(
         found[split] = [one for one in _merged(asked) if one.gold]
         say(f"{split}: {len(found[split])} questions have a passage, of {len(of_split)}")
         if not found[split]:
+            key = "--questions" if asked_by else "gold_passages"
+            both = " and gold_passages allows; leave gold_passages out" if asked_by and recipe.gold_passages else ""
             raise UserError(
-                f"{'--questions' if asked_by else 'gold_passages'}: no question of {split} has a passage that answers it; "
-                "give documents that do, or mend the key"
+                f"{key}: no question of {split} has a passage that answers it{both}; give documents that do, or mend the key"
             )
     return found
 

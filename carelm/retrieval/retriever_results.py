@@ -8,6 +8,7 @@ import numpy as np
 
 from carelm.evaluation import scores
 from carelm.evaluation.tables import Table, ranged
+from carelm.evaluation.verdicts import FEWEST_CONVERSATIONS, decide
 from carelm.retrieval import refusals
 from carelm.retrieval.gold import Asked
 from carelm.retrieval.retriever import Retriever
@@ -84,21 +85,24 @@ def make_results(
     intervals = {
         name: {score: scores.interval(one) for score, one in of_one.items()} for name, of_one in resampled.items()
     }
-    return {"retrievers": intervals, "pairs": pairs, "verdicts": list(_verdicts(intervals, pairs, own))}
+    return {"retrievers": intervals, "pairs": pairs, "verdicts": list(_verdicts(intervals, pairs, own, len(questions)))}
 
 
-def _verdicts(intervals: dict[str, Any], pairs: list[dict[str, Any]], own: str):
-    """Of each score whether another retriever is better than the recipe's, its interval apart from zero."""
+def _verdicts(intervals: dict[str, Any], pairs: list[dict[str, Any]], own: str, questions: int):
+    """Of each score whether another retriever is better than the recipe's, by the evaluation's own rule."""
     for score in SCORES:
         better = []
         for pair in pairs:
             if own in pair["models"]:
                 other = next(name for name in pair["models"] if name != own)
                 one = pair["scores"][score]
-                low, high = (one["low"], one["high"]) if pair["models"][1] == other else (-one["high"], -one["low"])
-                better += [f"{other} is better ({low:+.3f} to {high:+.3f})"] if low > 0 else []
-        value = intervals[own][score]["value"]
-        yield f"{score} of {own}: {value:.3f}; {' and '.join(better) or 'no other is significantly better'}"
+                is_second = pair["models"][1] == other
+                low, high = (one["low"], one["high"]) if is_second else (-one["high"], -one["low"])
+                if decide(one, questions) == ("better" if is_second else "worse"):
+                    better.append(f"{other} is better ({low:+.3f} to {high:+.3f})")
+        value, few = intervals[own][score]["value"], questions < FEWEST_CONVERSATIONS
+        none = f"{questions} questions are too few to tell" if few else "no other is significantly better"
+        yield f"{score} of {own}: {value:.3f}; {' and '.join(better) or none}"
 
 
 def tables(found: dict[str, Any]) -> list[Table]:

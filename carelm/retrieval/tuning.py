@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from carelm.evaluation.verdicts import decide
 from carelm.ranks import say
 from carelm.retrieval.embedder import Embedder
 from carelm.retrieval.gold import Asked
@@ -133,8 +134,8 @@ def _vectors(model: "SentenceTransformer", texts: list[str], prompts: Sequence[s
 
 def compare(before: Retriever, tuned: Embedder, questions: Sequence[Asked]) -> dict[str, Any]:
     """What the tuned embedder changes on questions that it was not tuned on, by the retriever that the recipe names: scores
-    of both with intervals, the paired `differences`, what a threshold refuses, and whether it `is_better`: the interval of
-    its difference in MRR@10 lies above zero."""
+    of both with intervals, the paired `differences`, what a threshold refuses, and whether it `is_better` in MRR@10, by
+    the evaluation's own rule: ten questions at least, and an interval of the difference above zero."""
     recipe, passages = before.recipe, before.index.passages()
     with tempfile.TemporaryDirectory(prefix="carelm-index-") as folder:
         beside = replace(recipe, index=folder, embedder=str(tuned.folder))
@@ -153,7 +154,7 @@ def compare(before: Retriever, tuned: Embedder, questions: Sequence[Asked]) -> d
         **results["retrievers"],
         "differences": differences,
         "refused": refused,
-        "is_better": bool(differences[DECIDES]["low"] > 0),
+        "is_better": decide(differences[DECIDES], len(questions)) == "better",
     }
 
 

@@ -46,10 +46,10 @@ class Endpoint:
                 else:
                     self.reply(200, said if isinstance(said, bytes) else json.dumps(said).encode())
 
-            def reply(self, status, data, headers={}):
+            def reply(self, status, data, headers=()):
                 try:
                     self.send_response(status)
-                    for name, value in {"Content-Length": len(data), **headers}.items():
+                    for name, value in {"Content-Length": len(data), **dict(headers)}.items():
                         self.send_header(name, str(value))
                     self.end_headers()
                     self.wfile.write(data)

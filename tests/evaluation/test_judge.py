@@ -190,7 +190,7 @@ def test_a_reply_that_was_cut_is_asked_for_again_where_it_may_be_longer(endpoint
 
 def test_what_a_server_has_cut_to_its_window_is_not_judged(endpoint, tmp_path):
     for name in ("x-message-cut", "X-Dropped-Messages"):
-        endpoint.say = lambda body, n: (200, json.dumps(longer(body, n)).encode(), {name: "1"})
+        endpoint.say = lambda body, n, name=name: (200, json.dumps(longer(body, n)).encode(), {name: "1"})
         (found,) = a_judge(endpoint).judge(ones("a"), tmp_path)
         assert found.found == {} and found.problem == "of a part alone: it does not fit the judge's window"
     endpoint.say = longer  # of a window that is larger

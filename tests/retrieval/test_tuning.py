@@ -81,8 +81,17 @@ def test_one_that_finds_more_is_kept_and_searches_what_the_recipe_then_names(sho
 def test_one_that_finds_no_more_is_not_kept_and_that_is_said(shop, run):
     told = run("--learning_rate", "1e-12")
     result = json.loads(told.out.splitlines()[-1])
-    assert result["kept"] is None and "is not significantly better, and is not kept" in told.err
+    assert result["kept"] is None and "is not significantly better, and it is not kept" in told.err
     assert result["validation"]["differences"]["MRR@10"]["difference"] == 0 and not (shop / "run/embedder").exists()
+
+
+def test_a_few_questions_decide_nothing(shop, run):
+    rows = (shop / "rows/validation.jsonl").read_text().splitlines(keepends=True)
+    (shop / "rows/validation.jsonl").write_text("".join(rows[:9]))
+    told = run("--learning_rate", "0.05", "--epochs", "200")
+    result = json.loads(told.out.splitlines()[-1])
+    assert result["kept"] is None and "9 validation questions are too few to tell" in told.err
+    assert result["validation"]["tuned"]["MRR@10"]["value"] > result["validation"]["before"]["MRR@10"]["value"]
 
 
 def test_the_words_of_past_answers_say_which_passages_hold_them(shop):
