@@ -211,7 +211,8 @@ def write(recipe: Recipe, folder: Path, rows: dict[str, list[dict[str, Any]]], a
     without = list_counts(about["without_pair"]) or "none without"
     if not rows["train"]:
         raise UserError(
-            f"--by: no training question gives a pair ({without}); ask more of them, draw more answers, or by another rule"
+            f"--by: no training question gives a pair ({without}); ask more of them, draw more answers, or longer ones "
+            "(max_new_tokens: one that was cut off is not whole), or go by another rule"
         )
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation", "test"):

@@ -133,9 +133,10 @@ def main() -> None:
 
     for split, of_split in asked.items():
         if not of_split:
+            by_key = ", another gold_passages, which allows some passages alone" if recipe.gold_passages else ""
             raise UserError(
                 f"--questions: no question of {split} is left ({list_counts(counts())}); "
-                "give documents that answer them, or another --held_out"
+                f"give documents that answer them{by_key}, or another --held_out"
             )
     asked = {split: rows[split].retrieve(of_split, search) for split, of_split in asked.items()}
     made = {

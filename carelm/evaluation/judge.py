@@ -147,7 +147,8 @@ class Judge:
     def check_is_there(self) -> None:
         """Raises UserError where nothing answers at its address; every rank calls it."""
         if problem := ranks.share(self.endpoint.problem() if ranks.rank() == 0 else None):
-            raise UserError(f"judge: {self.model}: {self.endpoint.url} {problem}; start it, or set judge_url")
+            remedy = "set another key" if "the key is read from" in problem else "start it, or set judge_url"
+            raise UserError(f"judge: {self.model}: {self.endpoint.url} {problem}; {remedy}")
 
     def judge(self, several: Sequence[Judged], folder: Path) -> list[Any]:
         """What it says of each, in their order: a `Judgement` of one answer, a `Preference` of two, which it is asked about in

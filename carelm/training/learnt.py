@@ -6,6 +6,7 @@ The limits are those between what was measured to learn and what was not: docs/t
 import math
 from typing import Any
 
+from carelm.keys import PREFERENCE_RATES
 from carelm.recipe import Recipe
 from carelm.training import finished
 from carelm.training.prepared import Prepared
@@ -13,6 +14,7 @@ from carelm.training.prepared import Prepared
 FEW_ROWS = 20
 LEAST_UPDATE = {"lora": 0.005, "full": 0.0005}  # optimizer steps times learning rate
 HIGHEST_RATE = {"lora": 2e-3, "full": 2e-4}  # that was measured to learn; a higher one is not advised
+RATE_OF_ANSWERS = 10  # times the default of pairs: there they were seen to go wrong (recipes/results/preferences.md)
 LEAST_FALL = 0.03  # of the eval loss before
 HIGH_LOSS = 5.0  # nats a token: e^5 is as good as guessing among 150
 RISE = 0.05  # nats a token above the best evaluation
@@ -33,9 +35,13 @@ def expect(recipe: Recipe, prepared: Prepared) -> list[str]:
         examples = "example" if rows == 1 else "examples"
         said.append(f"{rows} training {examples} only: what is learnt is little more than their text")
     number, rate = steps(recipe, rows), recipe.training["learning_rate"]
-    least = (
-        LEAST_UPDATE.get(recipe.method, 0) if recipe.objective == "answers" else 0
-    )  # what pairs need was not measured
+    is_pairs = recipe.objective == "preferences"
+    least = 0 if is_pairs else LEAST_UPDATE.get(recipe.method, 0)  # what pairs need was not measured
+    if is_pairs and rate > RATE_OF_ANSWERS * PREFERENCE_RATES[recipe.method]:
+        said.append(
+            f"a learning_rate of {rate:g} is one for answers: a model learns from pairs with a tenth of it or less, and with "
+            f"more it forgets how to answer (--learning_rate {PREFERENCE_RATES[recipe.method]:g})"
+        )
     if number * rate < least:
         enough, size = math.ceil(round(least / rate, 6)), recipe.global_batch_size
         ways = [f"at least {enough} steps (--max_steps {enough})"]

@@ -51,6 +51,19 @@ def test_few_rows_that_make_few_steps_are_said_with_what_would_help():
     assert fixed.endswith("the eval loss is that of 1 example only: it moves by chance")
 
 
+def test_a_rate_that_is_one_for_answers_is_said_where_pairs_are_learnt():
+    pairs = {
+        "objective": "preferences",
+        "trained_turns": "last",
+        "prompt_template": "{q}",
+        "completion_template": "{a}",
+        "rejected_template": "{b}",
+    }
+    said = expected(recipe_of(**pairs, learning_rate=2e-3))
+    assert said.startswith("a learning_rate of 0.002 is one for answers") and said.endswith("(--learning_rate 2e-05)")
+    assert not expected(recipe_of(**pairs, learning_rate=1e-4))
+
+
 @pytest.mark.parametrize(
     "keys",
     [
