@@ -45,6 +45,7 @@ from carelm.recipe import ANSWERS, FEEDBACK, Recipe
 from carelm.recipe_file import load_recipe
 
 ABOUT = "pairs.json"  # beside the answers in the run's folder: how its pairs came about
+UNLIKE = 1.5  # times as many words on one side
 FIRST = ["id", "category", "prompt"]  # columns of every row
 # Keys about columns and rows that the pairs do not have, with what takes them back.
 NOT_OF_PAIRS = {"row_filter": "{}", "also_train": "{}", "reference_columns": "[]", "overlap_columns": "[]",
@@ -230,6 +231,11 @@ def write(recipe: Recipe, folder: Path, rows: dict[str, list[dict[str, Any]]], a
     write_whole(beside / ABOUT, json.dumps(about, indent=1, ensure_ascii=False))
     ranks.say(f"{', '.join(f'{len(r)} {split}' for split, r in rows.items())} rows in {folder}; no pair: {without}")
     ranks.say(f"mean length of an answer, words: chosen {words['chosen']}, rejected {words['rejected']}")
+    if max(words.values()) > UNLIKE * min(words.values()):
+        longer = "longer" if words["chosen"] > words["rejected"] else "shorter"
+        ranks.say(
+            f"the preferred answers are far {longer}: a model learns that first; take another rule, or more drawn answers"
+        )
     ranks.print_result({"folder": str(folder), **about})
 
 

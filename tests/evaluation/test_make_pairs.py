@@ -166,6 +166,15 @@ def marked(question, answer, mark, **keys):
     return {"id": "feedback/1", "messages": said, "mark": mark, "comment": None, "model": "adapter"} | keys
 
 
+@pytest.mark.parametrize(("rejected", "said"), [("one two three", ""), ("so it goes " * 3, "are far shorter")])
+def test_sides_of_unlike_length_are_said(shop, tmp_path, capsys, rejected, said):
+    make_pairs = runpy.run_path(str(PROJECT / "train/make_pairs.py"))
+    recipe = load_recipe(["--output_dir", str(tmp_path / "run")], usage="")
+    row = {"id": "a", "category": None, "prompt": [], "chosen": "one two three", "rejected": rejected}
+    make_pairs["write"](recipe, tmp_path / "pairs", {"train": [row]}, {"without_pair": {}})
+    assert said in capsys.readouterr().err if said else "are far" not in capsys.readouterr().err
+
+
 def test_marks_and_edits_of_one_conversation_become_pairs(shop, tmp_path):
     rows = [
         marked("Where is it?", "On its way.", "good"), marked("Where is it?", "No idea.", "bad"),
