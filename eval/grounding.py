@@ -40,6 +40,9 @@ def main() -> None:
     recipe = load_recipe(keys, usage=__doc__)
     if not 0 < options.false_refusals < 1:
         raise UserError(f"--false_refusals: {options.false_refusals} is no share between 0 and 1")
+    if recipe.id_column != "id":
+        raise UserError(f"id_column: it is {recipe.id_column}, and the rows of train/make_rows.py have theirs in id; set "
+                        "id_column: id, and let eval/run.py answer them so")  # fmt: skip
     rows = {split: read_rows(Path(locate(recipe.dataset_name)), split) for split in ("validation", "test")}
     from carelm.retrieval import grounded_report, grounded_results
     from carelm.retrieval.grounded_rows import GOLD, LEFT_OUT, NONE, RETRIEVED

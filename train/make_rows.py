@@ -43,11 +43,17 @@ from carelm.data.report import list_counts
 from carelm.data.sources import is_hub_id, load_splits, stay_offline
 from carelm.errors import UserError
 from carelm.files import locate, write_whole
-from carelm.next_steps import say_next, words_of
+from carelm.next_steps import say_next, without, words_of
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_named, load_recipe
 
 OTHERS = {"--pairs": "make_pairs.py", "--add": "add_column.py"}  # rows of another kind, and the file that makes them
+
+OWN_KEYS = {
+    "messages_column": "messages",
+    "id_column": "id",
+    "category_column": "condition",
+}  # of the rows that are made
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
@@ -150,7 +156,8 @@ def main() -> None:
     ranks.say(
         f"{', '.join(f'{len(r)} {split}' for split, r in made.items())} rows in {folder}; {list_counts(counts())}"
     )
-    words = words_of(recipe, keys)
+    lacking = {key: value for key, value in OWN_KEYS.items() if getattr(recipe, key) != value}
+    words = [*without(words_of(recipe, keys), *lacking), *(w for key in lacking for w in (f"--{key}", lacking[key]))]
     say_next(["train/sft.py", *words], ["eval/run.py", *words], ["eval/grounding.py", *words])
     found = {"folder": str(folder), "rows": {split: len(r) for split, r in made.items()}, "answerable": answerable}
     ranks.print_result(found | {"left_out": counts()})

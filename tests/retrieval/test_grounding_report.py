@@ -53,7 +53,7 @@ def write(path, rows):
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     def run(*words):
-        (tmp_path / "shop.yaml").write_text("{messages_column: messages, num_resamples: 200}")
+        (tmp_path / "shop.yaml").write_text("{messages_column: messages, id_column: id, num_resamples: 200}")
         keys = [
             "--config",
             tmp_path / "shop.yaml",
@@ -124,3 +124,5 @@ def test_other_rows_are_refused_in_one_line(run, tmp_path):
         run()
     with pytest.raises(UserError, match="--false_refusals: 1.5 is no share between 0 and 1"):
         run("--false_refusals", "1.5")
+    with pytest.raises(UserError, match="id_column: it is no, and the rows of train/make_rows.py have theirs in id"):
+        run("--id_column", "no")

@@ -98,6 +98,7 @@ def test_questions_become_rows_in_their_splits_with_what_the_index_finds(shop, r
             assert row["answerable"] or (answer == DONT_KNOW and not set(row["gold"]) & {*row["passages"]})
     assert {row["condition"] for row in rows["train"]} == {"gold", "left out"}
     assert "train.jsonl" in "".join(p.name for p in (shop / "rows").iterdir()) and "eval/grounding.py" in told.err
+    assert "messages_column" not in told.err and told.err.count("--id_column id --category_column condition") == 3
     first = (shop / "rows/train.jsonl").read_bytes()
     run("--held_out", "0.5", "--left_out", "1")  # over its own rows
     assert (shop / "rows/train.jsonl").read_bytes() == first
