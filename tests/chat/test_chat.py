@@ -93,16 +93,17 @@ def invented_rows(recipe):
         role, content = recipe.role_key or "role", recipe.content_key or "content"
         user_name = (recipe.user_roles or ["user"])[0]
         assistant_name = (recipe.assistant_roles or ["assistant"])[0]
-        rows = [
-            {
-                recipe.messages_column: [
-                    {role: name, content: f"{name} {i} {turn}: {text}"}
-                    for turn in range(3)
-                    for name in (user_name, assistant_name)
-                ]
-            }
-            for i, text in enumerate(ODD_TEXTS)
-        ]
+        rows = []
+        for i, text in enumerate(ODD_TEXTS):
+            *prompt, answer = (
+                {role: name, content: f"{name} {i} {turn}: {text}"}
+                for turn in range(3)
+                for name in (user_name, assistant_name)
+            )
+            row = {recipe.messages_column: [answer] if recipe.prompt_column else [*prompt, answer]}
+            row |= {recipe.prompt_column: prompt} if recipe.prompt_column else {}
+            row |= {recipe.rejected_column: [answer | {content: "No idea."}]} if recipe.rejected_column else {}
+            rows.append(row)
     return [("rows.jsonl:1", row | {recipe.category_column: "c", recipe.id_column: "i"}) for row in rows]
 
 
