@@ -48,7 +48,12 @@ def training_words(recipe: Recipe, file: Path, good: int, words: list[str], endi
 
 def say_training(recipe: Recipe, file: Path, good: int, words: list[str], ending: str) -> None:
     """Prints that command, and says so where there is no result to go on from; of a shop's answers, which follow passages, it
-    names rows that have passages instead."""
+    names rows that have passages instead, and of a recipe of pairs the one of answers."""
+    if recipe.objective == "preferences":
+        return ranks.say(
+            f"{recipe.name} learns from pairs, and these are answers: talk by the recipe of the answers, --models "
+            f"{recipe.output_dir}; its next command, or train/make_pairs.py --feedback, learns from them"
+        )
     if recipe.documents and not _result(recipe):
         return ranks.say(
             f"{recipe.output_dir} holds no result to go on from: answers from passages are learnt among rows that have some: "

@@ -12,7 +12,7 @@ from carelm.chat.question import compose, decode, parse
 from carelm.data.splits import make_examples
 from carelm.errors import UserError
 from carelm.recipe_file import load_recipe
-from carelm.talk.marked import training_words
+from carelm.talk.marked import say_training, training_words
 from carelm.talk.session import Said, Session
 
 DEMO = load_recipe([], usage="")
@@ -57,7 +57,7 @@ def trained_by(words, file, good=1):
     return recipe, make_examples(mixed)[0]["train"]
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *OTHER])
+@pytest.mark.parametrize("name", [name for name in [*RECIPES, *OTHER] if name != "preferences"])
 def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(name, session, tmp_path):
     file = PROJECT / f"recipes/{name}.yaml"
     if name in OTHER:
@@ -77,6 +77,12 @@ def test_the_good_answers_of_a_session_are_what_the_data_step_trains_on(name, se
         "adapter on two?": ["You are kind.", "one?", "adapter on one?", "two?"],
         "yes 🧡": ["Other.", "new?"],
     }
+
+
+def test_where_pairs_are_learnt_the_recipe_of_the_answers_is_named(tmp_path, capsys):
+    words = ["--config", str(PROJECT / "recipes/preferences.yaml")]
+    say_training(load_recipe(words, usage=""), tmp_path / "marked.jsonl", 2, words, "chat")
+    assert "talk by the recipe of the answers, --models outputs/preferences;" in capsys.readouterr().err
 
 
 def test_the_next_command_trains_on_the_saved_rows_among_the_recipes_own(session, tmp_path):
