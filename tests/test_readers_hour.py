@@ -21,6 +21,7 @@ SMALL = {
 }  # fmt: skip
 CANNOT_RUN_HERE = {
     "--api_url": "asks another company's machine",
+    "--judge_url": "asks another company's machine",
     "--push_to_hub": "writes to the Hub",
     "multi_gpu.yaml": "wants several GPUs",
     "--layers_to_transform": "names layers of a larger base; tests/models/test_targets.py has its keys",

@@ -128,7 +128,9 @@ def test_more_threads_than_cores_are_said(monkeypatch, capsys, here, number, sai
 
 
 def test_only_the_first_rank_watches(speed, monkeypatch):
-    recipe = types.SimpleNamespace(training={"report_to": []}, sample_max_new_tokens=1, early_stopping_patience=None)
+    recipe = types.SimpleNamespace(
+        training={"report_to": []}, num_sample_answers=1, sample_max_new_tokens=1, early_stopping_patience=None
+    )
     prepared = types.SimpleNamespace(validation=None, samples=[])
     for rank, number in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
