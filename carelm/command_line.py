@@ -44,6 +44,16 @@ def split_command_line(arguments: list[str]) -> tuple[list[str], dict[str, list[
     return [words[0] for words in files], given
 
 
+def own_parser(description: str) -> argparse.ArgumentParser:
+    """A parser for a launched file's own options, whose help is the file's docstring."""
+    return argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def own_options(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
     """A launched file's options that are no keys of a recipe, and the words that are left.
 

@@ -346,6 +346,20 @@ def share(value: Any, device: "torch.device | None" = None) -> Any:
     return box[0]
 
 
+def get_ready(launch: Launch | None) -> None:
+    """Readies this rank to answer its share: its GPU, and the group of all ranks; they part with `leave`."""
+    import torch
+
+    from carelm import quiet
+
+    check_gpus(launch)
+    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=rank() == 0)
+    use_cpu(launch)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    join()
+
+
 def leave() -> None:
     """Ends the process group, without which a gloo run may abort at exit."""
     import torch.distributed

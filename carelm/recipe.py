@@ -384,6 +384,11 @@ class Recipe:
         return locate(self.model["model_name_or_path"], cache(), Path(os.path.expanduser(OWN_CACHE)))
 
     @property
+    def revision(self) -> str:
+        """The base's branch, tag or commit on the Hub."""
+        return self.model.get("model_revision", "main")
+
+    @property
     def bits(self) -> int | None:
         """4 or 8 for a quantised base, None for one in the run's precision."""
         return 4 if self.model.get("load_in_4bit") else 8 if self.model.get("load_in_8bit") else None

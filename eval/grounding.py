@@ -17,19 +17,14 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, ranks  # noqa: F401
-from carelm.command_line import own_options
+from carelm.command_line import own_options, own_parser
 from carelm.errors import UserError
 from carelm.files import locate, write_whole
 from carelm.recipe_file import load_recipe
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--false_refusals", type=float, default=0.1, help="share of the answerable validation questions that "
                         "the threshold may refuse (default: 0.1)")  # fmt: skip
     return own_options(parser)

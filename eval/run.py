@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
-from carelm import environment, interrupts, quiet, ranks  # noqa: F401
+from carelm import environment, interrupts, ranks  # noqa: F401
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.keys import EVALUATION_KEYS
@@ -47,17 +47,12 @@ def main() -> None:
 
     import torch
 
-    ranks.check_gpus(launch)
-    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
-    ranks.use_cpu(launch)
+    ranks.get_ready(launch)
     from carelm.evaluation import answers, api, constrained, judge_results, pace, ratings, report, results, same_answers
     from carelm.evaluation.label_results import Labelled
     from carelm.models.precision import choose_precision
     from carelm.training import runs, stops
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank())
-    ranks.join()
     if judge:
         judge.check_is_there()
     if recipe.precision == "auto" and not torch.cuda.is_available():

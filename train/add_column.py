@@ -16,7 +16,6 @@ exit status: 0 the rows are written, 2 something is to be mended.
 
 import argparse
 import dataclasses
-import json
 import random
 import sys
 from collections import Counter
@@ -25,24 +24,19 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, interrupts, ranks  # noqa: F401
-from carelm.command_line import own_options
+from carelm.command_line import own_options, own_parser
 from carelm.data.report import list_counts
 from carelm.data.sources import stay_offline
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
-from carelm.files import write_whole
+from carelm.files import write_rows
 from carelm.keys import EVALUATION_KEYS
 from carelm.recipe import ANSWERS
 from carelm.recipe_file import load_recipe
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--add", help="the column to fill in")
     parser.add_argument("--ask", help="what the model is asked, with {columns}")
     parser.add_argument("--model", default="base", help="base, adapter, merged, a folder or api:NAME (default: base)")
@@ -70,7 +64,7 @@ def main() -> None:
     launch = ranks.check_launch_without_zero3()
     from carelm.evaluation.added import ask_for, check, fill_in, load_rows
     from carelm.evaluation.candidates import find_candidates
-    from carelm.evaluation.draws import draw, get_ready
+    from carelm.evaluation.draws import draw
 
     (model,) = find_candidates(dataclasses.replace(recipe, models=[options.model]))
     rows = load_rows(recipe, options.ask)
@@ -78,7 +72,7 @@ def main() -> None:
         chosen = random.Random(recipe.split_seed).sample(range(len(rows["train"])), recipe.max_samples)
         rows["train"] = [rows["train"][i] for i in sorted(chosen)]
     check(column, [pair for split in ("train", "validation") for pair in rows.get(split, [])])
-    get_ready(launch)
+    ranks.get_ready(launch)
     counts, written = Counter(), {}
     for split, of_split in rows.items():
         questions, without = ask_for(options.ask, column, of_split) if split != "test" else ([], Counter())
@@ -90,9 +84,7 @@ def main() -> None:
     if ranks.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for split, of_split in written.items():
-            write_whole(
-                folder / f"{split}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of_split)
-            )
+            write_rows(folder / f"{split}.jsonl", of_split)
         ranks.say(
             f"{', '.join(f'{len(r)} {split}' for split, r in written.items())} rows in {folder}; {list_counts(counts)}"
         )

@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, ranks  # noqa: F401
-from carelm.command_line import own_options
+from carelm.command_line import own_options, own_parser
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.files import here, made_whole, write_whole
@@ -38,12 +38,7 @@ from carelm.recipe_file import load_named, load_recipe
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--questions", help="recipe whose rows are asked, or RECIPE=DATA, in place of the recipe's own")
     parser.add_argument("--epochs", type=float, default=2, help="how often each question is seen (default: 2)")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the embedder, at its highest; the "

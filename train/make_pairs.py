@@ -32,13 +32,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 
 from carelm import environment, interrupts, ranks  # noqa: F401
 from carelm.chat.encoder_decoder import is_encoder_decoder
-from carelm.command_line import own_options
+from carelm.command_line import own_options, own_parser
 from carelm.data.report import list_counts
 from carelm.data.sources import stay_offline
 from carelm.data.split_names import SPLITS
 from carelm.data.templates import template_columns
 from carelm.errors import UserError
-from carelm.files import locate, write_whole
+from carelm.files import locate, write_rows, write_whole
 from carelm.keys import EVALUATION_KEYS, PREFERENCE_RATES
 from carelm.next_steps import say_next, without, words_of
 from carelm.recipe import ANSWERS, FEEDBACK, Recipe
@@ -53,12 +53,7 @@ NOT_OF_PAIRS = {"row_filter": "{}", "also_train": "{}", "reference_columns": "[]
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--to", type=Path, help="folder to write (default: the run's folder with -pairs)")
     parser.add_argument("--by", help="checks, judge, or a score: rougeL, chrf ... (default: checks where the recipe has "
                         "some, else its primary_metric)")  # fmt: skip
@@ -84,7 +79,7 @@ def main() -> None:
     rows, about = of_feedback(recipe, options) if options.feedback is not None else drawn(recipe, options, launch)
     if ranks.rank() == 0:
         write(recipe, folder, rows, about)
-        has_encoder = is_encoder_decoder(recipe.base, recipe.model.get("model_revision", "main"))
+        has_encoder = is_encoder_decoder(recipe.base, recipe.revision)
         if recipe.method in PREFERENCE_RATES and not has_encoder:
             say_next(["train/sft.py", *training_words(recipe, folder, words_of(recipe, keys))])
 
@@ -112,18 +107,17 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
     ranks.say(f"{model.name} answers, {options.num_answers} times each, by {by}")
     from carelm.chat.chat import make_chat
     from carelm.data.splits import make_examples
-    from carelm.evaluation.questions import ask_split, make_questions
+    from carelm.evaluation.questions import ask_split
 
     chat, examples = make_chat(recipe), make_examples(recipe)[0]
     asked = {
         split: ask_split(recipe, chat, examples[split]) for split in ("train", "validation") if examples.get(split)
     }
-    tested = make_questions(dataclasses.replace(recipe, num_shots=0), chat)[0] if examples.get("test") else []
 
-    from carelm.evaluation.draws import draw, get_ready
-    from carelm.evaluation.pairs import choose, expected, score, test_row
+    from carelm.evaluation.draws import draw
+    from carelm.evaluation.pairs import choose, expected, score
 
-    get_ready(launch)
+    ranks.get_ready(launch)
     if judge:
         judge.check_is_there()
     rows: dict[str, list] = {}
@@ -141,7 +135,7 @@ def drawn(recipe: Recipe, options: argparse.Namespace, launch: Any) -> tuple[dic
         rows[split] = [pair.row() for pair in pairs]
         said[split] = {"questions": len(questions), "pairs": len(pairs)}
     ranks.leave()
-    rows["test"] = [test_row(question) for question in tested]
+    rows["test"] = test_rows(recipe, chat, examples)
     how = {
         "by": by,
         "model": model.name,
@@ -156,18 +150,22 @@ def of_feedback(recipe: Recipe, options: argparse.Namespace) -> tuple[dict[str, 
     """Rows by split, of what people marked or edited."""
     from carelm.chat.chat import make_chat
     from carelm.data.splits import make_examples
-    from carelm.evaluation.pairs import test_row
-    from carelm.evaluation.questions import make_questions
     from carelm.talk.marked_pairs import pairs_of
 
     file = Path(locate(options.feedback)) if options.feedback else recipe.output_dir / FEEDBACK
     examples = make_examples(dataclasses.replace(recipe, max_eval_samples=None))[0]
     pairs, without = pairs_of(file, [*examples.get("validation", []), *examples.get("test", [])])
-    tested = (
-        make_questions(dataclasses.replace(recipe, num_shots=0), make_chat(recipe))[0] if examples.get("test") else []
-    )
-    rows = {"train": pairs, "test": [test_row(question) for question in tested]}
+    rows = {"train": pairs, "test": test_rows(recipe, make_chat(recipe), examples)}
     return rows, {"by": "marks", "model": None, "feedback": str(file), "without_pair": dict(without)}
+
+
+def test_rows(recipe: Recipe, chat: Any, examples: dict[str, list]) -> list[dict[str, Any]]:
+    """The expected answers of the recipe's test questions, as rows without a rejected one."""
+    from carelm.evaluation.pairs import test_row
+    from carelm.evaluation.questions import make_questions
+
+    tested = make_questions(dataclasses.replace(recipe, num_shots=0), chat)[0] if examples.get("test") else []
+    return [test_row(question) for question in tested]
 
 
 def result_of(recipe: Recipe) -> str:
@@ -217,10 +215,9 @@ def write(recipe: Recipe, folder: Path, rows: dict[str, list[dict[str, Any]]], a
         )
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation", "test"):
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.get(split, []))
         (folder / f"{split}.jsonl").unlink(missing_ok=True)  # of an earlier time
-        if lines:
-            write_whole(folder / f"{split}.jsonl", lines)
+        if rows.get(split):
+            write_rows(folder / f"{split}.jsonl", rows[split])
     words = {
         side: round(sum(len(row[side].split()) for row in rows["train"]) / len(rows["train"]), 1)
         for side in ("chosen", "rejected")

@@ -29,7 +29,6 @@ exit status: 0 the rows are written, 2 something is to be mended.
 
 import argparse
 import dataclasses
-import json
 import random
 import runpy
 import sys
@@ -38,31 +37,22 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where it is not installed
 
 from carelm import environment, ranks  # noqa: F401
-from carelm.command_line import own_options
+from carelm.command_line import own_options, own_parser
 from carelm.data.report import list_counts
 from carelm.data.sources import is_hub_id, load_splits, stay_offline
 from carelm.errors import UserError
-from carelm.files import locate, write_whole
+from carelm.files import locate, write_rows
 from carelm.next_steps import say_next, without, words_of
 from carelm.recipe import Recipe
 from carelm.recipe_file import load_named, load_recipe
 
 OTHERS = {"--pairs": "make_pairs.py", "--add": "add_column.py"}  # rows of another kind, and the file that makes them
-
-OWN_KEYS = {
-    "messages_column": "messages",
-    "id_column": "id",
-    "category_column": "condition",
-}  # of the rows that are made
+# Of the rows that are made.
+OWN_KEYS = {"messages_column": "messages", "id_column": "id", "category_column": "condition"}
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--questions", default="recipes/demo.yaml", help="recipe whose rows are asked, or RECIPE=DATA "
                         "(default: recipes/demo.yaml)")  # fmt: skip
     parser.add_argument("--left_out", type=float, default=0.0, help="share of the training questions that stand there again, "
@@ -152,7 +142,7 @@ def main() -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for split, of_split in made.items():
-        write_whole(folder / f"{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in of_split))
+        write_rows(folder / f"{split}.jsonl", of_split)
     ranks.say(
         f"{', '.join(f'{len(r)} {split}' for split, r in made.items())} rows in {folder}; {list_counts(counts())}"
     )

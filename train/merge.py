@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # carelm, also where 
 from carelm import environment, interrupts, quiet, ranks  # noqa: F401
 from carelm.adapter_folder import adapter_fingerprint
 from carelm.chat.encoder_decoder import overflows_in_fp16
-from carelm.command_line import own_options
+from carelm.command_line import own_options, own_parser
 from carelm.data.sources import stay_offline
 from carelm.errors import UserError
 from carelm.files import made_whole, write_whole
@@ -41,12 +41,7 @@ from carelm.training.runs import free_name, untrained
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = own_parser(__doc__)
     parser.add_argument("--adapter", type=Path, help="folder of a finished run, or a checkpoint in it")
     parser.add_argument("--output_dir", type=Path, help="folder to make")
     parser.add_argument("--onto", choices=("base", "quantized"), help="default: quantized where the base was")
@@ -108,7 +103,7 @@ def make() -> None:
     adapter.check_finite()
     saved = find_recipe(options.adapter)
     run = saved.parent if saved else options.adapter
-    overflows = overflows_in_fp16(adapter.recipe.base, adapter.recipe.model.get("model_revision", "main"))
+    overflows = overflows_in_fp16(adapter.recipe.base, adapter.recipe.revision)
     here = choose_precision(recipe.precision, run, training=False, overflows_in_fp16=overflows).name
     adapter = adapter.computing_in(here)
     precision = files.read_json(options.adapter / "train_metrics.json").get("precision") or here

@@ -80,7 +80,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         ranks.join(recipe.training.get("ddp_timeout", 1800))
     config = base.load_config(recipe)
-    overflows = config.model_type in encoder_decoder.T5_FAMILY
+    overflows = encoder_decoder.overflows_in_fp16(recipe.base, recipe.revision)
     precision = choose_precision(
         recipe.precision, recipe.output_dir, anew=runs.restarts(recipe), overflows_in_fp16=overflows
     )
@@ -108,7 +108,7 @@ def main() -> None:
 
     ceiling = flops.matmul_ceiling_of_all(arguments.device, precision.dtype)
     speed = Speed(base.flops_per_token(model), ceiling)
-    fingerprint = base.base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
+    fingerprint = base.base_fingerprint(recipe.base, recipe.revision)
     kind = preferences.PreferenceTrainer if is_pairs else Trainer
     run = kind(recipe, prepared, chat, fingerprint, stop_requests, model=model, args=arguments,
                callbacks=callbacks.make_callbacks(recipe, prepared, chat, speed))  # fmt: skip
@@ -154,7 +154,7 @@ def report(recipe: Recipe, metrics: dict) -> None:
         before = (
             ["--models", recipe.adapter, "adapter"] if recipe.adapter else []
         )  # is it better than what it went on from?
-        is_served = not encoder_decoder.is_encoder_decoder(recipe.base, recipe.model.get("model_revision", "main"))
+        is_served = not encoder_decoder.is_encoder_decoder(recipe.base, recipe.revision)
         say_next(
             *[["eval/run.py", *words, *before]] * has_test,
             ["train/chat.py", *words],

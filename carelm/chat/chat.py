@@ -386,7 +386,7 @@ def make_chat(recipe: Recipe) -> Chat:
     template = recipe.training.get("chat_template_path")
     tokenizer = load_tokenizer(
         recipe.base,
-        revision=recipe.model.get("model_revision", "main"),
+        revision=recipe.revision,
         trust_remote_code=recipe.training.get("trust_remote_code", False),
         template_file=locate(template) if template else None,
     )
@@ -395,5 +395,5 @@ def make_chat(recipe: Recipe) -> Chat:
         trained_turns=recipe.trained_turns,
         max_length=recipe.max_length - recipe.virtual_tokens,
         too_long=recipe.too_long,
-        is_encoder_decoder=is_encoder_decoder(recipe.base, recipe.model.get("model_revision", "main")),
+        is_encoder_decoder=is_encoder_decoder(recipe.base, recipe.revision),
     )

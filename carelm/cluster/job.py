@@ -116,7 +116,7 @@ def prefetch(recipe: Recipe) -> None:
     if os.path.exists(recipe.base):
         ranks.say(f"model_name_or_path: {recipe.base} is here")
     else:
-        revision = recipe.model.get("model_revision", "main")
+        revision = recipe.revision
         ignored = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "original/*"]  # pickled, or not read by transformers
         folder = snapshot_download(recipe.base, revision=revision, ignore_patterns=ignored)
         ranks.say(f"model_name_or_path: {recipe.base} is in {folder}")

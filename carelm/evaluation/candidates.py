@@ -57,7 +57,7 @@ class Candidate:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        return is_encoder_decoder(self.recipe.base, self.recipe.model.get("model_revision", "main"))
+        return is_encoder_decoder(self.recipe.base, self.recipe.revision)
 
     @property
     def adapter_name(self) -> str:
@@ -71,7 +71,7 @@ class Candidate:
         template = recipe.training.get("chat_template_path") if of_base else None
         tokenizer = load_tokenizer(
             self.home,
-            revision=recipe.model.get("model_revision", "main") if of_base else "main",
+            revision=recipe.revision if of_base else "main",
             trust_remote_code=recipe.training.get("trust_remote_code", False),
             template_file=locate(template) if template else None,
         )
@@ -85,7 +85,7 @@ class Candidate:
         from carelm.models.base import base_fingerprint
 
         held = {key: self.recipe.model.get(key) for key in QUANTIZATION}
-        base = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
+        base = base_fingerprint(self.recipe.base, self.recipe.revision)
         ends = read_json(Path(self.recipe.base) / "generation_config.json").get("eos_token_id")
         return fingerprint(base, self.adapter and adapter_fingerprint(self.adapter), held, self.precision().name, ends)
 
@@ -98,7 +98,7 @@ class Candidate:
         from carelm.models.precision import choose_precision
 
         recipe = self.recipe
-        overflows = overflows_in_fp16(recipe.base, recipe.model.get("model_revision", "main"))
+        overflows = overflows_in_fp16(recipe.base, recipe.revision)
         choice = choose_precision(recipe.precision, recipe.output_dir, training=False, overflows_in_fp16=overflows)
         choice.keep(self.recipe.output_dir)
         return choice
@@ -122,7 +122,7 @@ class Candidate:
         if not self.adapter:
             return
         metrics = read_json(self.adapter / "train_metrics.json") or read_json(self.adapter / "complete.json")
-        now = base_fingerprint(self.recipe.base, self.recipe.model.get("model_revision", "main"))
+        now = base_fingerprint(self.recipe.base, self.recipe.revision)
         if metrics.get("base_fingerprint", now) != now:
             raise UserError(
                 f"models: {self.adapter} was trained on another base than {self.recipe.base} now holds (fingerprint "

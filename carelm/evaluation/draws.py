@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from carelm import quiet, ranks
 from carelm.evaluation import answers, api
 from carelm.evaluation.candidates import Candidate
 from carelm.evaluation.pace import Pace
@@ -16,16 +13,6 @@ from carelm.recipe import Recipe
 from carelm.training.stops import HangWatch
 
 Lines = list[dict[str, Any]]  # of carelm.evaluation.predictions, in the order of the questions
-
-
-def get_ready(launch: ranks.Launch | None) -> None:
-    """Readies this rank to answer its share: its GPU, and the group of all ranks; they part with `ranks.leave`."""
-    ranks.check_gpus(launch)
-    quiet.silence(has_gpu=torch.cuda.is_available(), is_first_rank=ranks.rank() == 0)
-    ranks.use_cpu(launch)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank())
-    ranks.join()
 
 
 def draw(

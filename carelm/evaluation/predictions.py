@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from carelm.files import write_whole
+from carelm.files import write_rows
 from carelm.ranks import say
 from carelm.training.runs import free_name
 
@@ -77,4 +77,4 @@ class PredictionFile:
         """Those of the questions first and in their order, then those of questions that are not asked this time."""
         lines = [done[question] for question in self.made_by if question in done]
         lines += {line["id"]: line for line in self._lines() if line["id"] not in self.made_by}.values()
-        write_whole(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_rows(self.path, lines)

@@ -52,7 +52,7 @@ def load_config(recipe: Recipe) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(
             recipe.base,
-            revision=recipe.model.get("model_revision", "main"),
+            revision=recipe.revision,
             trust_remote_code=recipe.training.get("trust_remote_code", False),
         )
     except Exception as error:  # each kind of config has checks, and errors, of its own
@@ -299,7 +299,7 @@ def align_special_tokens(model: PreTrainedModel, chat: Chat) -> None:
 
 def own_generation_config(recipe: Recipe) -> GenerationConfig:
     """The generation config that a base is loaded with, of which no `align_special_tokens` has changed anything."""
-    own = load_generation_config(recipe.base, recipe.model.get("model_revision", "main"))
+    own = load_generation_config(recipe.base, recipe.revision)
     return own or repaired(GenerationConfig.from_model_config(load_config(recipe)).to_diff_dict())
 
 

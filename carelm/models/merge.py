@@ -122,7 +122,7 @@ def _merge_whole(
     """Merges in memory, and leaves to `save_pretrained` what the tensors are called in files."""
     say("the files hold some of the trained weights in parts: the whole model is merged in memory, in fp32")
     model = auto_class(config).from_pretrained(
-        recipe.base, revision=recipe.model.get("model_revision", "main"), config=config, dtype=torch.float32,
+        recipe.base, revision=recipe.revision, config=config, dtype=torch.float32,
         use_safetensors=True,
     )  # fmt: skip
     _check_base(recipe, model.named_parameters())
@@ -223,7 +223,7 @@ def save_beside(recipe: Recipe, adapter: Path, chat: Chat, target: Path) -> None
     """
     chat.tokenizer.save_pretrained(target)
     generation = load_generation_config(str(adapter))
-    generation = generation or load_generation_config(recipe.base, recipe.model.get("model_revision", "main"))
+    generation = generation or load_generation_config(recipe.base, recipe.revision)
     generation = generation or GenerationConfig.from_model_config(load_config(recipe))
     align_generation(generation, chat)
     generation.save_pretrained(target)

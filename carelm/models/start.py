@@ -87,7 +87,7 @@ def _check_base(recipe: Recipe, folder: Path) -> None:
         trained_on = base_fingerprint(locate(str(named)))
     if trained_on is None and not is_named:
         say(f"whether the adapter {recipe.adapter} was trained on {recipe.base} is not known: it names {named}")
-    now = base_fingerprint(recipe.base, recipe.model.get("model_revision", "main"))
+    now = base_fingerprint(recipe.base, recipe.revision)
     if trained_on not in (None, now):
         raise UserError(
             f"adapter: {recipe.adapter} was trained on another base than {recipe.base} (fingerprint {trained_on}, here {now}); "

@@ -98,7 +98,7 @@ def options(candidates: list[Candidate], *, model: str, max_model_len: int, adap
     words = [model, "--served-model-name", *(names or ["base"]), "--dtype", DTYPES[first.precision().name]]
     words += ["--max-model-len", str(max_model_len)]
     if first.kind != "checkpoint" and not Path(model).is_dir():
-        words += ["--revision", first.recipe.model.get("model_revision", "main")]
+        words += ["--revision", first.recipe.revision]
     if first.recipe.training.get("trust_remote_code"):
         words.append("--trust-remote-code")
     if adapters:

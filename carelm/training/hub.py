@@ -29,7 +29,7 @@ def model_card(recipe: Recipe, metrics: dict[str, Any], report: dict[str, Any]) 
     method = recipe.method + (f" on a {recipe.bits}-bit base" if recipe.bits else "")
     method += f", on preferences (DPO, beta {recipe.beta:g})" if recipe.objective == "preferences" else ""
     base = recipe.model["model_name_or_path"]
-    reads_apart = is_encoder_decoder(recipe.base, recipe.model.get("model_revision", "main"))
+    reads_apart = is_encoder_decoder(recipe.base, recipe.revision)
     head = {"library_name": "transformers" if recipe.method == "full" else "peft",
             "pipeline_tag": "text2text-generation" if reads_apart else "text-generation",
             "tags": ["carelm", "dpo" if recipe.objective == "preferences" else "sft", recipe.method]}  # fmt: skip

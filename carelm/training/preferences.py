@@ -9,6 +9,7 @@ A model can tell all pairs apart and say nothing any more, as both answers may b
 likely the better answers are and how long answers have become, and a run whose answers vanish ends.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from carelm.errors import UserError
 from carelm.ranks import rank, share, total
 from carelm.recipe import REFERENCE, Recipe
 from carelm.training import divergence
-from carelm.training.batches import BLANK, CollatePairs, GlobalBatches, Pairs
+from carelm.training.batches import BLANK, CollatePairs, Pairs
 from carelm.training.prepared import Prepared
 from carelm.training.state import zero_stage
 from carelm.training.tensorboard import answer_in_training
@@ -191,17 +192,7 @@ class PreferenceTrainer(Trainer):
     def _log_probabilities(self, name: str) -> np.ndarray:
         """Of both answers of each pair of a split, [pairs, 2] in fp64; in the batches of the first epoch, so that the first
         steps round alike."""
-        pairs, batches = self._pairs(name), self.batches
-        if name == "validation":
-            size = self.args.per_device_eval_batch_size
-            batches = GlobalBatches(
-                pairs.split.lengths,
-                global_batch_size=size * self.args.world_size,
-                micro_batch_size=size,
-                rank=self.args.process_index,
-                ranks=self.args.world_size,
-                shuffle=False,
-            )
+        pairs, batches = self._pairs(name), self.batches if name == "train" else self._validation_batches()
         said = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
         bar = tqdm(
@@ -238,6 +229,7 @@ class PreferenceTrainer(Trainer):
         lengths = [answer.new_tokens - (answer.finish_reason == "stop") for answer in answers]
         return share(float(np.mean(lengths)), self.args.device)
 
+    @functools.cached_property
     def _better_tokens(self) -> float:
         """The mean length of the better answers, as far as answers are measured."""
         split, most = self.prepared.validation, self.recipe.sample_max_new_tokens
@@ -251,7 +243,7 @@ class PreferenceTrainer(Trainer):
         """
         metrics = super().evaluate(*args, **kwargs)
         length, before = metrics.get("eval_answer_tokens"), self.answer_tokens_before
-        if length is not None and before and length < SHORTEST * min(before, self._better_tokens()):
+        if length is not None and before and length < SHORTEST * min(before, self._better_tokens):
             recipe, weight = self.recipe, "" if self.recipe.answer_weight else ", or set answer_weight: 1"
             raise UserError(
                 f"learning_rate: at step {self.state.global_step} answers have {length:.1f} tokens on average, and had "

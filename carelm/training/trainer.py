@@ -141,18 +141,9 @@ class Trainer(transformers.Trainer):
         (transformers averages over batches, so that its eval loss depends on the batch size.)
         """
         started = time.time()
-        size = self.args.per_device_eval_batch_size
-        batches = GlobalBatches(
-            self.prepared.validation.lengths,
-            global_batch_size=size * self.args.world_size,
-            micro_batch_size=size,
-            rank=self.args.process_index,
-            ranks=self.args.world_size,
-            shuffle=False,
-        )
         totals = 0
         self.model.eval()
-        for inputs in self._loader(self.eval_dataset, batches):
+        for inputs in self._loader(self.eval_dataset, self._validation_batches()):
             if reason := self.stops.look(self.args.device):
                 self._stop(reason, evaluation_is_due=True)
             inputs = self._prepare_inputs(inputs)
@@ -168,6 +159,17 @@ class Trainer(transformers.Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _validation_batches(self) -> GlobalBatches:
+        size = self.args.per_device_eval_batch_size
+        return GlobalBatches(
+            self.prepared.validation.lengths,
+            global_batch_size=size * self.args.world_size,
+            micro_batch_size=size,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+            shuffle=False,
+        )
 
     def totals_of(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """What this rank's batch of an evaluation adds to its totals, fp64: the summed loss, the trained tokens."""
